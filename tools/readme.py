@@ -1,0 +1,58 @@
+"""Make README.md from `nbs/index.ipynb`, and find the commands in it.
+
+    python tools/readme.py                           # write README.md and the pictures it shows
+    python3 tools/readme.py command 'Run the tests'  # print the command below that heading (standard library only)
+"""
+import os, re, sys
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+_link = re.compile(r'(?<=\]\()(?![a-z]+:|#|/)([^)\s]+)')  # the target of a relative markdown link
+_ansi = re.compile(r'\x1b\[[0-9;]*m')
+
+def command(text, heading):
+    "The one line of the fenced block that follows `heading` in the markdown `text`"
+    found = re.findall(rf'^#+ {re.escape(heading)}\n\s*```\w*\n(.*?)\n```$', text, re.M|re.S)
+    if len(found) != 1 or len(found[0].splitlines()) != 1:
+        raise ValueError(f'heading={heading!r}: expected one such heading, directly above a fenced block of one line; found {found}')
+    return found[0]
+
+def _plain(out):
+    "`out` as README.md shows it: text and pictures, no HTML and no colours; None where nothing is left"
+    if out['output_type'] == 'stream': return None if out['name'] == 'stderr' else {**out, 'text': _ansi.sub('', out['text'])}
+    data = {k:v for k,v in out['data'].items() if k in ('text/markdown', 'text/plain', 'image/png')}
+    if data.get('text/plain', '').startswith('<IPython.core.display'): data.pop('text/plain')
+    return {**out, 'data': data} if data else None
+
+def prepare(nb):
+    "Drop the hidden cells, the directives and what markdown cannot show from `nb`, and point its links to where README.md sees them"
+    nb.cells = [c for c in nb.cells if 'hide' not in c.directives and c.source.strip()]
+    for c in nb.cells:
+        c.remove_directives()
+        if c.cell_type == 'markdown': c.source = _link.sub(lambda m: os.path.normpath(f'nbs/{m[1]}'), c.source)
+        else: c.outputs = [o for o in map(_plain, c.outputs) if o]
+    return nb
+
+def render(root):
+    "The files made from the index notebook of the project at `root`: {path from the root: bytes}"
+    import nbformat
+    from fastcore.nbio import nb2str, read_nb
+    from nbconvert import MarkdownExporter
+    nb = nbformat.reads(nb2str(prepare(read_nb(Path(root)/'nbs/index.ipynb'))), as_version=4)
+    nb.metadata.language_info = {'name': 'python'}  # nbdev-clean removes it; the code fences need it
+    text, res = MarkdownExporter().from_notebook_node(nb, {'unique_key': 'index', 'output_files_dir': 'nbs/images'})
+    text = re.sub(r'\n{3,}', '\n\n', re.sub(r'[ \t]+$', '', text, flags=re.M)).strip() + '\n'
+    return {'README.md': text.encode(), **res['outputs']}
+
+def write(root):
+    "Write what `render` makes"
+    for name,data in render(root).items():
+        path = Path(root)/name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+if __name__ == '__main__':
+    match sys.argv[1:]:
+        case []: write(root)
+        case ['command', heading]: print(command((root/'README.md').read_text(encoding='utf-8'), heading))
+        case _: sys.exit(__doc__)
