@@ -1,0 +1,118 @@
+"The metadata, the imports and the tracked files of the project are what they should be"
+import ast, re, subprocess, sys, tomllib
+from configparser import ConfigParser
+from importlib import import_module
+from pathlib import Path
+import pytest, yaml
+import fasterai_lr
+from fastcore.nbio import read_nb
+
+root = Path(__file__).resolve().parent.parent
+lib = root/'fasterai_lr'
+modules = sorted(p.stem for p in lib.glob('*.py') if p.stem != '__init__')
+may_import_fastai = {'optimizer', 'callback', 'learner', 'all', 'digits'}
+
+# Metadata
+
+def disagreements(ini, toml, init, workflow):
+    "Where the texts of settings.ini, pyproject.toml, `__init__.py` and the workflow contradict each other"
+    parser = ConfigParser(delimiters=['='])
+    parser.read_string(ini)
+    cfg, toml = parser['DEFAULT'], tomllib.loads(toml)
+    pythons = yaml.safe_load(workflow)['jobs']['test']['strategy']['matrix']['python']
+    nbdev = toml['tool']['nbdev']
+    res = [f'{k}: {cfg[k]} and {nbdev[k]}' for k in nbdev if k in cfg and cfg[k] != str(nbdev[k])]
+    if missing := {'lib_path', 'nbs_path'} - nbdev.keys(): res.append(f'pyproject.toml lacks {sorted(missing)}')
+    if extra := (toml.keys() | {f'tool.{o}' for o in toml['tool']}) - {'build-system', 'tool', 'tool.nbdev'}: res.append(f'pyproject.toml: {sorted(extra)}')
+    if f'__version__ = "{cfg["version"]}"' not in init.splitlines(): res.append(f'version: {cfg["version"]} is not in __init__.py')
+    if min(pythons, key=lambda o: int(o.split('.')[1])) != cfg['min_python']: res.append(f'min_python: {cfg["min_python"]} and {pythons}')
+    return res
+
+sources = ['settings.ini', 'pyproject.toml', 'fasterai_lr/__init__.py', '.github/workflows/test.yml']
+
+def test_metadata_agrees(): assert disagreements(*((root/o).read_text() for o in sources)) == []
+
+@pytest.mark.parametrize('i, old, new, found', [
+    (0, 'lib_path = fasterai_lr', 'lib_path = other', 'lib_path'), (0, 'version = ', 'version = 9', 'version'), (0, 'min_python = 3.11', 'min_python = 3.9', 'min_python'),
+    (1, 'nbs_path = "nbs"', 'nbs_path = "x"', 'nbs_path'), (1, 'lib_path', '#', 'lacks'), (1, '[tool.nbdev]', '[project]\nname = "x"\n[tool.nbdev]', 'project'),
+    (1, '[tool.nbdev]', '[tool.uv]\n[tool.nbdev]', 'tool.uv'), (2, '__version__', '__v__', 'version'), (3, "'3.11', ", '', 'min_python')])
+def test_metadata_that_disagrees_is_found(i, old, new, found):
+    texts = [(root/o).read_text() for o in sources]
+    assert old in texts[i]
+    texts[i] = texts[i].replace(old, new)
+    assert any(found in o for o in disagreements(*texts))
+
+def test_installed_version():
+    parser = ConfigParser(delimiters=['='])
+    parser.read(root/'settings.ini')
+    assert fasterai_lr.__version__ == parser['DEFAULT']['version']
+
+# Imports
+
+@pytest.mark.parametrize('name', modules)
+def test_module_imports(name): import_module(f'fasterai_lr.{name}')
+
+def loads_fastai(code):
+    "Is fastai loaded after `code` has run in a new process?"
+    res = subprocess.run([sys.executable, '-c', f'import sys\n{code}\nprint("fastai" in sys.modules)'], cwd=root, check=True, text=True, stdout=subprocess.PIPE)
+    return {'True': True, 'False': False}[res.stdout.split()[-1]]
+
+def test_plain_pytorch_modules_do_not_load_fastai():
+    plain = [o for o in modules if o not in may_import_fastai]
+    assert 'decomposer' in plain
+    assert not loads_fastai('import ' + ', '.join(f'fasterai_lr.{o}' for o in plain))
+    assert loads_fastai('import fastai.basics')
+
+def imports(source):
+    "What the module `source` imports, wherever in it: (module, imported name) pairs"
+    for o in ast.walk(ast.parse(source)):
+        if isinstance(o, ast.Import): yield from ((a.name, '') for a in o.names)
+        if isinstance(o, ast.ImportFrom): yield from (('.'*o.level + (o.module or ''), a.name) for a in o.names)
+
+def wrong_imports(order, sources):
+    "Imports against the rules; `order`: the modules from first to last, `sources`: {module: its text}"
+    res = []
+    for name,src in sources.items():
+        for mod,what in imports(src):
+            own = re.fullmatch(r'(?:\.|fasterai_lr\.)(\w+)', mod) or (mod in ('.', 'fasterai_lr') and re.fullmatch(r'([a-z]\w*)', what))
+            if mod.startswith('fastai') and name not in may_import_fastai: res.append(f'{name}: {mod}')
+            elif (mod, what) == ('fastai.vision.all', '*'): res.append(f'{name}: {mod}')
+            elif own and own[1] in order and order.index(own[1]) >= order.index(name): res.append(f'{name}: {own[1]} comes later')
+    return res
+
+def exported():
+    "The modules in the order of their notebooks"
+    nbs = map(read_nb, sorted((root/'nbs').glob('*.ipynb')))
+    return [c.directives['default_exp'] for nb in nbs for c in nb.cells if 'default_exp' in c.directives]
+
+def test_imports_go_one_way():
+    order = exported()
+    assert {*order, '_modidx'} == set(modules)
+    assert wrong_imports(order, {o: (lib/f'{o}.py').read_text() for o in order}) == []
+
+def test_wrong_imports_are_found():
+    order = ['linalg', 'layers', 'callback']
+    for name,src in [('linalg', 'from .layers import x'), ('linalg', 'from fasterai_lr.layers import x'), ('linalg', 'def f():\n    from fasterai_lr import layers'),
+                     ('layers', 'import fastai.basics'), ('callback', 'from fastai.vision.all import *')]:
+        assert len(wrong_imports(order, {name: src})) == 1, src
+    assert wrong_imports(order, {'callback': 'from fastai.basics import *\nfrom .layers import *\nimport torch'}) == []
+
+# Paths of a machine
+
+machine_path = re.compile(r'(?<![\w./~-])/(?:work|root|tmp|home|Users|opt|mnt)/\w|[A-Z]:\\\\?Users|file:/{2}|index-ur[l]')
+
+def machine_paths(texts):
+    "The first path of a machine in each of `texts`, a dict {name: text}: {name: path}"
+    found = {k: machine_path.search(v) for k,v in texts.items()}
+    return {k: m[0] for k,m in found.items() if m}
+
+def test_no_path_of_a_machine_is_tracked():
+    if not (root/'.git').exists(): pytest.skip('not a git checkout')
+    tracked = subprocess.run(['git', 'ls-files', '-z'], cwd=root, check=True, text=True, stdout=subprocess.PIPE).stdout.split('\0')
+    texts = {o: (root/o).read_text(errors='ignore') for o in tracked if (root/o).is_file()}
+    assert 'setup.py' in texts
+    assert machine_paths(texts) == {}
+
+def test_paths_of_a_machine_are_found():
+    texts = dict(a='"{}root/x.pth"', b='in {}home/me/nbs', c='file:{}{}x', d='https:/{}x.org/home/me', e='nbs{}images', f='a{}work/b')
+    assert machine_paths({k: v.replace('{}', '/') for k,v in texts.items()}).keys() == {*'abc'}
