@@ -75,11 +75,14 @@ def test_readme_shows_what_markdown_can(tmp_path):
     pixel = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
     def shown(**data): return dict(output_type='display_data', metadata={}, data=data)
     cells = [mk_cell('# T\n[a](../LICENSE), [b](00_b.ipynb), [c](https://x.org), [d](#e)', 'markdown'), mk_cell('#| hide\nsecret'),
-             mk_cell('#| eval: true\ntable', outputs=[shown(**{'text/html': '<b>', 'text/plain': 'row 1'}), shown(**{'image/png': pixel})])]
+             mk_cell('#| eval: true\ntable', outputs=[shown(**{'text/html': '<b>', 'text/plain': 'row 1'}), shown(**{'image/png': pixel})]),
+             mk_cell('fit()', outputs=[dict(output_type='stream', name='stdout', text='epoch loss\n|---|\r|---\x1b[31m|\x1b[0m\r0 0.5 \n'),
+                                       dict(output_type='stream', name='stderr', text='a warning\n')])]
     write_nb(new_nb(cells), tmp_path/'nbs/index.ipynb')
     made = readme.render(tmp_path)
     assert made['README.md'].decode() == ('# T\n[a](LICENSE), [b](nbs/00_b.ipynb), [c](https://x.org), [d](#e)\n\n```python\ntable\n```\n\n'
-                                          '    row 1\n\n![png](nbs/images/index_1_1.png)\n')
+                                          '    row 1\n\n![png](nbs/images/index_1_1.png)\n\n'
+                                          '```python\nfit()\n```\n\n    epoch loss\n    0 0.5\n')
     assert made['nbs/images/index_1_1.png'].startswith(b'\x89PNG')
 
 # Notebooks

@@ -17,9 +17,16 @@ def command(text, heading):
         raise ValueError(f'heading={heading!r}: expected one such heading, directly above a fenced block of one line; found {found}')
     return found[0]
 
+def _terminal(line):
+    "`line` as a terminal shows it: without colours, what follows a carriage return over what stood before"
+    shown = ''
+    for part in _ansi.sub('', line).split('\r'): shown = part + shown[len(part):]
+    return shown.rstrip()
+
 def _plain(out):
     "`out` as README.md shows it: text and pictures, no HTML and no colours; None where nothing is left"
-    if out['output_type'] == 'stream': return None if out['name'] == 'stderr' else {**out, 'text': _ansi.sub('', out['text'])}
+    if out['output_type'] == 'stream':
+        return None if out['name'] == 'stderr' else {**out, 'text': '\n'.join(map(_terminal, out['text'].split('\n')))}
     data = {k:v for k,v in out['data'].items() if k in ('text/markdown', 'text/plain', 'image/png')}
     if data.get('text/plain', '').startswith('<IPython.core.display'): data.pop('text/plain')
     return {**out, 'data': data} if data else None
