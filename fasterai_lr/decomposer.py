@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Record', 'Decomposer', 'FC_Decomposer', 'ConvDecomposer', 'factorize', 'decompose', 'project_']
 
-# %% ../nbs/08_decomposer.ipynb #ed71eec0
+# %% ../nbs/08_decomposer.ipynb #05538c88
 from dataclasses import dataclass, asdict
 
 import torch
@@ -14,9 +14,9 @@ from torch import nn
 
 from .layers import Geometry, find_layers, select, check_patterns, matches, replace_layers
 from .rank import check_rank
-from .schemes import Svd, schemes
+from .schemes import Svd, exceeds, schemes
 
-# %% ../nbs/08_decomposer.ipynb #8fb13925
+# %% ../nbs/08_decomposer.ipynb #bfd977d7
 @dataclass
 class Record:
     "What was done to one layer"
@@ -32,10 +32,6 @@ class Record:
 
 def _plain(rank): return list(rank) if isinstance(rank, tuple) else rank
 
-def _exceeds(rank, limit):
-    pair = lambda r: r if isinstance(r, tuple) else (r,)
-    return any(r > l for r,l in zip(pair(rank), pair(limit)))
-
 # %% ../nbs/08_decomposer.ipynb #3e36eb00
 def _fraction(percent_removed, rank_ratio):
     "The fraction of the full rank that the two arguments ask for, `None` if neither is given"
@@ -47,15 +43,19 @@ def _fraction(percent_removed, rank_ratio):
     if percent_removed is not None: return 1. - percent_removed
     return None if rank_ratio is None else float(rank_ratio)
 
-# %% ../nbs/08_decomposer.ipynb #7559c866
+# %% ../nbs/08_decomposer.ipynb #7b3c9dc5
 class Decomposer:
     "What `FC_Decomposer` and `ConvDecomposer` share: from a wish for a rank to factored layers"
     types = () # classes of layers it decomposes
+    takes_pairs = False # may a rank be a pair (out, in)?
 
     def __init__(self,
         rank=0.5, # fraction of the full rank, int, `Energy`, `EVBMF`, or a dict {name or glob: rank}
         force:bool=False): # replace a layer even where that makes it larger
         self.rank,self.force = check_rank(rank),force
+        pairs = [r for r in (self.rank.values() if isinstance(self.rank, dict) else [self.rank]) if isinstance(r, tuple)]
+        if pairs and not self.takes_pairs:
+            raise ValueError(f"rank: {pairs[0]!r} is a pair, but one rank is needed here; give a fraction, an int, Energy or EVBMF")
 
     def __repr__(self): return f"{type(self).__name__}(rank={self.rank!r}{', force=True' if self.force else ''})"
 
@@ -80,7 +80,7 @@ class Decomposer:
         rank = scheme.resolve(wish)
         if not rank: return None,'EVBMF finds nothing above the noise'
         if (why := scheme.misfit(rank)): return None,why
-        if _exceeds(rank, scheme.most()):
+        if exceeds(rank, scheme.most()):
             text = f'rank {rank} is above its full rank {scheme.most()}'
             if named: raise ValueError(f"rank: {scheme.layer!r}: {text}")
             return None,text
@@ -145,7 +145,7 @@ def _with_plan(model, new, records):
     res.low_rank_plan = _plan(model, records)
     return res
 
-# %% ../nbs/08_decomposer.ipynb #b43dc1f4
+# %% ../nbs/08_decomposer.ipynb #49306218
 class FC_Decomposer(Decomposer):
     "Truncated SVD of every `nn.Linear`: two thinner ones, the first without a bias"
     types = (nn.Linear,)
@@ -157,9 +157,11 @@ class FC_Decomposer(Decomposer):
        )->nn.Sequential: # of two `nn.Linear` layers
         "One linear layer as two, whatever that does to its size"
         if type(layer) is not nn.Linear: raise TypeError(f"layer: {type(layer).__name__} is not an nn.Linear")
-        return FC_Decomposer(force=True).decompose(layer, percent_removed)
+        res = FC_Decomposer(force=True).decompose(layer, percent_removed)
+        if type(res) is nn.Linear: raise ValueError(f"layer: {res.low_rank_plan['layers']['']['reason']}")
+        return res
 
-# %% ../nbs/08_decomposer.ipynb #47c833e9
+# %% ../nbs/08_decomposer.ipynb #1ddc5f4e
 class ConvDecomposer(Decomposer):
     "Decompose every convolution by one scheme; pointwise ones by `svd`"
     types = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -169,11 +171,8 @@ class ConvDecomposer(Decomposer):
         rank=0.5, # see `Decomposer`; for 'tucker' also a pair (out, in)
         force:bool=False): # replace a layer even where that makes it larger
         if method not in schemes: raise ValueError(f"method: {method!r} is not one of {', '.join(map(repr, schemes))}")
+        self.method,self.takes_pairs = method,schemes[method].takes_pairs
         super().__init__(rank, force)
-        self.method = method
-        pairs = [r for r in (self.rank.values() if isinstance(self.rank, dict) else [self.rank]) if isinstance(r, tuple)]
-        if pairs and not schemes[method].takes_pairs:
-            raise ValueError(f"rank: {pairs[0]!r} is a pair, but {method!r} has one rank; give a fraction, an int, Energy or EVBMF")
 
     def __repr__(self): return f"ConvDecomposer({self.method!r}, rank={self.rank!r}{', force=True' if self.force else ''})"
 
