@@ -129,7 +129,7 @@ def _compose(blocks:Tensor, # product so far, `[groups, channels, in, *kernel]`
     res = torch.einsum(f'gnoc{letters(w)},gnci{letters(blocks)}->gnoi{both}', squeeze(w), squeeze(blocks))
     return res.reshape(groups, -1, blocks.shape[3], *kernel)
 
-# %% ../nbs/02_layers.ipynb #25025c9b
+# %% ../nbs/02_layers.ipynb #16b71025
 class FactoredLayer(nn.Sequential):
     "A layer as a chain of thinner ones that still answers to what code asks of the layer it replaces"
     __jit_unused_properties__ = ['weight', 'bias']
@@ -163,7 +163,8 @@ class FactoredLayer(nn.Sequential):
 
     def recompose(self)->nn.Module:
         "The dense layer with the product of the factors as its weight"
-        with torch.no_grad(): return fill(self.geometry.dense(), self.weight, self.bias, like=self[-1].weight, train=self.training)
+        bias = self.bias
+        with torch.no_grad(): return fill(self.geometry.dense(), self.weight, bias, self[-1].weight, self.training, bias is not None and bias.requires_grad)
 
 # %% ../nbs/02_layers.ipynb #25b0b6b6
 def fill(layer:nn.Module, # on the meta device
@@ -192,7 +193,7 @@ class Found:
     @property
     def name(self): return self.names[0]
 
-# %% ../nbs/02_layers.ipynb #46058735
+# %% ../nbs/02_layers.ipynb #b69ef012
 def _walk(model, prefix=''):
     "Every (name, module) below `model` under all of its names; factored layers are not entered"
     yield prefix, model
@@ -217,6 +218,7 @@ def _why_not(layer, types, users):
     if type(layer) not in types: return f'{type(layer).__name__} is a subclass that may compute something else'
     if 'weight' not in layer._parameters: return 'its weight is computed by a hook (weight or spectral norm, weight drop)'
     if any(getattr(layer, h) for h in _hooks): return 'it carries hooks'
+    if 'forward' in vars(layer): return 'its forward method is replaced'
     if any(len(users[id(p)]) > 1 for p in layer.parameters()): return 'its parameters are tied to those of another module'
     if layer.weight.is_complex(): return 'its weight is complex'
 
