@@ -70,12 +70,13 @@ def rebind_opt(
     if isinstance(opt, OptimWrapper): _rebind_torch(opt.opt, live)
     return opt
 
-# %% ../nbs/09_optimizer.ipynb #1858f39c
+# %% ../nbs/09_optimizer.ipynb #90776d7d
 def swap_layers(
     learn, # a `Learner`; its optimizer, if it has one yet, is re-pointed
     new:dict # {layer name: module that replaces it}
 ):
     "Replace layers of `learn.model` in place, at any time between two steps"
+    if not new: return
     model = get_model(learn.model)
     if learn.opt is not None: rebind_opt(learn.opt, follow_params(model, new))
     root = replace_layers_(model, new)

@@ -4,15 +4,11 @@ import copy, gc, weakref
 
 import pytest, torch
 from torch import nn
-from fastai.data.core import Datasets
-from fastai.learner import Learner, load_learner
+from fastai.learner import load_learner
 from fastai.optimizer import SGD, Adam, RMSProp, QHAdam, RAdam, Lamb, Larc, Lookahead, OptimWrapper, ranger
 from fastai.callback.schedule import *
-from fastai.callback.progress import ProgressCallback
-from fastcore.basics import noop
+from tiny import mk_learn, net, splitter, snapshot, moved, ids, flat
 from fasterai_lr.optimizer import follow_params, rebind_opt, swap_layers
-
-torch.set_num_threads(1)
 
 T = torch.optim
 wrap = lambda cls, **kw: partial(OptimWrapper, opt=cls, **kw)
@@ -23,32 +19,10 @@ opt_funcs = dict(sgd=SGD, sgd_mom=partial(SGD, mom=0.9), sgd_l2=partial(SGD, mom
     t_adagrad=wrap(T.Adagrad), t_adadelta=wrap(T.Adadelta), t_adamax=wrap(T.Adamax), t_nadam=wrap(T.NAdam), t_radam=wrap(T.RAdam),
     t_asgd=wrap(T.ASGD), t_rprop=wrap(T.Rprop))
 
-def splitter(m): return [list(m[:3].parameters()), list(m[3:5].parameters()), list(m[5:].parameters())]
-
-def net():
-    torch.manual_seed(0)
-    m = nn.Sequential(nn.Linear(8,12), nn.ReLU(), nn.BatchNorm1d(12), nn.Linear(12,10), nn.ReLU(), nn.LayerNorm(10), nn.Linear(10,4))
-    for i in (2,5): nn.init.normal_(m[i].bias)      # Larc never moves a parameter of norm zero
-    return m
-
 def factored(layer, rank=3): return nn.Sequential(nn.Linear(layer.in_features, rank, bias=False),
                                                   nn.Linear(rank, layer.out_features, bias=layer.bias is not None))
 
-def mk_learn(opt_func=Adam, splitter=splitter, path=None, model=None, n=64, **kw):
-    "A Learner on generated data that trains without any output"
-    model = model or net()
-    g = torch.Generator().manual_seed(1)
-    x,y = torch.randn(n, 8, generator=g), torch.randn(n, 4, generator=g)
-    dls = Datasets(range(n), [[x.__getitem__],[y.__getitem__]], splits=[range(n),range(n)]).dataloaders(bs=16, device='cpu', num_workers=0)
-    learn = Learner(dls, model, loss_func=nn.MSELoss(), opt_func=opt_func, splitter=splitter, path=path, **kw)
-    learn.logger = noop
-    return learn.remove_cb(ProgressCallback)
-
 def swap(learn, names=('0','3')): swap_layers(learn, {n: factored(learn.model.get_submodule(n)) for n in names})
-def snapshot(model): return [p.detach().clone() for p in model.parameters()]
-def moved(before, model): return [not torch.equal(a,b) for a,b in zip(before, model.parameters(), strict=True)]
-def ids(ps): return [id(p) for p in ps]
-def flat(opt): return [p for pg in opt.param_lists for p in pg]
 def states(opt):
     "{parameter: what the optimizer keeps of it}, wherever it keeps it"
     own,inner = dict(opt.state),dict(opt.opt.state) if isinstance(opt, OptimWrapper) else {}

@@ -1,0 +1,427 @@
+"DecomposeCallback: when it swaps, what stands around it, and the learning rates from then on"
+from functools import partial
+import gc, json, math, warnings, weakref
+
+import numpy as np, pytest, torch
+from torch import nn
+from torch.testing import assert_close
+from fastai.callback import fp16, hook
+from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
+from fastai.callback.mixup import MixUp
+from fastai.callback.progress import CSVLogger, ProgressCallback
+from fastai.callback.schedule import ParamScheduler, SchedNo, combine_scheds
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
+from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip
+from fastai.callback.core import Callback, CancelFitException
+from fastai.learner import load_learner
+from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
+from tiny import mk_learn, net, splitter, snapshot, moved, ids, flat
+from fasterai_lr.callback import DecomposeCallback, decompose_learner
+from fasterai_lr.decomposer import FC_Decomposer, ConvDecomposer
+from fasterai_lr.layers import FactoredLayer
+import fasterai_lr.callback as module
+
+n_iter = 4              # batches in an epoch
+what = FC_Decomposer(rank=2)
+def cb(at_epoch=1, **kw): return DecomposeCallback(at_epoch, what, **kw)
+def factored(model): return sum(isinstance(m, FactoredLayer) for m in model.modules())
+def n_fact(learn): return factored(learn.model)
+def tail(n, lr=1e-4): return [lr*(1 + math.cos(math.pi*k/n))/2 for k in range(n)]
+# Python floats go through a handful of operations: a few units in the last place
+same_lrs = partial(assert_close, rtol=1e-12, atol=1e-20)
+
+class Watch(Callback):
+    "At the start of each epoch's training and validation: how many layers are factored; after each batch the groups' learning rates"
+    order = 62
+    def before_fit(self): self.trains,self.valids,self.lrs = [],[],[]
+    def before_train(self): self.trains.append(factored(self.model))
+    def before_validate(self): self.valids.append(factored(self.model))
+    def before_step(self): self.lrs.append([h['lr'] for h in self.opt.hypers])
+
+# When
+
+@pytest.mark.parametrize('fit', ['fit', 'fit_one_cycle', 'fit_flat_cos', 'fit_sgdr'])
+@pytest.mark.parametrize('at_epoch', [0, 1, 2])
+def test_swaps_once_at_the_epoch(fit, at_epoch):
+    learn,c,w = mk_learn(),cb(at_epoch),Watch()
+    args = (2, 1, 1e-2) if fit == 'fit_sgdr' else (3, 1e-2)
+    getattr(learn, fit)(*args, cbs=[c, w])
+    assert w.trains == w.valids == [3*(e >= at_epoch) for e in range(3)]
+    assert c.done and [h['epoch'] for h in c.history] == [at_epoch]
+    assert ids(flat(learn.opt)) == ids(learn.model.parameters())
+
+def test_order_of_the_list_does_not_matter():
+    for order in (lambda *cbs: cbs, lambda *cbs: cbs[::-1]):
+        learn,c,w = mk_learn(),cb(),Watch()
+        learn.fit_one_cycle(2, 1e-2, cbs=order(c, w))
+        assert w.trains == [0,3]
+        same_lrs(learn.recorder.lrs[n_iter:], [min(a,b) for a,b in zip(tail(n_iter), learn.recorder.lrs[n_iter:])])
+
+def test_everything_trains_after_the_swap():
+    learn,before = mk_learn(),[]
+    class Grab(Callback):
+        order = 62
+        def before_train(self): before.append(snapshot(self.model))
+    learn.fit_one_cycle(2, 1e-2, cbs=[cb(1, ft_lr=1e-3), Grab()])
+    assert all(moved(before[1], learn.model)) and len(before[1]) == 3*3 + 4
+
+@pytest.mark.parametrize('opt_func', [partial(SGD, mom=0.9), Adam, ranger, partial(OptimWrapper, opt=torch.optim.AdamW)])
+def test_decomposing_nothing_changes_nothing(opt_func):
+    "With all layers left dense (rank 8 makes none smaller) and a tail above the schedule, the fit is the same to the last bit"
+    res = []
+    for cbs in ([], [DecomposeCallback(1, FC_Decomposer(rank=8), ft_lr=1e9, tail='constant')]):
+        learn = mk_learn(opt_func)
+        learn.fit_one_cycle(3, 1e-2, cbs=cbs)
+        res.append(snapshot(learn.model))
+    assert n_fact(learn) == 0 and not any(moved(res[0], learn.model))
+
+def test_fine_tune_decomposes_once():
+    learn,c,w = mk_learn(),cb(0),Watch()
+    learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=[c, w])
+    assert len(c.history) == 1 and w.trains == [3,3]
+    learn,c,w = mk_learn(),cb(1),Watch()
+    with pytest.warns(UserWarning, match='at_epoch=1 was not reached') as rec: learn.fine_tune(3, 1e-2, cbs=[c, w])
+    assert sum('at_epoch' in str(r.message) for r in rec) == 1
+    assert [h['epoch'] for h in c.history] == [1] and w.trains == [0,3,3]
+    assert all(p.requires_grad for p in learn.model.parameters())
+
+def test_fine_tune_keeps_the_body_frozen_after_the_swap():
+    learn,grabbed = mk_learn(),[]
+    class Grab(Callback):
+        order = 62
+        def before_train(self): self.before = snapshot(self.model)
+        def after_train(self): grabbed.append(moved(self.before, self.model))
+    learn.fine_tune(1, 1e-1, freeze_epochs=2, cbs=[cb(1, ft_lr=1e-2), Grab()])
+    # frozen: the body's factors; BatchNorm trains all the same (`train_bn`); then LayerNorm and the head's factors
+    assert grabbed[1] == [False]*3 + [True]*2 + [False]*3 + [True]*5
+    assert all(grabbed[2])
+
+def test_start_epoch():
+    for start,want in [(1, [0,3]), (2, [3])]:
+        learn,c,w = mk_learn(),cb(2),Watch()
+        learn.fit_one_cycle(3, 1e-2, start_epoch=start, cbs=[c, w])
+        assert w.trains == want and c.history[0]['epoch'] == 2 and c.history[0]['step'] == (2-start)*n_iter
+    learn,c = mk_learn(),cb(0)
+    learn.fit(3, 1e-2, start_epoch=2, cbs=c)        # later than `at_epoch`
+    assert c.history[0]['epoch'] == 2
+    same_lrs(learn.recorder.lrs, tail(n_iter))
+
+def test_one_instance_swaps_once_and_has_one_tail():
+    learn,c = mk_learn(),cb()
+    learn.fit(2, 1e-2, cbs=c)
+    model = learn.model[0]
+    learn.fit(3, 1e-2, cbs=c)
+    assert learn.model[0] is model and len(c.history) == 1
+    assert learn.recorder.lrs == [1e-2]*3*n_iter    # the clamp of the first fit is gone
+
+def test_persistent_callback_never_swaps_outside_of_training(tmp_path):
+    learn = mk_learn(path=tmp_path, cbs=cb(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.validate(), learn.get_preds(), learn.lr_find(num_it=8, show_plot=False)
+        with torch.no_grad(): learn.summary()
+    assert n_fact(learn) == 0 and not learn.decompose_cb.done
+    learn.fit(1, 1e-2)
+    assert n_fact(learn) == 3
+    learn.lr_find(num_it=8, show_plot=False)
+    learn.validate(), learn.get_preds()
+    before = snapshot(learn.model)
+    learn.fit_one_cycle(1, 1e-2)
+    assert all(moved(before, learn.model)) and len(learn.decompose_cb.history) == 1
+
+def test_lr_find_finds_the_same_with_and_without(tmp_path):
+    lrs = []
+    for cbs in (None, cb(0)):
+        learn = mk_learn(path=tmp_path, cbs=cbs)
+        learn.lr_find(num_it=8, show_plot=False)
+        lrs.append(learn.recorder.lrs)
+    assert lrs[0] == lrs[1]
+
+def test_interrupted_lr_find_does_not_switch_it_off(tmp_path):
+    class Stop(Callback):
+        def after_batch(self):
+            if hasattr(self.learn, 'lr_finder'): raise KeyboardInterrupt
+    learn = mk_learn(path=tmp_path, cbs=[cb(0), Stop()])
+    with pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=8, show_plot=False)
+    learn.fit(1, 1e-2)
+    assert n_fact(learn) == 3
+
+def test_never_reached_warns():
+    learn,c = mk_learn(),cb(2)
+    with pytest.warns(UserWarning, match='at_epoch=2 was not reached .* fit of 2 epochs ended in epoch 1'): learn.fit(2, 1e-2, cbs=c)
+    assert not c.done and n_fact(learn) == 0
+    class Early(Callback):
+        def after_epoch(self): raise CancelFitException()
+    with pytest.warns(UserWarning, match='fit of 5 epochs ended in epoch 0'): learn.fit(5, 1e-2, cbs=[c, Early()])
+    learn.fit(3, 1e-2, cbs=c)
+    assert c.done
+
+@pytest.mark.parametrize('kw', [dict(at_epoch=-1), dict(at_epoch=1.), dict(at_epoch=True), dict(at_epoch='2'), dict(at_epoch=None), dict(ft_lr=0), dict(ft_lr=-1e-3),
+    dict(ft_lr=math.inf), dict(ft_lr=math.nan), dict(ft_lr='1e-4'), dict(ft_lr=slice(1e-4)), dict(ft_lr=True), dict(tail='linear'), dict(tail=None)])
+def test_wrong_arguments(kw):
+    with pytest.raises(ValueError, match=f'^{list(kw)[0]}: '): DecomposeCallback(**{'at_epoch': 1, **kw})
+
+def test_wrong_what():
+    with pytest.raises(TypeError, match='^what: '): DecomposeCallback(1, 'svd')
+    assert DecomposeCallback(np.int64(1), ft_lr=np.float32(.5)).at_epoch == 1
+
+def test_a_wrong_layer_name_leaves_the_learner_dense():
+    learn = mk_learn()
+    with pytest.raises(ValueError, match='head'): learn.fit(2, 1e-2, cbs=DecomposeCallback(1, FC_Decomposer(rank={'head': 2})))
+    check_dense_and_trains(learn)
+
+# The tail
+
+def test_cosine_tail_exactly():
+    learn = mk_learn()
+    learn.fit_one_cycle(3, 1e-2, cbs=cb(1))
+    same_lrs(learn.recorder.lrs[n_iter:2*n_iter], tail(2*n_iter)[:n_iter])
+    assert learn.recorder.hps['lr'] == learn.recorder.lrs
+    dense = mk_learn()
+    dense.fit_one_cycle(3, 1e-2)
+    # up to the swap the schedule, from there on the lower of the two
+    same_lrs(learn.recorder.lrs, [min(a,b) for a,b in zip(dense.recorder.lrs, [math.inf]*n_iter + tail(2*n_iter))])
+    assert learn.recorder.hps['mom'] == dense.recorder.hps['mom']
+
+def test_constant_tail_and_plain_fit():
+    learn = mk_learn()
+    learn.fit(3, 1e-2, cbs=cb(1, tail='constant'))
+    same_lrs(learn.recorder.lrs, [1e-2]*n_iter + [1e-4]*2*n_iter)
+    learn = mk_learn()
+    learn.fit(2, 1e-5, cbs=cb(1, tail='constant'))
+    assert learn.recorder.lrs == [1e-5]*2*n_iter    # never above the schedule
+    learn = mk_learn()
+    learn.fit(2, 1e-2, cbs=cb(0))
+    same_lrs(learn.recorder.lrs, tail(2*n_iter))
+
+@pytest.mark.parametrize('tail_name', ['cosine', 'constant'])
+@pytest.mark.parametrize('opt_func', [Adam, ranger, partial(OptimWrapper, opt=torch.optim.AdamW)])
+def test_discriminative_ratios_stay(tail_name, opt_func):
+    learn,w = mk_learn(opt_func),Watch()
+    learn.fit_one_cycle(2, slice(1e-4,1e-2), cbs=[cb(1, tail=tail_name), w])
+    lrs = np.array(w.lrs)
+    assert_close(lrs[:,0]/lrs[:,2], np.full(len(lrs), 1e-2), rtol=1e-9, atol=0)
+    assert_close(lrs[:,1]/lrs[:,2], np.full(len(lrs), 1e-1), rtol=1e-9, atol=0)
+    same_lrs([float(o) for o in lrs[n_iter:,2]], learn.recorder.lrs[n_iter:])
+    assert lrs[n_iter,2] <= 1e-4 < lrs[n_iter-1,2]
+
+def test_a_schedule_at_zero_stays_at_zero():
+    learn = mk_learn()
+    sched = ParamScheduler({'lr': combine_scheds([.5,.5], [SchedNo(1e-2,1e-2), SchedNo(0.,0.)])})
+    learn.fit(2, 1e-2, cbs=[sched, cb(1)])
+    assert learn.recorder.lrs[n_iter:] == [0.]*n_iter
+
+def test_plateau_lowers_the_schedule_beneath():
+    learn = mk_learn()
+    learn.fit(4, 1e-3, cbs=[cb(1, tail='constant'), ReduceLROnPlateau(min_delta=10, patience=1, factor=100.)])
+    # an unreachable min_delta: after its first epoch, every epoch is one without improvement; the swap starts the count anew
+    got = learn.recorder.lrs[::n_iter]
+    same_lrs(got, [1e-3, 1e-4, 1e-4, 1e-5])
+
+def test_decay_of_the_fit_survives():
+    learn = mk_learn()
+    learn.fit(2, 1e-2, wd=0.1, cbs=cb())
+    assert [h['wd'] for h in learn.opt.hypers] == [0.1]*3
+
+# What stands around it
+
+def check_dense_and_trains(learn):
+    assert n_fact(learn) == 0 and not hasattr(learn.model, 'low_rank_plan')
+    assert ids(flat(learn.opt)) == ids(learn.model.parameters())
+    before = snapshot(learn.model)
+    learn.fit(1, 1e-2)
+    assert all(moved(before, learn.model))
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError('no memory')])
+def test_an_interrupt_leaves_a_dense_learner(monkeypatch, error):
+    real = module.factorize
+    def stop_half_way(model, what, progress=None):
+        def half(items):
+            yield list(items)[0]
+            raise error
+        return real(model, what, progress=half)
+    learn,c = mk_learn(),cb()
+    monkeypatch.setattr(module, 'factorize', stop_half_way)
+    before = {n: p.detach().clone() for n,p in learn.model.named_parameters()}
+    with pytest.raises(error if isinstance(error, type) else type(error)): learn.fit(3, 1e-2, cbs=c)
+    assert not c.done and before.keys() == dict(learn.model.named_parameters()).keys()
+    check_dense_and_trains(learn)
+    monkeypatch.undo()
+    learn.fit(2, 1e-2, cbs=c)                       # the same callback, again
+    assert c.done and n_fact(learn) == 3
+
+def test_save_best_from_before_the_swap(tmp_path):
+    "A loss that is best at epoch 0: without a new start the dense weights would be loaded into the factored model"
+    learn = mk_learn(path=tmp_path)
+    values = iter([1., 5., 4., 6.])
+    class Fake(Callback):
+        order = 55                                  # after the Recorder, before the trackers
+        def after_epoch(self): self.recorder.values[-1] = [0., next(values)]
+    save = SaveModelCallback(fname='best')
+    learn.fit(4, 1e-2, cbs=[cb(1), save, Fake()])
+    assert n_fact(learn) == 3 and save.best == 4.
+
+def test_save_best_when_the_fit_ends_in_the_epoch_of_the_swap(tmp_path):
+    class Stop(Callback):
+        def after_batch(self):
+            if self.training and self.epoch == 1: raise CancelFitException()
+    learn = mk_learn(path=tmp_path)
+    learn.fit(3, 1e-2, cbs=[cb(1), SaveModelCallback(fname='best'), Stop()])
+    assert n_fact(learn) == 3
+
+@pytest.mark.parametrize('kw', [dict(every_epoch=True), dict(at_end=True), dict(with_opt=True)])
+def test_save_other_ways(tmp_path, kw):
+    learn = mk_learn(path=tmp_path)
+    learn.fit(2, 1e-2, cbs=[cb(1), SaveModelCallback(fname='m', **kw)])
+    before = snapshot(learn.model)
+    learn.fit(1, 1e-2)
+    assert all(moved(before, learn.model))
+
+def test_early_stopping_counts_anew(tmp_path):
+    values = iter([1., 2., 3., 4., 5., 6.])
+    class Fake(Callback):
+        order = 55
+        def after_epoch(self): self.recorder.values[-1] = [0., next(values)]
+    learn,w = mk_learn(),Watch()
+    learn.fit(6, 1e-2, cbs=[cb(2), EarlyStoppingCallback(patience=2), Fake(), w])
+    assert w.trains == [0,0,3,3,3]                   # it would have stopped after epoch 2: epoch 2 is the new best, 3 and 4 are worse
+
+def test_gradient_accumulation_starts_anew():
+    learn,seen = mk_learn(),[]
+    class Grab(Callback):
+        order = 62
+        def before_train(self):
+            seen.append((self.gradient_accumulation.count, [p.grad is None or not p.grad.any() for p in self.model.parameters()]))
+    # 24 items: of four batches of 16, the second and the fourth would step; with 40, the third, and the fourth's gradients are left over
+    learn.fit(2, 1e-2, cbs=[GradientAccumulation(40), cb(1, ft_lr=1e-2), Grab()])
+    count,empty = seen[1]
+    assert count == 0 and all(empty)
+    learn.fit(1, 1e-2, cbs=GradientAccumulation(40))
+
+@pytest.mark.parametrize('others', [[GradientClip], [TerminateOnNaNCallback], [partial(MixUp, .4)], [CSVLogger], [partial(MixedPrecision, amp_mode='bf16')], [BnFreeze]])
+def test_works_with(others, tmp_path):
+    learn = mk_learn(path=tmp_path)
+    learn.fit_one_cycle(2, 1e-2, cbs=[cb(1, ft_lr=1e-3), *[o() for o in others]])
+    assert n_fact(learn) == 3
+    before = snapshot(learn.model)
+    learn.fit(1, 1e-2)
+    assert all(moved(before, learn.model))
+
+def test_csv_log_stays_a_table(tmp_path):
+    learn = mk_learn(path=tmp_path)
+    learn.fit(2, 1e-2, cbs=[cb(1), CSVLogger()])
+    lines = (tmp_path/'history.csv').read_text().splitlines()
+    assert len(lines) == 3 and len({l.count(',') for l in lines}) == 1
+
+def test_non_native_mixed_precision_is_refused():
+    class CPU(NonNativeMixedPrecision):
+        "What it does to the optimizer, without its check for a GPU"
+        def before_fit(self):
+            self.model_pgs,self.master_pgs = fp16.get_master(self.opt)
+            self.old_pgs = self.opt.param_lists
+            fp16._copy_state(self.learn.opt, self.model_pgs, self.master_pgs)
+    learn = mk_learn()
+    with pytest.raises(RuntimeError, match='to_fp16'): learn.fit(3, 1e-2, cbs=[cb(2), CPU()])
+    check_dense_and_trains(learn)
+
+class Parallel(Callback):
+    "What fastai's `ParallelTrainer` does (its module needs accelerate)"
+    def before_fit(self): self.learn.model = nn.DataParallel(self.learn.model)
+    def after_fit(self): self.learn.model = self.learn.model.module
+
+def test_data_parallel():
+    learn = mk_learn()
+    learn.fit(2, 1e-2, cbs=[Parallel(), cb(1)])
+    assert n_fact(learn) == 3 and isinstance(learn.model, nn.Sequential) and 'layers' in learn.model.low_rank_plan
+
+def test_distributed_is_refused():
+    dist = torch.distributed
+    class Wrap(Callback):
+        order = 11
+        def before_fit(self): self.learn.model = nn.parallel.DistributedDataParallel(self.learn.model)
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        learn = mk_learn()
+        with pytest.raises(RuntimeError, match='DistributedDataParallel'): learn.fit(3, 1e-2, cbs=[cb(2), Wrap()])
+        assert learn.recorder.lrs == [] and factored(learn.model) == 0
+    finally: dist.destroy_process_group()
+
+def test_root_layer():
+    learn = mk_learn(model=nn.Linear(8,4), splitter=lambda m: list(m.parameters()))
+    learn.fit(2, 1e-2, cbs=cb())
+    assert isinstance(learn.model, FactoredLayer) and learn.model.low_rank_plan['layers']['']['status'] == 'factored'
+    assert ids(flat(learn.opt)) == ids(learn.model.parameters())
+
+@pytest.mark.parametrize('opt_func', [Adam, ranger, partial(OptimWrapper, opt=torch.optim.AdamW)])
+def test_dense_layers_are_freed(opt_func, tmp_path):
+    learn = mk_learn(opt_func, path=tmp_path, cbs=cb(1))
+    old = [weakref.ref(p) for p in learn.model[0].parameters()] + [weakref.ref(learn.model[0])]
+    learn.fit_one_cycle(2, 1e-2)
+    gc.collect()
+    assert [r() for r in old] == [None]*3
+
+def test_export_and_save_after_the_swap(tmp_path):
+    learn = mk_learn(path=tmp_path, cbs=cb(1))
+    learn.fit_one_cycle(2, 1e-2)
+    x = torch.randn(5,8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): y = learn.model.eval()(x)
+    learn.export('e.pkl')
+    back = load_learner(tmp_path/'e.pkl')
+    with torch.no_grad(): assert torch.equal(back.model.eval()(x), y)
+    assert back.decompose_cb.done and back.model.low_rank_plan == learn.model.low_rank_plan
+    learn.save('m')
+    before = snapshot(learn.model)
+    learn.fit(1, 1e-2)
+    assert all(moved(before, learn.model))
+    learn.load('m')
+    assert not any(moved(before, learn.model))
+    learn.fit(1, 1e-2)
+    assert all(moved(before, learn.model))
+
+# What it shows
+
+def test_records_and_plan():
+    learn,c = mk_learn(),cb(1)
+    n = sum(p.numel() for p in learn.model.parameters())
+    learn.fit(2, 1e-2, cbs=c)
+    m = sum(p.numel() for p in learn.model.parameters())
+    assert c.history == learn.recorder.decomposed == [dict(epoch=1, step=n_iter, decomposed=3, layers=3, params_before=n, params_after=m)]
+    json.dumps([c.history, learn.model.low_rank_plan])
+    assert not hasattr(learn, 'decompose_cb')
+
+def test_the_line_in_the_log(capsys):
+    learn = mk_learn()
+    learn.logger = print
+    learn.fit(2, 1e-2, cbs=cb(1))
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith('[0,') and out[2].startswith('[1,')
+    assert out[1] == 'epoch 1: decomposed 3 of 3 layers, 326 -> 182 parameters (0.56x)'
+    learn = mk_learn()
+    with learn.no_logging(): learn.fit(2, 1e-2, cbs=cb(1))
+    assert capsys.readouterr().out == ''
+
+def test_with_fastai_bars(capsys):
+    learn = mk_learn()
+    learn.logger = print
+    learn.add_cb(ProgressCallback())
+    learn.fit(2, 1e-2, cbs=cb(1))
+    out = capsys.readouterr().out
+    assert '100.00% [3/3' in out                    # the layers' bar
+    line = next(l for l in out.splitlines() if 'decomposed' in l)
+    assert line.split('\r')[-1].startswith('epoch 1: decomposed 3 of 3')    # on a line of its own, the bar cleared away
+    assert '100.00% [4/4' in out.split('decomposed')[1]                     # the epoch's bar went on
+    assert '[3/3' not in out.split('decomposed')[1]
+
+# Outside of a fit
+
+def test_decompose_learner():
+    learn = mk_learn()
+    rec = decompose_learner(learn, what)
+    assert learn.opt is None and n_fact(learn) == 3 and rec['decomposed'] == 3
+    learn.fit(1, 1e-2)
+    learn = mk_learn()
+    learn.fit(1, 1e-2)
+    decompose_learner(learn)
+    before = snapshot(learn.model)
+    learn.fit(1, 1e-2)
+    assert all(moved(before, learn.model)) and ids(flat(learn.opt)) == ids(learn.model.parameters())
