@@ -93,8 +93,9 @@ def _gram_is_enough(L, r, eps):
     noise = 10*len(L) * (eps*L[0])**2 / L[r-1]
     return bool(L[r-1] > 1e3*eps*L[0] and noise <= _slack(L[r:].sum(), L.sum(), eps))
 
-# %% ../nbs/00_linalg.ipynb #97f31dfb
-def _frobenius2(A): return sum(torch.linalg.vector_norm(a, dtype=torch.float64)**2 for a in A.split(256))
+# %% ../nbs/00_linalg.ipynb #488eb987
+def _frobenius2(A): # summed in float64, without a copy of `A` in it
+    return sum(torch.linalg.vector_norm(a, dtype=torch.float64)**2 for a in A.reshape(-1, A.shape[-1]).split(256))
 
 def _randomized(A, r, passes):
     "`U`, `S`, `V` of rank `r` by subspace iteration, or None where `passes` do not bring it as near to the best as promised"
@@ -122,7 +123,7 @@ def _passes(m, n, r):
     k = _block(r)
     return int((5/8*m*m*n + 18*m**3 + m*n*r) / (2*(2*m*n*k + 20*(m+n)*k*k)))
 
-# %% ../nbs/00_linalg.ipynb #c649778c
+# %% ../nbs/00_linalg.ipynb #5252dcb3
 class SVD:
     "The singular value decomposition of `A`, computed only as far as it is asked for"
     def __init__(self, 
@@ -134,7 +135,7 @@ class SVD:
         self.name,self.device,self.full_rank,self.tall = name,A.device,min(m,n),m>n
         self.wide = self.A.mT if self.tall else self.A
         self.small = bool(batch) or self.full_rank<=128 # LAPACK is quick enough
-        self._eig = self._svd = None
+        self._eig,self._svd,self._kept = None,None,{}
 
     @property
     def spectrum(self): # [...,min(m,n)]
@@ -148,11 +149,26 @@ class SVD:
         rank:int # how many singular values to keep, 1 to min(m,n)
     ): # `U` [...,m,rank], `S` [...,rank], `Vh` [...,rank,n]
         "The best approximation of rank `rank`"
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1<=rank<=self.full_rank:
-            raise ValueError(f"the rank of {self.name} must be an integer from 1 to {self.full_rank}, got {rank!r}")
+        self._check(rank)
         with _full_precision(self.A.device):
             U,S,V = self._truncate(rank)
+            self._kept[rank] = float(S.double().square().sum())
             return U.to(self.device), (S*self.scale).to(self.device), V.to(self.device)
+
+    def error(self, 
+        rank:int # as in `truncate`
+    )->float: # ‖A − U·S·Vh‖ / ‖A‖ (Frobenius), 0 for a zero matrix
+        "The relative error of `truncate(rank)`, at next to no cost after it"
+        self._check(rank)
+        if not self.small and rank not in self._kept: self.truncate(rank)
+        total = float(_frobenius2(self.A))
+        tail = 0. if self.small else total - self._kept[rank]
+        if tail < 1e-3*total: tail = float(self.spectrum[...,rank:].double().div(self.scale).square().sum()) # or it would be rounding error
+        return math.sqrt(tail/total) if total else 0.
+
+    def _check(self, rank):
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1<=rank<=self.full_rank:
+            raise ValueError(f"the rank of {self.name} must be an integer from 1 to {self.full_rank}, got {rank!r}")
 
     def _lapack(self):
         if self._svd is None: self._svd = torch.linalg.svd(self.A, full_matrices=False)

@@ -115,6 +115,19 @@ def test_eigenproblem_is_solved_once(monkeypatch):
     svd.spectrum; svd.truncate(200); svd.truncate(50)
     assert calls==[torch.float32, torch.float64] # the smallest, 0.01 of the largest, ask for more digits
 
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('shape', [(20,30), (200,300), (300,200), (3,20,30)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_error(kind, shape, dtype):
+    A = torch.stack([matrix(*shape[-2:], kind, dtype, seed) for seed in range(shape[0])]) if len(shape)==3 else matrix(*shape, kind, dtype)*1e-9
+    svd,eps = SVD(A),torch.finfo(dtype).eps
+    for r in (2, min(shape[-2:])//2, min(shape[-2:])):
+        U,S,V = svd.truncate(r)
+        want = ((U*S[...,None,:]).double()@V.double() - A.double()).norm()/A.double().norm() if A.any() else 0.
+        # a difference of squares right to a few eps, of at least 1e-3: a few 1000 eps, halved by the root
+        for s in (svd, SVD(A)): assert abs(s.error(r)-want) <= 50*eps + 2000*eps*want
+    with pytest.raises(ValueError, match='must be an integer from 1'): svd.error(0)
+
 def test_deterministic_and_leaves_the_global_generator_alone():
     A = matrix(300, 600, 'steep', torch.float32)
     state = torch.get_rng_state()
