@@ -57,14 +57,15 @@ def _bases(X, ranks): return [_leading(A, r) for A,r in zip(channel_unfoldings(X
 def _times_o(X, U): return torch.tensordot(U.T, X, 1)
 def _times_i(X, U): return _times_o(X.transpose(0, 1), U).transpose(0, 1)
 
-# %% ../nbs/01_tensor.ipynb #3f6676e1
+# %% ../nbs/01_tensor.ipynb #9b0c2801
 def _tail(x): return torch.nn.functional.pad(x.flip(-1).cumsum(-1).flip(-1)[...,1:], (0,1)) # sum of all later entries
 
 def hosvd_errors(
     W:Tensor # kernel [o,i,*k]
 )->Tensor: # float64, on the CPU, of the shape `tucker2_full_ranks`; ranks (ro,ri) are at [ro-1,ri-1]
     "Relative error of the truncated HOSVD at every pair of ranks, never growing along either axis"
-    X = _check_kernel(W).reshape(*W.shape[:2], -1)
+    X = _check_kernel(W)
+    X = X.reshape(*X.shape[:2], -1)
     with _full_precision(X.device):
         Uo,Ui = _bases(X, tucker2_full_ranks(X.shape))
         G = _times_i(_times_o(X, Uo), Ui).double().square().sum(2).cpu()
@@ -72,20 +73,21 @@ def hosvd_errors(
     E = _tail(G.sum(1))[:,None] + _tail(G).cumsum(0)
     return (E/G.sum()).sqrt().cummin(0)[0].cummin(1)[0]
 
-# %% ../nbs/01_tensor.ipynb #95d98f64
+# %% ../nbs/01_tensor.ipynb #bc53fad4
 def _check_ranks(ranks, shape):
     full = tucker2_full_ranks(shape)
     try: ro,ri = ranks
-    except TypeError: raise ValueError(f"ranks must be a pair (out, in) of integers, got {ranks!r}") from None
+    except (TypeError, ValueError): raise ValueError(f"ranks must be a pair (out, in) of integers, got {ranks!r}") from None
     if not all(isinstance(r, int) and 1<=r<=f for r,f in zip((ro,ri), full)):
         raise ValueError(f"ranks of a kernel {list(shape)} must be a pair (out, in) of integers from (1, 1) to {full}, got {ranks!r}")
     return ro,ri
 
 def _widen(A, U, rank):
     "Orthonormal basis of `rank` columns that holds the span of `U` and, beyond it, what matters most of the columns of `A`"
-    if U.shape[1]>rank: raise ValueError(f"init must not have a higher rank than asked for: it has {U.shape[1]}, asked {rank}")
+    if U.shape[0]!=A.shape[0] or U.shape[1]>rank: 
+        raise ValueError(f"init must hold bases [{A.shape[0]}, r] with r at most the rank {rank}, got shape {list(U.shape)}")
     U = U.to(A)
-    return _leading(torch.cat([2*A.norm().clamp_min(1e-30)*U, A-U@(U.T@A)], 1), rank)
+    return _leading(torch.cat([2*_norm(A)*U, A-U@(U.T@A)], 1), rank)
 
 def _start(X, ranks, init):
     "Bases of the truncated HOSVD or of the widened `init`, whichever keeps more of `X`"
@@ -93,7 +95,7 @@ def _start(X, ranks, init):
     if init is not None: starts.append([_widen(A, U, r) for A,U,r in zip(channel_unfoldings(X), init[1:], ranks)])
     return max(starts, key=lambda s: _norm(_times_i(_times_o(X, s[0]), s[1])))
 
-# %% ../nbs/01_tensor.ipynb #e791f8e1
+# %% ../nbs/01_tensor.ipynb #9535af3b
 def tucker2(
     W:Tensor, # kernel [o,i,*k]
     ranks, # (out, in), at most `tucker2_full_ranks(W.shape)`
@@ -102,8 +104,8 @@ def tucker2(
     tol:float=1e-4 # stop when a sweep lowers the error by less than this part of it
 ): # core [ro,ri,*k], Uo [o,ro], Ui [i,ri]; the columns of `Uo` and `Ui` are orthonormal
     "Tucker-2 decomposition by HOOI: `W[o,i] ≈ Σ core[a,b] Uo[o,a] Ui[i,b]`"
-    ro,ri = _check_ranks(ranks, W.shape)
-    X = _check_kernel(W).reshape(*W.shape[:2], -1)
+    X = _check_kernel(W)
+    (ro,ri),X = _check_ranks(ranks, X.shape),X.reshape(*X.shape[:2], -1)
     full = any(r==f for r,f in zip((ro,ri), tucker2_full_ranks(W.shape))) # then the HOSVD is the best there is
     with _full_precision(X.device):
         Uo,Ui = _start(X, (ro,ri), init)
@@ -129,7 +131,8 @@ def tucker2_to_kernel(
     "The kernel that a Tucker-2 decomposition stands for"
     return _times_o(_times_i(core, Ui.T), Uo.T)
 
-# %% ../nbs/01_tensor.ipynb #418731b5
+# %% ../nbs/01_tensor.ipynb #453b34e8
+_CORE    = 64   # channels below which a smaller core saves no time
 _PENALTY = 1e-3 # weight of the terms' squared norms, as a part of the squared error
 
 def _khatri_rao(fs):
@@ -138,48 +141,47 @@ def _khatri_rao(fs):
     for f in fs[1:]: K = (K[:,None]*f).flatten(0, 1)
     return K
 
-def _term_norms2(fs): return torch.stack([f.double().square().sum(0) for f in fs]).prod(0)
-
-def _gram(fs): return torch.stack([f.double().T@f.double() for f in fs]).prod(0)
-
 def _balance(fs):
     "The same terms, with the norm of each spread evenly over its factors"
     norms = torch.stack([f.norm(dim=0) for f in fs])
     each = norms.log().mean(0).exp()
     return [f*torch.where(n>0, each/n, 0.) for f,n in zip(fs, norms)]
 
-def _solve(M, others, mu):
-    "The factor that minimises squared error plus `mu` times the terms' squared norms, given the `others`"
-    G = _gram(others)
+def _solve(M, G, mu):
+    "The factor that minimises squared error plus `mu` times the terms' squared norms, from the matricised product `M` and the others' Gram matrix `G`"
     d = torch.where(G.diagonal()>0, G.diagonal().rsqrt(), 0.)
     L = torch.linalg.cholesky(G*d*d[:,None] + mu*torch.eye(len(d), dtype=d.dtype, device=d.device))
     return (torch.cholesky_solve((M.double()*d).T, L).T*d).to(M.dtype)
 
-# %% ../nbs/01_tensor.ipynb #68af5fa1
-def _sweep(T, fs, mu):
-    "One update of all factors of `T` [p,*mid,q], and the squared error `‖T-approx‖²-‖T‖²`"
-    (fp,*fm,fq),(p,*mid,q),r = fs,T.shape,fs[0].shape[1]
-    X = (fp.T@T.reshape(p, -1)).view(r, -1, q)
-    fq = _solve(torch.einsum('rmq,mr->qr', X, _khatri_rao(fm)), [fp,*fm], mu)
-    Y = torch.einsum('rmq,qr->mr', X, fq).view(*mid, r)
-    for n in range(len(mid)):
-        others = fm[:n]+fm[n+1:]
-        M = Y.movedim(n, 0).reshape(mid[n], -1, r)
-        fm[n] = _solve((M*_khatri_rao(others)).sum(1) if others else M[:,0], [fp,*others,fq], mu)
-    M = torch.einsum('pmr,mr->pr', (T.reshape(-1, q)@fq).view(p, -1, r), _khatri_rao(fm))
-    fp = _solve(M, [*fm,fq], mu)
-    change = _gram([fp,*fm,fq]).sum() - 2*(fp.double()*M.double()).sum()
-    return [fp,*fm,fq], change.item()
+def _gram(f): return f.double().T@f.double()
 
-# %% ../nbs/01_tensor.ipynb #57e95338
+# %% ../nbs/01_tensor.ipynb #b5c59c74
+def _sweep(T, fs, mu):
+    "One update of all factors of `T` [p,*mid,q]; also `‖T-approx‖²-‖T‖²` and the sum of the terms' squared norms"
+    fs,grams,(p,*mid,q),r = list(fs),[_gram(f) for f in fs],T.shape,fs[0].shape[1]
+    def update(n, M):
+        fs[n] = _solve(M, torch.stack(grams[:n]+grams[n+1:]).prod(0), mu)
+        grams[n] = _gram(fs[n])
+    X = (fs[0].T@T.reshape(p, -1)).view(r, -1, q)
+    update(len(mid)+1, torch.einsum('rmq,mr->qr', X, _khatri_rao(fs[1:-1])))
+    Y = torch.einsum('rmq,qr->mr', X, fs[-1]).view(*mid, r)
+    for n,m in enumerate(mid, 1):
+        M,others = Y.movedim(n-1, 0).reshape(m, -1, r),fs[1:n]+fs[n+1:-1]
+        update(n, (M*_khatri_rao(others)).sum(1) if others else M[:,0])
+    M = torch.einsum('pmr,mr->pr', (T.reshape(-1, q)@fs[-1]).view(p, -1, r), _khatri_rao(fs[1:-1]))
+    update(0, M)
+    G = torch.stack(grams).prod(0)
+    return fs, (G.sum() - 2*(fs[0].double()*M.double()).sum()).item(), G.trace().item()
+
+# %% ../nbs/01_tensor.ipynb #1df761d8
 def _als(T, fs, err2, max_sweeps, tol):
     "Factors of `T`, part of a kernel of norm 1, improved from `fs`, and the squared error of the kernel, `err2` at the start"
-    size,step,ahead,start = _term_norms2(fs).sum().item(),.5,False,fs
+    size,step,ahead,start = cp_term_norms(fs).square().sum().item(),.5,False,fs
     floor = max(torch.finfo(T.dtype).eps, 1e-12)
     for sweep in range(max_sweeps):
         mu = max(_PENALTY*err2, floor)
-        new,change = _sweep(T, start, mu)
-        new_err2,new_size = max(1+change, 0.),_term_norms2(new).sum().item()
+        new,change,new_size = _sweep(T, start, mu)
+        new_err2 = max(1+change, 0.)
         if new_err2>err2 or new_err2+mu*new_size > err2+mu*size:
             if not ahead: break
             start,ahead,step = fs,False,step/2
@@ -193,7 +195,7 @@ def _als(T, fs, err2, max_sweeps, tol):
         if done: break
     return fs,err2
 
-# %% ../nbs/01_tensor.ipynb #b27d4fb3
+# %% ../nbs/01_tensor.ipynb #7c874c03
 def cp_exact_rank(
     shape # of a kernel [o,i,*k]
 )->int:
@@ -225,7 +227,7 @@ def _cold(T, rank, gen, max_sweeps, tol):
     "Factors of `T` from nothing: on its Tucker-2 core first, then on itself"
     p,*mid,q = T.shape
     X = T.reshape(p, -1, q).transpose(1, 2)
-    C,Up,Uq = tucker2(X, [min(rank, f) for f in tucker2_full_ranks(X.shape)], max_sweeps=0)
+    C,Up,Uq = tucker2(X, [min(max(rank, _CORE), f) for f in tucker2_full_ranks(X.shape)], max_sweeps=0)
     C = C.transpose(1, 2).reshape(len(Up.T), *mid, len(Uq.T)).contiguous()
     (fp,*fm,fq),err2 = _als(C, _fresh(C, rank, gen), 1., max_sweeps, tol)
     return _als(T, [Up@fp,*fm,Uq@fq], err2, -(-max_sweeps//10), tol)[0]
@@ -250,7 +252,7 @@ def _check_cp(rank, init, shape):
     if got!=[[n, got[0][1]] for n in shape] or got[0][1]>rank:
         raise ValueError(f"init must hold one factor [n, r] for each side of the kernel {list(shape)} with r at most the rank {rank}, got shapes {got}")
 
-# %% ../nbs/01_tensor.ipynb #096861a1
+# %% ../nbs/01_tensor.ipynb #d78651aa
 def cp(
     W:Tensor, # kernel [o,i,*k]
     rank:int, # number of rank-one terms; from `cp_exact_rank(W.shape)` on the result is exact
@@ -260,8 +262,8 @@ def cp(
     tol:float=1e-5 # stop when a sweep lowers the error by less than this part of it
 )->list: # factors [o,rank], [i,rank], [k1,rank], …; all ones for a spatial axis of size 1
     "CP decomposition: `W ≈ Σ_r` of the outer products of the factors' columns, of balanced and bounded norms"
-    _check_cp(rank, init, W.shape)
     X = _check_kernel(W)
+    _check_cp(rank, init, W.shape)
     p,q,*mid = sorted(range(X.ndim), key=lambda n: -X.shape[n]) # the two longest sides, whichever they are
     mid = [n for n in mid if X.shape[n]>1]
     order,gen,norm = [p,*mid,q],torch.Generator().manual_seed(seed),_norm(X)
@@ -282,7 +284,7 @@ def _from_init(init, order, norm, T):
         if n not in order: fs[0] = fs[0]*f.to(T)
     return _balance(fs)
 
-# %% ../nbs/01_tensor.ipynb #c39c369f
+# %% ../nbs/01_tensor.ipynb #fd791f15
 def cp_to_kernel(
     factors # [o,r], [i,r], [k1,r], …
 )->Tensor: # [o,i,*k]
@@ -293,7 +295,7 @@ def cp_term_norms(
     factors # [o,r], [i,r], [k1,r], …
 )->Tensor: # [r]
     "Frobenius norms of the rank-one terms"
-    return _term_norms2(factors).sqrt()
+    return torch.stack([f.double().norm(dim=0) for f in factors]).prod(0)
 
 # %% ../nbs/01_tensor.ipynb #e3896517
 def rank_path(
