@@ -126,13 +126,7 @@ def register(cls):
     schemes[cls.name] = cls
     return cls
 
-# %% ../nbs/04_schemes.ipynb #eaf8dea7
-def _tail(spectrum, rank): # `[..., n]`, one SVD a row
-    "Relative error of keeping `rank` singular values: the square root of the tail's share of the energy"
-    energy = spectrum.double().reshape(-1, spectrum.shape[-1]).square().sum(0)
-    total = energy.sum()
-    return float((energy[rank:].sum()/total).sqrt()) if total > 0 else 0.
-
+# %% ../nbs/04_schemes.ipynb #a8121979
 class _Matrix(Scheme):
     "A scheme that takes the truncated SVD of one matrix a block"
     def unfolding(self)->Tensor: raise NotImplementedError # `[groups, rows, cols]`
@@ -145,7 +139,7 @@ class _Matrix(Scheme):
 
     def full(self): return min(self.shape())
     def modes(self): return [Mode(self.full(), lambda: self.svd.spectrum, self.shape())]
-    def error(self, rank): return _tail(self.svd.spectrum, rank)
+    def error(self, rank): return self.svd.error(rank)
 
     def halves(self, rank):
         "Left and right factor with the root of the singular values in each"
