@@ -252,7 +252,7 @@ def _check_cp(rank, init, shape):
     if got!=[[n, got[0][1]] for n in shape] or got[0][1]>rank:
         raise ValueError(f"init must hold one factor [n, r] for each side of the kernel {list(shape)} with r at most the rank {rank}, got shapes {got}")
 
-# %% ../nbs/01_tensor.ipynb #d78651aa
+# %% ../nbs/01_tensor.ipynb #d804b3b7
 def cp(
     W:Tensor, # kernel [o,i,*k]
     rank:int, # number of rank-one terms; from `cp_exact_rank(W.shape)` on the result is exact
@@ -269,7 +269,7 @@ def cp(
     order,gen,norm = [p,*mid,q],torch.Generator().manual_seed(seed),_norm(X)
     if not norm: return [X.new_full((n, rank), float(m>1 and n==1)) for m,n in enumerate(X.shape)]
     with _full_precision(X.device):
-        T = (X.double()/norm).to(X.dtype).permute(*order, *(n for n in range(X.ndim) if n not in order)).reshape([X.shape[n] for n in order])
+        T = (X.double()/norm).to(X.dtype).permute(*order, *(n for n in range(X.ndim) if n not in order)).reshape([X.shape[n] for n in order]).contiguous()
         if not mid or rank>=cp_exact_rank(X.shape): fs = _slice_cp(T, rank)
         elif init is None: fs = _cold(T, rank, gen, max_sweeps, tol)
         else: fs = _warm(T, _from_init(init, order, norm, T), rank, gen, max_sweeps, tol)
