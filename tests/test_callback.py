@@ -404,7 +404,10 @@ def test_with_fastai_bars(capsys):
     learn = mk_learn()
     learn.logger = print
     learn.add_cb(ProgressCallback())
-    learn.fit(2, 1e-2, cbs=cb(1))
+    class Bars(Callback):
+        order = 62
+        def before_train(self): assert self.progress.mbar.child is self.progress.pbar
+    learn.fit(2, 1e-2, cbs=[cb(1), Bars()])
     out = capsys.readouterr().out
     assert '100.00% [3/3' in out                    # the layers' bar
     line = next(l for l in out.splitlines() if 'decomposed' in l)
