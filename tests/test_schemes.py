@@ -298,3 +298,24 @@ def test_a_scheme_without_a_name_is_refused():
     class Nameless(Scheme): pass
     with pytest.raises(ValueError, match='Nameless.name'): register(Nameless)
     assert None not in schemes
+
+# --- layers beyond LAPACK's reach, where the SVD takes other routes
+
+@pytest.mark.parametrize('method,layer', [('svd', nn.Linear(400, 300)), ('svd', nn.Conv2d(80, 160, 3)), ('spatial', nn.Conv2d(60, 70, 3)), ('svd', nn.Linear(200, 1500))])
+@pytest.mark.parametrize('power', [0., .7, 2.]) # how fast the spectrum falls
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_errors_of_larger_layers_are_the_tails_of_their_spectra(method, layer, power, dtype):
+    layer = copy.deepcopy(layer).to(dtype)
+    make = lambda: schemes[method](Geometry.of(layer), layer.weight)
+    U,S,Vh = torch.linalg.svd(make().unfolding()[0].double(), full_matrices=False)
+    if power: S = S[0]*torch.arange(1, len(S)+1).double()**-power
+    A = (U*S)@Vh
+    if method == 'spatial': A = A.view(layer.in_channels, 3, layer.out_channels, 3).permute(2, 0, 1, 3)
+    with torch.no_grad(): layer.weight.copy_(A.reshape(layer.weight.shape))
+    tail = lambda r: (S[r:].square().sum()/S.square().sum()).sqrt().item()
+    s,eps = make(),1e-5 if dtype == torch.float32 else 1e-12 # a few dozen epsilons, and more where a small tail is a difference of large sums
+    for r in (1, 3, 10, 40, 120, len(S)-1, len(S)):
+        assert abs(s.error(r) - tail(r)) <= eps
+        if r in (3, 120): assert abs(distance(s.build(r, layer).weight, layer.weight)/layer.weight.double().norm() - s.error(r)) <= eps
+    asc = [make().error(r) for r in (1, 3, 10, 40, 120)] # each on its own
+    assert all(b <= a+eps for a,b in zip(asc, asc[1:]))
