@@ -283,7 +283,7 @@ def _sync_fast_path(model):
         if isinstance(m, nn.TransformerEncoderLayer): _switch(m, 'activation_relu_or_gelu', factored(m))
         if isinstance(m, nn.TransformerEncoder): _switch(m, 'use_nested_tensor', any(map(factored, m.layers)))
 
-# %% ../nbs/02_layers.ipynb #3b5c29a1
+# %% ../nbs/02_layers.ipynb #0bc7242f
 def replace_layers_(model:nn.Module, # changed in place
                     new:dict # {name: module}
                    )->nn.Module: # `model`, or the new module where the root itself is replaced
@@ -300,7 +300,9 @@ def replace_layers(model:nn.Module, # left untouched
                    new:dict # {name: module}
                   )->nn.Module:
     "A copy of `model` with each module of `new` in every place of the module that its name stands for"
-    model = copy.deepcopy(model, {id(model.get_submodule(n)): m for n,m in new.items()})
+    memo = {id(model.get_submodule(n)): m for n,m in new.items()}
+    memo |= {id(t): t.detach().clone() for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf}
+    model = copy.deepcopy(model, memo)
     _sync_fast_path(model)
     return model
 

@@ -39,7 +39,7 @@ class Mode:
     spectrum:object # zero-argument callable that returns the singular values, `[n]` or `[blocks, n]`
     shape:tuple # rows and columns of the unfolding
 
-# %% ../nbs/04_schemes.ipynb #18ad8544
+# %% ../nbs/04_schemes.ipynb #397962ae
 class Scheme:
     "One way to factor one layer; see `links` and `tensors`, which a scheme defines"
     name = None
@@ -72,7 +72,7 @@ class Scheme:
         "The weight as `[groups, o, i, *k]`, at least in float32, checked for NaN and infinity"
         w = self.geom.to_blocks(self.weight.detach())
         w = w if w.dtype in (torch.float32, torch.float64) else w.float()
-        check_finite(w, self.layer)
+        check_finite(w, f'layer {self.layer!r}' if self.layer else 'the layer')
         return w
 
     def resolve(self, wish):
