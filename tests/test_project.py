@@ -52,6 +52,13 @@ def test_installed_version():
 @pytest.mark.parametrize('name', modules)
 def test_module_imports(name): import_module(f'fasterai_lr.{name}')
 
+def test_all_gives_the_public_names():
+    names = {}
+    exec('from fasterai_lr.all import *', names)
+    assert names.keys() >= {'FC_Decomposer', 'ConvDecomposer', 'decompose', 'recompose', 'project_', 'summarize', 'Energy', 'EVBMF', 'DecomposeCallback'}
+    from fasterai_lr import all
+    assert {o for o in vars(all) if o[0] != '_'} - {'fasterai_lr'} == set(all.__all__)  # whatever it imports is public
+
 def loads_fastai(code):
     "Is fastai loaded after `code` has run in a new process?"
     res = subprocess.run([sys.executable, '-c', f'import sys\n{code}\nprint("fastai" in sys.modules)'], cwd=root, check=True, text=True, stdout=subprocess.PIPE)
