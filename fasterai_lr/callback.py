@@ -41,7 +41,7 @@ def decompose_learner(
     model.low_rank_plan = plan
     return dict(decomposed=len(new), layers=len(plan['layers']), params_before=before, params_after=_n_params(model))
 
-# %% ../nbs/10_callback.ipynb #d66203b5
+# %% ../nbs/10_callback.ipynb #5e8af2b2
 _tails = dict(cosine=lambda lr: SchedCos(lr, 0.), constant=lambda lr: SchedNo(lr, lr))
 
 def _check(at_epoch, ft_lr, tail):
@@ -55,8 +55,7 @@ def _start_over(cb):
     "Let a callback forget what it knows of the dense model"
     if isinstance(cb, GradientAccumulation): cb.count = 0
     if not isinstance(cb, TrackerCallback): return
-    cb.best = math.inf if cb.comp(0, 1) else -math.inf
-    if 'wait' in vars(cb): cb.wait = 0
+    cb.best = math.inf if cb.comp(0, 1) else -math.inf      # the next value is the best, and resets patience
     if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end): cb._save(cb.fname)
 
 # %% ../nbs/10_callback.ipynb #b05b6fb8
