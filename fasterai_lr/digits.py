@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['what', 'digits_dls', 'digits_vgg', 'train_digits', 'report']
 
-# %% ../nbs/15_digits.ipynb #c2892830
+# %% ../nbs/15_digits.ipynb #5e3627c7
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -15,6 +15,7 @@ from torch import nn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback # importing it switches the bars on
 from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.metrics import accuracy
@@ -60,7 +61,7 @@ def _accuracy(dls, model):
     learn = Learner(dls, model, metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): return float(learn.validate()[1])
 
-# %% ../nbs/15_digits.ipynb #c009af82
+# %% ../nbs/15_digits.ipynb #85df4e87
 what = [FC_Decomposer(rank=48), ConvDecomposer('spatial', rank=56)]
 
 def train_digits(
@@ -76,7 +77,7 @@ def train_digits(
     def fit(*cbs):
         set_seed(seed, reproducible=True)
         learn = Learner(dls, digits_vgg(), metrics=accuracy)
-        with learn.no_bar(): learn.fit_one_cycle(epochs, lr, cbs=cbs)
+        learn.fit_one_cycle(epochs, lr, cbs=cbs)
         return learn
     dense,keep = fit(),_KeepSwapped()
     small = fit(DecomposeCallback(at_epoch, what, ft_lr=ft_lr), keep)
