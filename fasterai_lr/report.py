@@ -14,7 +14,7 @@ from .layers import factored_layers, find_layers, recompose
 from .cost import count_params, macs_per_layer
 from .decomposer import ConvDecomposer, FC_Decomposer
 
-# %% ../nbs/11_report.ipynb #4299ef40
+# %% ../nbs/11_report.ipynb #592ce729
 _columns = dict(type='', scheme='', rank='', full_rank='', params_before=0, params_after=0, error=float('nan'), status='dense', reason='')
 
 def _records(model):
@@ -23,7 +23,7 @@ def _records(model):
     res = {}
     for f in find_layers(model, FC_Decomposer.types + ConvDecomposer.types):
         n = sum(p.numel() for p in f.layer.parameters())
-        res[f.name] = plan.get(f.name) or dict(type=type(f.layer).__name__, params_before=n, params_after=n, reason=f.reason or 'nobody asked for it')
+        res[f.name] = plan.get(f.name) or dict(type=type(f.layer).__name__, params_before=n, params_after=n, reason=f.reason or 'not asked for')
     for n,l in factored_layers(model).items():
         res[n] = plan.get(n) or dict(type=l.geometry.type_name, scheme=l.scheme, rank=l.rank, params_before=l.geometry.n_params, status='factored')
         res[n]['params_after'] = count_params(l)
