@@ -245,7 +245,7 @@ def test_export_and_trace_give_the_same_outputs(method):
         traced = torch.jit.trace(new, x)
     assert close(traced(x), new(x))
     assert close(torch.fx.symbolic_trace(new)(x), new(x))
-    if method != 'slice': assert close(torch.jit.script(new)(x), new(x))
+    assert close(torch.jit.script(new)(x), new(x))
 
 @pytest.mark.parametrize('method', list(schemes))
 def test_compile_has_no_graph_breaks(method):
