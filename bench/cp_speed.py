@@ -12,7 +12,7 @@ def decaying(*shape, power, seed=0):
     for n in shape: W = torch.tensordot(W, torch.linalg.qr(torch.randn(n, n, generator=gen))[0]*torch.arange(1, n+1)**-power, dims=([0],[0]))
     return W
 
-def trained_resnet18(epochs=2, size=64):
+def trained_resnet18(epochs=1, size=64):
     "torchvision's ResNet-18 after a short training on Imagenette, kept in fastai's model folder"
     from fastai.vision.all import URLs, untar_data, fastai_path, set_seed, Learner, accuracy, ImageDataLoaders, Resize, CrossEntropyLossFlat
     model = torchvision.models.resnet18(num_classes=10)
@@ -23,8 +23,8 @@ def trained_resnet18(epochs=2, size=64):
         dls = ImageDataLoaders.from_folder(untar_data(URLs.IMAGENETTE_160), valid='val', item_tfms=Resize(size), bs=64, num_workers=2)
         learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
         start = time.time()
-        learn.fit_one_cycle(epochs, 3e-3)
-        print(f'trained in {time.time()-start:.0f} s, accuracy {learn.validate()[1]:.3f}')
+        with learn.no_bar(): learn.fit_one_cycle(epochs, 3e-3)
+        print(f'trained in {time.time()-start:.0f} s, accuracy {learn.final_record[-1]:.3f}')
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), file)
     model.load_state_dict(torch.load(file, weights_only=True))
@@ -61,7 +61,7 @@ def bounded(name, model, max_sweeps):
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--epochs', type=int, default=2, help='of the training on Imagenette')
+    parser.add_argument('--epochs', type=int, default=1, help='of the training on Imagenette')
     args = parser.parse_args()
     print(f'torch {torch.__version__}, tensorly {tl.__version__}, {torch.get_num_threads()} threads; rank 128, 100 sweeps of parafac')
     ok = [beside_parafac(f'synthetic, power {p}', decaying(256, 256, 3, 3, power=p), 128) for p in (.5, 1.)]
