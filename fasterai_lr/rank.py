@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['Energy', 'evbmf_rank', 'EVBMF', 'check_rank', 'resolve_rank']
 
-# %% ../nbs/03_rank.ipynb #c84ec239
+# %% ../nbs/03_rank.ipynb #ff1c6a7d
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral,Real
 import numpy as np, torch
-from scipy.optimize import brentq,minimize_scalar
 
 # %% ../nbs/03_rank.ipynb #2591ae46
 def _spectrum(
@@ -49,7 +48,7 @@ def _fraction(f, name):
     if not 0<f<=1: raise ValueError(f"{name}={f!r}: expected a fraction with 0 < {name} <= 1")
     return float(f)
 
-# %% ../nbs/03_rank.ipynb #c2245803
+# %% ../nbs/03_rank.ipynb #6948d46b
 def _phi(z): return math.log1p(z)/z - .5
 
 @lru_cache(maxsize=None)
@@ -57,6 +56,7 @@ def _evb_tau(
     alpha:float # L/M, 0<alpha<=1
 )->float:
     "The root τ of Φ(τ)+Φ(τ/α)=0"
+    from scipy.optimize import brentq            # slow to import, and only EVBMF needs it
     z = brentq(_phi, 2, 3)
     return brentq(lambda t: _phi(t)+_phi(t/alpha), .99*alpha*z, 1.01*z, xtol=1e-15)
 
@@ -77,7 +77,7 @@ def _free_energy(
         return L*u + tail[k]/v + (1+alpha + alpha/t + np.log1p(t) + alpha*np.log1p(t/alpha)).sum()
     return f
 
-# %% ../nbs/03_rank.ipynb #5649761c
+# %% ../nbs/03_rank.ipynb #739044dd
 def _noise_var(
     g:np.ndarray, # Squared singular values [L], descending
     M:int, # The larger side
@@ -85,6 +85,7 @@ def _noise_var(
     h:int, # The largest number of components
 )->float: # σ²
     "The noise variance that minimises the free energy"
+    from scipy.optimize import minimize_scalar
     L,f = len(g),_free_energy(g, M, x_min)
     lo,hi = math.log(max(g[h]/x_min, g[h:].sum()/(L-h))/M), math.log(g.sum()/(L*M))
     kinks = np.log(g[:h+1]/(M*x_min))

@@ -1,5 +1,5 @@
 "Ranks: Energy and EVBMF against their definitions, references and known ranks; wishes and their errors"
-import math, pickle
+import math, pickle, subprocess, sys
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from fasterai_lr.rank import *
@@ -229,3 +229,8 @@ def test_resolve_wants_one_rank(wish):
     with pytest.raises(TypeError, match='one rank is needed'): resolve_rank(wish, 4)
 
 def test_repr(): assert repr([Energy(.95),EVBMF(),EVBMF(8)]) == '[Energy(0.95), EVBMF(), EVBMF(multiple_of=8)]'
+
+def test_import_leaves_scipy_alone():
+    code = "import sys, fasterai_lr.rank; assert not [m for m in sys.modules if m.split('.')[0]=='scipy']"
+    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert res.returncode==0, res.stderr
