@@ -5,28 +5,27 @@
 # %% auto #0
 __all__ = ['summarize', 'format_summary', 'plot_training']
 
-# %% ../nbs/11_report.ipynb #22465851
+# %% ../nbs/11_report.ipynb #e58e0bf1
+from dataclasses import asdict
+
 import pandas as pd
 import torch
 from torch import nn
 
 from .layers import factored_layers, find_layers, recompose
 from .cost import count_params, macs_per_layer
-from .decomposer import ConvDecomposer, FC_Decomposer
+from .decomposer import ConvDecomposer, FC_Decomposer, dense_record, known_records
 
-# %% ../nbs/11_report.ipynb #592ce729
+# %% ../nbs/11_report.ipynb #5e9450ad
 _columns = dict(type='', scheme='', rank='', full_rank='', params_before=0, params_after=0, error=float('nan'), status='dense', reason='')
 
 def _records(model):
-    "A record for every linear layer and convolution: from the plan where it has one, else from the layer itself"
-    plan = getattr(model, 'low_rank_plan', {}).get('layers', {})
-    res = {}
+    "A record for every linear layer and convolution: what is known of its decomposition, else from the layer itself"
+    known,res = known_records(model),{}
     for f in find_layers(model, FC_Decomposer.types + ConvDecomposer.types):
-        n = sum(p.numel() for p in f.layer.parameters())
-        res[f.name] = plan.get(f.name) or dict(type=type(f.layer).__name__, params_before=n, params_after=n, reason=f.reason or 'not asked for')
+        res[f.name] = known.get(f.name) or asdict(dense_record(f, f.reason or 'not asked for'))
     for n,l in factored_layers(model).items():
-        res[n] = plan.get(n) or dict(type=l.geometry.type_name, scheme=l.scheme, rank=l.rank, params_before=l.geometry.n_params, status='factored')
-        res[n]['params_after'] = count_params(l)
+        res[n] = known.get(n) or dict(type=l.geometry.type_name, scheme=l.scheme, rank=l.rank, params_before=l.geometry.n_params, params_after=count_params(l), status='factored')
     return {n:res[n] for n,_ in model.named_modules() if n in res}
 
 def summarize(
@@ -34,11 +33,12 @@ def summarize(
     sample=None # an input, a tuple or a dict of inputs: MACs are counted for it
    )->pd.DataFrame: # indexed by layer name, last row `total`
     "One row a layer: scheme, rank, parameters, MACs, error, status, reason"
-    table = pd.DataFrame.from_dict({n:{**_columns, **{k:v for k,v in r.items() if v is not None}} for n,r in _records(model).items()}, orient='index', columns=list(_columns))
-    dense = recompose(model)
-    total = dict(_columns, params_before=count_params(dense), params_after=count_params(model), status='')
+    rows = {n:{**_columns, **{k:v for k,v in r.items() if v is not None}} for n,r in _records(model).items()}
+    table = pd.DataFrame.from_dict(rows, orient='index', columns=list(_columns))
+    after = count_params(model)
+    total = dict(_columns, params_before=after + int((table.params_before - table.params_after).sum()), params_after=after, status='')
     if sample is not None:
-        for col,m in (('macs_before', dense), ('macs_after', model)):
+        for col,m in (('macs_before', recompose(model)), ('macs_after', model)):
             macs = macs_per_layer(m, sample)
             table.insert(table.columns.get_loc('error'), col, [macs[n] for n in table.index])
             total[col] = macs['']
@@ -58,27 +58,27 @@ def format_summary(
     rows['reason'] = table.reason.tolist()
     return rows.to_string(index=False)
 
-# %% ../nbs/11_report.ipynb #0dd048d5
+# %% ../nbs/11_report.ipynb #e0eb4568
 def plot_training(
     recorder, # fastai's `learn.recorder` after a fit
-    swaps=(), # steps at which layers were replaced
     axes=None # two matplotlib axes; `None`: new ones
    ): # the axes: losses and metrics, learning rate
-    "Losses, metrics and learning rate of a fit over its steps, the decompositions marked"
+    "Losses, metrics and learning rate of a fit over its steps, decompositions by a `DecomposeCallback` marked"
     import matplotlib.pyplot as plt
+    if not getattr(recorder, 'values', None): raise ValueError("recorder: it holds no epoch yet; fit first")
     if axes is None: _,axes = plt.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=(3, 1), layout='constrained')
     top,low = axes
-    values = list(zip(*recorder.values))
+    values,names = list(zip(*recorder.values)),recorder.metric_names[1:] # training loss, validation loss, metrics
     top.plot([float(l) for l in recorder.losses], lw=.8, color='C0', alpha=.6, label='training loss')
     top.plot(recorder.iters, values[1], 'o-', color='C0', label='validation loss')
     top.set(ylabel='loss', yscale='log')
     right = top.twinx()
-    for k,v in enumerate(values[2:]): right.plot(recorder.iters, v, 's--', color=f'C{k+1}', label=recorder.metric_names[k+3])
-    if values[2:]: right.set_ylabel(' / '.join(recorder.metric_names[3:3+len(values[2:])]))
+    for k,(n,v) in enumerate(zip(names[2:], values[2:]), 1): right.plot(recorder.iters, v, 's--', color=f'C{k}', label=n)
+    right.set_ylabel(' / '.join(names[2:2+len(values[2:])]))
     low.plot(recorder.lrs, color='C3')
     low.set(xlabel='step', ylabel='learning rate')
-    for s in swaps:
-        for a in axes: a.axvline(s, color='k', ls=':', label='decomposed' if a is top else None)
+    for d in getattr(recorder, 'decomposed', []):
+        for a in axes: a.axvline(d['step'], color='k', ls=':', label='decomposed' if a is top else None)
     lines = [l for a in (top, right) for l in a.get_lines() if not l.get_label().startswith('_')]
     top.legend(lines, [l.get_label() for l in lines], loc='center right')
     return axes
