@@ -115,13 +115,13 @@ def _randomized(A, r, passes):
         if was is not None and gain*(gain/was)**left > slack: return None
         was = gain
 
-# %% ../nbs/00_linalg.ipynb #e3b8f05d
+# %% ../nbs/00_linalg.ipynb #2d16f68d
 def _block(r): return 2*r + 8
 
 def _passes(m, n, r):
     "Passes of the randomised route that fit into half the cost of the Gram route"
     k = _block(r)
-    return int((5/8*m*m*n + 18*m**3 + m*n*r) / (2*(2*m*n*k + 20*(m+n)*k*k)))
+    return int((5/8*m*m*n + 8*m**3 + m*n*r) / (2*(2*m*n*k + 20*(m+n)*k*k)))
 
 # %% ../nbs/00_linalg.ipynb #5252dcb3
 class SVD:
