@@ -185,7 +185,8 @@ def test_transformer_encoders_compute_what_their_weights_say(kw, mask):
 def test_the_fused_path_does_not_multiply_the_product(monkeypatch):
     model = FC_Decomposer(.25).decompose(encoder().eval())
     monkeypatch.setattr(FactoredLayer, 'weight', property(lambda self: pytest.fail('read')))
-    with torch.no_grad(): model(torch.randn(2, 6, 16))
+    x,pad = torch.randn(2, 6, 16),torch.tensor([[False]*6, [False]*4+[True]*2])
+    with torch.no_grad(): model(x), model(x, src_key_padding_mask=pad) # the second would make nested tensors
 
 def test_a_transformer_with_decoder_and_a_vision_transformer():
     model = nn.Transformer(16, 4, 1, 1, 32, dropout=0., batch_first=True).eval()

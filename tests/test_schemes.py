@@ -153,6 +153,15 @@ def test_these_were_over_two_thousand_cases():
 
 # --- what else is promised of a scheme
 
+@many(40)
+@given(st.sampled_from(['cp', 'tucker']), st.tuples(st.integers(2, 8), st.integers(2, 8)), st.tuples(st.integers(1, 4), st.integers(1, 4)), st.integers(0, 99))
+def test_errors_of_neighbouring_ranks_never_grow(name, channels, kernel, seed):
+    layer = Case(2, False, channels, dict(kernel_size=kernel), seed=seed).layer() # both have local optima: solved one by one, these do grow
+    s = schemes[name](Geometry.of(layer), layer.weight)
+    ranks = range(1, min(s.most(), 16)+1) if name == 'cp' else [(s.full()[0]//2 or 1, i) for i in range(1, s.full()[1]+1)]
+    errors = [s.error(r) for r in ranks]
+    assert all(b <= a+1e-12 for a,b in zip(errors, errors[1:])), errors
+
 @many(100)
 @given(cases((1,2,3)))
 def test_tucker_is_at_least_as_good_as_the_hosvd(case):
@@ -255,6 +264,13 @@ def test_the_product_by_einsum():
 def test_strides_go_on_the_first_factor_that_can_carry_them(layer, firsts):
     for method,strides in firsts.items():
         assert [l.stride for l in low(method, layer, rank=1) if hasattr(l, 'stride')] == strides, method
+
+@pytest.mark.parametrize('method', ['svd', 'spatial', 'slice'])
+def test_singular_values_are_shared_out_equally(method):
+    first,last = (l.weight.detach().double() for l in low(method, conv(), 3) if hasattr(l, 'weight'))
+    def norms(w, axis): return w.movedim(axis, 0).flatten(1).norm(dim=1).sort()[0]
+    if method == 'slice': assert abs(first.norm()-last.norm()) < 1e-4 # float32; one SVD for each slice
+    else: assert torch.allclose(norms(first, 0), norms(last, 1), rtol=1e-4)
 
 @pytest.mark.parametrize('method', list(schemes))
 def test_random_numbers_are_left_alone(method):
