@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['decompose_learner', 'DecomposeCallback']
 
-# %% ../nbs/10_callback.ipynb #fd0846d7
+# %% ../nbs/10_callback.ipynb #1783c94e
 import math
 from functools import partial
 from numbers import Integral, Real
@@ -20,12 +20,12 @@ from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.schedule import SchedCos, SchedNo
 from fastai.callback.tracker import TrackerCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
-from .decomposer import factorize, _decomposers
+from .cost import count_params
+from .decomposer import as_decomposers, factorize
+from .layers import factored_layers
 from .optimizer import swap_layers
 
-# %% ../nbs/10_callback.ipynb #1ba2dc65
-def _n_params(model): return sum(p.numel() for p in model.parameters())
-
+# %% ../nbs/10_callback.ipynb #ec61bca7
 def decompose_learner(
     learn, # a `Learner`; its model is changed in place, its optimizer, if it has one yet, re-pointed
     what=None, # a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial')`
@@ -35,11 +35,12 @@ def decompose_learner(
     model = get_model(learn.model)
     bar = None if not hasattr(learn, 'progress') else partial(progress_bar, leave=False) if mbar is None else mbar.progress
     new,plan = factorize(model, what, progress=bar)
-    before = _n_params(model)
+    before = count_params(model)
     swap_layers(learn, new)
     model = get_model(learn.model)
     model.low_rank_plan = plan
-    return dict(decomposed=len(new), layers=len(plan['layers']), params_before=before, params_after=_n_params(model))
+    if not new: warn("No layer was decomposed and the model is as it was; `learn.model.low_rank_plan` and `learn.low_rank_summary()` tell why, layer by layer")
+    return dict(decomposed=len(new), layers=len(plan['layers']), params_before=before, params_after=count_params(model))
 
 # %% ../nbs/10_callback.ipynb #5e8af2b2
 _tails = dict(cosine=lambda lr: SchedCos(lr, 0.), constant=lambda lr: SchedNo(lr, lr))
@@ -58,7 +59,7 @@ def _start_over(cb):
     cb.best = math.inf if cb.comp(0, 1) else -math.inf      # the next value is the best, and resets patience
     if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end): cb._save(cb.fname)
 
-# %% ../nbs/10_callback.ipynb #b05b6fb8
+# %% ../nbs/10_callback.ipynb #c0eb7c12
 class DecomposeCallback(Callback):
     "Decompose the model at the start of an epoch, and go on at a low learning rate"
     order,name = 61,'decompose_cb'              # after `ParamScheduler`; `learn.decompose` is a method
@@ -70,23 +71,32 @@ class DecomposeCallback(Callback):
         tail:str='cosine' # how it goes on to the end of the fit: 'cosine' (to zero) or 'constant'
     ):
         _check(at_epoch, ft_lr, tail)
-        self.at_epoch,self.what,self.ft_lr,self.tail = int(at_epoch),_decomposers(what),float(ft_lr),tail
-        self.history,self._start,self._trained = [],None,False
+        self.at_epoch,self.what,self.ft_lr,self.tail = int(at_epoch),as_decomposers(what),float(ft_lr),tail
+        self.history,self._start,self._lrs,self._trained,self._frozen = [],None,None,False,False
 
     @property
     def done(self): return len(self.history) > 0
 
     def before_fit(self):
-        "A new fit has no tail yet"
-        self._start,self._trained = None,False
+        "A new fit has no tail yet, and the recorder starts over"
+        self._start,self._lrs,self._trained = None,None,False
+        if hasattr(self.learn, 'recorder'): self.recorder.decomposed = []
 
     def before_train(self):
         "Decompose, if it is time to"
         if hasattr(self.learn, 'lr_finder'): return
-        self._trained = True
-        if self.done: return
-        self._refuse()
-        if self.epoch >= self.at_epoch: self._decompose()
+        if not self._trained: self._begin()
+        if not self.done and self.epoch >= self.at_epoch: self._decompose()
+
+    def _begin(self):
+        "Find what is wrong before the first epoch, not at `at_epoch`"
+        if not self.done:
+            self._refuse()
+            for d in self.what: d.check(get_model(self.model))
+        elif not factored_layers(self.model):
+            warn("DecomposeCallback: it decomposes once and has done so, but this model has no factored layer; make a new callback for this fit")
+        elif self._frozen: self._start = self.epoch/self.n_epoch
+        self._trained,self._frozen = True,self.opt.frozen_idx > 0
 
     def _refuse(self):
         "Raise where the optimizer or the model cannot be changed during a fit"
@@ -101,12 +111,13 @@ class DecomposeCallback(Callback):
         mbar = getattr(getattr(self, 'progress', None), 'mbar', None)
         rec = decompose_learner(self.learn, self.what, mbar)
         if mbar is not None: mbar.add_child(self.progress.pbar)     # the epoch's bar again
+        self.history.append(dict(epoch=self.epoch, step=self.train_iter, **rec))
+        if hasattr(self.learn, 'recorder'): self.recorder.decomposed.append(self.history[-1])
+        if self.learn.logger is not noop: print(self._line(**self.history[-1]))
+        if not rec['decomposed']: return
         self.opt.zero_grad()
         self._start = self.epoch/self.n_epoch
-        self.history.append(dict(epoch=self.epoch, step=self.train_iter, **rec))
-        if hasattr(self.learn, 'recorder'): self.recorder.decomposed = self.history
         for cb in self.learn.cbs: _start_over(cb)
-        if self.learn.logger is not noop: print(self._line(**self.history[-1]))
 
     def _line(self, epoch, step, decomposed, layers, params_before, params_after):
         return (f"epoch {epoch}: decomposed {decomposed} of {layers} layers, {params_before:,} -> {params_after:,} parameters "
@@ -122,10 +133,12 @@ class DecomposeCallback(Callback):
 
     def after_batch(self):
         "Give the schedule its learning rates back"
-        if self._start is not None: self.opt.set_hyper('lr', self._lrs)
+        if self._lrs is None: return            # the batch was cancelled before they were lowered
+        self.opt.set_hyper('lr', self._lrs)
+        self._lrs = None
 
     def after_fit(self):
-        "Warn if the epoch never came"
-        if self._trained and not self.done:
+        "Warn if the epoch never came, unless layers are frozen: that may be the first fit of `fine_tune`"
+        if self._trained and not self.done and not self._frozen:
             warn(f"DecomposeCallback: at_epoch={self.at_epoch} was not reached and nothing decomposed; "
                  f"this fit of {self.n_epoch} epochs ended in epoch {self.epoch}, and the first is 0")

@@ -12,7 +12,7 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedNo, combine_scheds
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.learner import load_learner
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
 from tiny import mk_learn, net, splitter, snapshot, moved, ids, flat
@@ -67,23 +67,49 @@ def test_everything_trains_after_the_swap():
 
 @pytest.mark.parametrize('opt_func', [partial(SGD, mom=0.9), Adam, ranger, partial(OptimWrapper, opt=torch.optim.AdamW)])
 def test_decomposing_nothing_changes_nothing(opt_func):
-    "With all layers left dense (rank 8 makes none smaller) and a tail above the schedule, the fit is the same to the last bit"
-    res = []
-    for cbs in ([], [DecomposeCallback(1, FC_Decomposer(rank=8), ft_lr=1e9, tail='constant')]):
-        learn = mk_learn(opt_func)
-        learn.fit_one_cycle(3, 1e-2, cbs=cbs)
-        res.append(snapshot(learn.model))
-    assert n_fact(learn) == 0 and not any(moved(res[0], learn.model))
+    "With all layers left dense (rank 8 makes none smaller) there is a warning, no tail, and the fit is the same to the last bit"
+    learn = mk_learn(opt_func)
+    learn.fit_one_cycle(3, 1e-2)
+    dense,lrs = snapshot(learn.model),learn.recorder.lrs
+    learn,c = mk_learn(opt_func),DecomposeCallback(1, FC_Decomposer(rank=8))
+    with pytest.warns(UserWarning, match='No layer was decomposed.*low_rank_plan.*low_rank_summary'): learn.fit_one_cycle(3, 1e-2, cbs=c)
+    assert n_fact(learn) == 0 and not any(moved(dense, learn.model)) and learn.recorder.lrs == lrs
+    assert c.done and [h['decomposed'] for h in c.history] == [0]
 
-def test_fine_tune_decomposes_once():
-    learn,c,w = mk_learn(),cb(0),Watch()
+@pytest.fixture
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        yield
+
+@pytest.mark.parametrize('opt_func', [Adam, ranger, partial(OptimWrapper, opt=torch.optim.AdamW)])
+def test_fine_tune_at_a_later_epoch(opt_func, no_warnings):
+    learn,c,w = mk_learn(opt_func),cb(2),Watch()
+    learn.fine_tune(4, 1e-2, freeze_epochs=1, cbs=[c, w])
+    assert [h['epoch'] for h in c.history] == [2] and w.trains == [0,0,3,3]
+    assert all(p.requires_grad for p in learn.model.parameters())
+
+def test_fine_tune_that_never_gets_there():
+    learn,c = mk_learn(),cb(2)
+    with pytest.warns(UserWarning, match='at_epoch=2 was not reached .* fit of 2 epochs') as rec: learn.fine_tune(2, 1e-2, cbs=c)
+    assert sum('at_epoch' in str(r.message) for r in rec) == 1 and not c.done
+
+def test_fine_tune_at_0_has_a_tail_in_both_fits(no_warnings):
+    learn,c,w = mk_learn(),cb(0, ft_lr=1e-6),Watch()
     learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=[c, w])
     assert len(c.history) == 1 and w.trains == [3,3]
-    learn,c,w = mk_learn(),cb(1),Watch()
-    with pytest.warns(UserWarning, match='at_epoch=1 was not reached') as rec: learn.fine_tune(3, 1e-2, cbs=[c, w])
-    assert sum('at_epoch' in str(r.message) for r in rec) == 1
-    assert [h['epoch'] for h in c.history] == [1] and w.trains == [0,3,3]
-    assert all(p.requires_grad for p in learn.model.parameters())
+    same_lrs(learn.recorder.lrs[:-1], tail(2*n_iter, 1e-6)[:-1])       # in the last step the schedule is lower
+    learn.fit(1, 1e-2, cbs=c)                       # not after a fit without frozen layers
+    assert learn.recorder.lrs == [1e-2]*n_iter
+
+def test_the_tail_after_a_frozen_fit_is_not_that_of_lr_find(tmp_path):
+    learn,plain = mk_learn(path=tmp_path, cbs=cb(0)),mk_learn(path=tmp_path)
+    learn.freeze()
+    learn.fit(1, 1e-2)
+    for l in (learn, plain): l.lr_find(num_it=8, show_plot=False)
+    assert learn.recorder.lrs == plain.recorder.lrs
+    learn.fit(1, 1e-2)
+    same_lrs(learn.recorder.lrs, tail(n_iter))
 
 def test_fine_tune_keeps_the_body_frozen_after_the_swap():
     learn,grabbed = mk_learn(),[]
@@ -113,6 +139,17 @@ def test_one_instance_swaps_once_and_has_one_tail():
     learn.fit(3, 1e-2, cbs=c)
     assert learn.model[0] is model and len(c.history) == 1
     assert learn.recorder.lrs == [1e-2]*3*n_iter    # the clamp of the first fit is gone
+
+def test_a_used_callback_is_quiet_in_the_same_learner_and_warns_in_another(tmp_path):
+    learn,c = mk_learn(path=tmp_path),cb()
+    learn.fit(2, 1e-2, cbs=c)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.fit(1, 1e-2, cbs=c)
+        other = mk_learn(path=tmp_path, cbs=c)
+        other.validate(), other.get_preds(), other.lr_find(num_it=8, show_plot=False)
+    with pytest.warns(UserWarning, match='decomposes once .* make a new callback') as rec: other.fit(2, 1e-2)
+    assert len(rec) == 1 and n_fact(other) == 0 and other.recorder.lrs == [1e-2]*2*n_iter
 
 def test_persistent_callback_never_swaps_outside_of_training(tmp_path):
     learn = mk_learn(path=tmp_path, cbs=cb(0))
@@ -165,9 +202,15 @@ def test_wrong_what():
     with pytest.raises(TypeError, match='^what: '): DecomposeCallback(1, 'svd')
     assert DecomposeCallback(np.int64(1), ft_lr=np.float32(.5)).at_epoch == 1
 
-def test_a_wrong_layer_name_leaves_the_learner_dense():
-    learn = mk_learn()
-    with pytest.raises(ValueError, match='head'): learn.fit(2, 1e-2, cbs=DecomposeCallback(1, FC_Decomposer(rank={'head': 2})))
+@pytest.mark.parametrize('rank,match', [({'head': 2}, 'head'), ({'99': 2}, '99'), ({'x.*': .5}, 'x'), ({'2': 2}, '2'), ({'0': 99}, '99')])
+def test_a_wrong_name_or_rank_is_found_before_the_first_epoch(rank, match, tmp_path):
+    c = DecomposeCallback(5, FC_Decomposer(rank=rank))
+    learn = mk_learn(path=tmp_path, cbs=c)
+    before = snapshot(learn.model)
+    learn.validate(), learn.get_preds(), learn.lr_find(num_it=8, show_plot=False)
+    with pytest.raises(ValueError, match=match): learn.fit(9, 1e-2)
+    assert learn.recorder.lrs == [] and not any(moved(before, learn.model))
+    learn.remove_cb(c)
     check_dense_and_trains(learn)
 
 # The tail
@@ -377,7 +420,30 @@ def test_export_and_save_after_the_swap(tmp_path):
     learn.fit(1, 1e-2)
     assert all(moved(before, learn.model))
 
+@pytest.mark.parametrize('at', range(2*n_iter))
+@pytest.mark.parametrize('order', [0, 70])           # before or after the learning rate is lowered
+def test_a_cancelled_batch(at, order):
+    class Skip(Callback):
+        def before_batch(self):
+            if self.training and self.train_iter == self.at: self.at += 99; raise CancelBatchException()
+    skip = Skip()
+    skip.at,skip.order = at,order
+    learn,c = mk_learn(),cb(1)
+    learn.fit(2, 1e-2, cbs=[c, skip])
+    assert skip.at == at+99 and n_fact(learn) == 3
+    assert [h['lr'] for h in learn.opt.hypers] == [1e-2]*3      # the schedule's own, given back
+
 # What it shows
+
+def test_the_recorder_has_one_fit():
+    a,b = DecomposeCallback(0, FC_Decomposer(rank={'0': 2})),DecomposeCallback(1, FC_Decomposer(rank={'3': 2}))
+    learn = mk_learn(cbs=[a, b])
+    learn.fit(2, 1e-2)
+    assert learn.recorder.decomposed == a.history + b.history and [h['epoch'] for h in learn.recorder.decomposed] == [0,1]
+    learn.fit(2, 1e-2, cbs=DecomposeCallback(1, FC_Decomposer(rank={'6': 2})))
+    assert [h['step'] for h in learn.recorder.decomposed] == [n_iter]
+    learn.fit(1, 1e-2)
+    assert learn.recorder.decomposed == [] and len(a.history) == len(b.history) == 1
 
 def test_records_and_plan():
     learn,c = mk_learn(),cb(1)
@@ -427,3 +493,9 @@ def test_decompose_learner():
     before = snapshot(learn.model)
     learn.fit(1, 1e-2)
     assert all(moved(before, learn.model)) and ids(flat(learn.opt)) == ids(learn.model.parameters())
+
+def test_decompose_learner_warns_where_nothing_is_left_to_do():
+    learn = mk_learn()
+    decompose_learner(learn, what)
+    with pytest.warns(UserWarning, match='No layer was decomposed'): rec = decompose_learner(learn, what)
+    assert rec['decomposed'] == 0 and rec['params_before'] == rec['params_after'] and n_fact(learn) == 3
