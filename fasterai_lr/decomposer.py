@@ -250,7 +250,7 @@ def decompose(
     "A copy of `model` with low-rank layers"
     return _with_plan(model, *factorize(model, what))
 
-# %% ../nbs/08_decomposer.ipynb #e900fc9e
+# %% ../nbs/08_decomposer.ipynb #367983f7
 def project_(
     model:nn.Module, # changed in place
     rank, # fraction, int, `Energy`, `EVBMF`, or {name or glob: rank}
@@ -260,8 +260,9 @@ def project_(
     dec = Decomposer(rank)
     found = find_layers(model, FC_Decomposer.types + ConvDecomposer.types)
     if isinstance(dec.rank, dict): check_patterns(found, dec.rank, 'rank')
-    new = {}
-    for f in select(found, layers):
+    new,chosen = {},select(found, layers)
+    check_loaded(chosen)
+    for f in chosen:
         wish,named = dec._wish(f, dec.rank)
         if wish is None or 'weight' not in f.layer._parameters: continue
         scheme = Svd(Geometry.of(f.layer), f.layer.weight, f.name)

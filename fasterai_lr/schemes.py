@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['schemes', 'Link', 'Shuffle', 'Mode', 'Scheme', 'register', 'Svd', 'Spatial', 'exceeds', 'Tucker', 'CP', 'Slice']
 
-# %% ../nbs/04_schemes.ipynb #2461eb7b
+# %% ../nbs/04_schemes.ipynb #ca4008d7
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -15,7 +15,7 @@ from torch import nn, Tensor
 
 from .linalg import SVD, check_finite
 from .tensor import channel_unfoldings, cp, cp_exact_rank, cp_to_kernel, tucker2, tucker2_full_ranks, tucker2_to_kernel
-from .layers import Geometry, FactoredLayer, ChannelShuffle, fill
+from .layers import ChannelShuffle, FactoredLayer, FactoredTranspose, Geometry, fill
 from .rank import Energy, EVBMF, resolve_rank
 
 # %% ../nbs/04_schemes.ipynb #e007516e
@@ -39,7 +39,7 @@ class Mode:
     spectrum:object # zero-argument callable that returns the singular values, `[n]` or `[blocks, n]`
     shape:tuple # rows and columns of the unfolding
 
-# %% ../nbs/04_schemes.ipynb #397962ae
+# %% ../nbs/04_schemes.ipynb #52e91d88
 class Scheme:
     "One way to factor one layer; see `links` and `tensors`, which a scheme defines"
     name = None
@@ -104,8 +104,8 @@ class Scheme:
 
     def skeleton(self, rank)->FactoredLayer: # on the meta device
         "The chain at `rank` without weights"
-        chain = self.chain(rank)
-        return FactoredLayer(*(self._module(l, l is chain[-1]) for l in chain), geometry=self.geom, scheme=self.name, rank=rank)
+        chain,cls = self.chain(rank),FactoredTranspose if self.geom.transposed else FactoredLayer
+        return cls(*(self._module(l, l is chain[-1]) for l in chain), geometry=self.geom, scheme=self.name, rank=rank)
 
     def build(self, rank, like:nn.Module)->FactoredLayer: # `like`: the layer that is replaced
         "The chain at `rank` with its weights, placed and typed like the dense layer"

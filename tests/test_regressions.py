@@ -287,7 +287,13 @@ def quantised(): return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.
                                         (lambda: nn.Sequential(nn.Linear(8, 8, device='meta'), nn.Conv2d(8, 8, 3, device='meta')), "layer '[01]' is on the meta device")])
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::UserWarning')
 def test_models_without_weights_to_decompose(make, match):
-    for f in (FC_Decomposer().decompose, ConvDecomposer().decompose, lambda m: project_(m, 2)): raises(make(), f, ValueError, match)
+    conv = [] if make is quantised else [ConvDecomposer().decompose]
+    for f in (FC_Decomposer().decompose, lambda m: project_(m, 2), *conv): raises(make(), f, ValueError, match)
+
+def test_layers_that_nobody_asked_for_may_lack_weights():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4))
+    assert list(factored_layers(FC_Decomposer(2).decompose(model, layers='0'))) == ['0']
+    assert not factored_layers(ConvDecomposer().decompose(quantised()))
 
 def test_after_one_batch_a_lazy_model_is_an_ordinary_one():
     model = lazy()
