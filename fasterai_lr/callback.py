@@ -25,10 +25,10 @@ from .decomposer import as_decomposers, factorize
 from .layers import factored_layers
 from .optimizer import swap_layers
 
-# %% ../nbs/10_callback.ipynb #ec61bca7
+# %% ../nbs/10_callback.ipynb #a4eec80c
 def decompose_learner(
     learn, # a `Learner`; its model is changed in place, its optimizer, if it has one yet, re-pointed
-    what=None, # a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial')`
+    what=None, # a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
     mbar=None # the fit's `master_bar`, if one is running
 )->dict: # how many layers were decomposed, of how many, and the model's number of parameters before and after
     "Replace the layers of `learn.model` by their factors"
@@ -59,14 +59,14 @@ def _start_over(cb):
     cb.best = math.inf if cb.comp(0, 1) else -math.inf      # the next value is the best, and resets patience
     if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end): cb._save(cb.fname)
 
-# %% ../nbs/10_callback.ipynb #c0eb7c12
+# %% ../nbs/10_callback.ipynb #2a5e1bb8
 class DecomposeCallback(Callback):
     "Decompose the model at the start of an epoch, and go on at a low learning rate"
     order,name = 61,'decompose_cb'              # after `ParamScheduler`; `learn.decompose` is a method
     run_valid,_only_train_loop = False,True
     def __init__(self,
         at_epoch:int, # epoch at whose start to decompose; the first is 0
-        what=None, # a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial')`
+        what=None, # a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
         ft_lr:float=1e-4, # learning rate from then on, of the last parameter group
         tail:str='cosine' # how it goes on to the end of the fit: 'cosine' (to zero) or 'constant'
     ):

@@ -14,10 +14,10 @@ from fastai.torch_core import apply, cast, get_model, to_device
 from .callback import decompose_learner
 from .report import summarize
 
-# %% ../nbs/13_learner.ipynb #4bd21aae
+# %% ../nbs/13_learner.ipynb #838e268d
 @patch
 def decompose(self:Learner,
-    what=None # a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial')`
+    what=None # a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
    )->Learner: # the same learner
     "Replace the layers of `self.model` by their factors, now, and re-point the optimizer"
     decompose_learner(self, what)
