@@ -39,11 +39,11 @@ def _scaled(A):
     s = 2.**math.frexp(top)[1]
     return A/s, s
 
-# %% ../nbs/00_linalg.ipynb #91df8992
+# %% ../nbs/00_linalg.ipynb #3dd2a79a
 @contextmanager
 def _full_precision(device):
     "No gradients, and matrix products in the precision of their inputs, whatever is switched on around"
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    backends = [b for b in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if b.fp32_precision not in ('none', 'ieee')]
     was = [b.fp32_precision for b in backends]
     try:
         for b in backends: b.fp32_precision = 'ieee'
