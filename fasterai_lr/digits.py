@@ -84,11 +84,11 @@ def train_digits(
     after,end = _accuracy(dls, keep.kept),_accuracy(dls, small.model)
     return SimpleNamespace(dense=dense, small=small, dense_accuracy=_accuracy(dls, dense.model), swap_accuracy=after, accuracy=end)
 
-# %% ../nbs/15_digits.ipynb #73152ee4
+# %% ../nbs/15_digits.ipynb #7eeffdbb
 def report(
     r, # from `train_digits`
     picture='digits.png' # file for the training curve; `None`: none
-   )->dict: # the totals
+   ):
     "Print the table of layers and the totals, save the training curve"
     x = r.small.dls.valid.one_batch()[0]
     table = summarize(r.small.model, x[:1])
@@ -101,7 +101,7 @@ def report(
     print(f"{'latency of '+str(len(x))+' images, ms':36}{lat['dense'].ms:>12.2f} → {lat['small'].ms:>10.2f}   {lat['dense'].ms/lat['small'].ms:.2f}× as fast")
     print(f'accuracy: dense {r.dense_accuracy:.2%}, right after the decomposition {r.swap_accuracy:.2%}, fine-tuned {r.accuracy:.2%}')
     if picture:
-        axes = plot_training(r.small.recorder, [d['step'] for d in r.small.recorder.decomposed])
+        axes = plot_training(r.small.recorder)
         axes[0].figure.savefig(picture, dpi=120)
         print(f'training curve saved as {picture}')
 
