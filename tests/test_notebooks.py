@@ -20,7 +20,7 @@ def case(path):
 
 def copy_project(to):
     "What running a notebook needs, in the folder `to`: whatever a notebook writes then stays there"
-    shutil.copytree(root/'nbs', to/'nbs')
+    for o in ('nbs', 'bench/results'): shutil.copytree(root/o, to/o)
     shutil.copy(root/'pyproject.toml', to)
 
 def run_notebook(project, path):
