@@ -53,7 +53,7 @@ def _fraction(percent_removed, rank_ratio):
     if percent_removed is not None: return float(1 - percent_removed)
     return None if rank_ratio is None else float(rank_ratio)
 
-# %% ../nbs/08_decomposer.ipynb #8b0dd88d
+# %% ../nbs/08_decomposer.ipynb #fa9cb6b8
 class Decomposer:
     "What `FC_Decomposer` and `ConvDecomposer` share: from a wish for a rank to factored layers"
     types = () # classes of layers it decomposes
@@ -142,13 +142,14 @@ class Decomposer:
         rank_ratio:float|None=None, # fraction of the full rank; replaces the decomposer's `rank`
         layers=None, # names or globs of the layers to decompose; `None`: all
         exclude=None, # names or globs of layers to leave dense
-        progress=None # wraps the iteration over the layers, like `fastprogress.progress_bar`
+        progress=None, # wraps the iteration over the layers, like `fastprogress.progress_bar`
+        taken=() # names of layers to pass over, which another decomposer has factored
        )->tuple: # ({name: `FactoredLayer`}, {name: record})
         "The factored layers and a record of every layer of this decomposer's types; the model is only read"
         fraction = _fraction(percent_removed, rank_ratio)
         rank = self.rank if fraction is None else fraction
         found,chosen = self._select(model, rank, layers, exclude)
-        new,records = {},{}
+        found,new,records = [f for f in found if f.name not in taken],{},{}
         for f in (progress or iter)(found):
             if f.name in chosen: layer,rec = self._one(f, *self._wish(f, rank))
             else: layer,rec = None,dense_record(f, 'left out by layers or exclude')
@@ -218,7 +219,7 @@ class ConvDecomposer(Decomposer):
         cls = Svd if all(k == 1 for k in geom.kernel) else schemes[self.method]
         return cls(geom, found.layer.weight, found.name)
 
-# %% ../nbs/08_decomposer.ipynb #c6358902
+# %% ../nbs/08_decomposer.ipynb #9c8a166c
 def as_decomposers(what):
     "`what` as a list of decomposers"
     if what is None: return [FC_Decomposer(), ConvDecomposer('spatial', rank=0.25)]
@@ -236,11 +237,9 @@ def factorize(
     "All factored layers that `what` asks for, and the plan; the first decomposer that factors a layer has it"
     new,records = {},{}
     for d in as_decomposers(what):
-        layers,recs = d.factorize(model, progress=progress)
-        for n,r in recs.items():
-            if n in new or n in records and r['status'] == 'dense': continue
-            records[n] = r
-            if n in layers: new[n] = layers[n]
+        layers,recs = d.factorize(model, progress=progress, taken=new)
+        new |= layers
+        records |= {n:r for n,r in recs.items() if n in layers or n not in records}
     return new,_plan(model, records)
 
 def decompose(
