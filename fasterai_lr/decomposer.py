@@ -53,7 +53,7 @@ def _fraction(percent_removed, rank_ratio):
     if percent_removed is not None: return float(1 - percent_removed)
     return None if rank_ratio is None else float(rank_ratio)
 
-# %% ../nbs/08_decomposer.ipynb #fa9cb6b8
+# %% ../nbs/08_decomposer.ipynb #90287964
 class Decomposer:
     "What `FC_Decomposer` and `ConvDecomposer` share: from a wish for a rank to factored layers"
     types = () # classes of layers it decomposes
@@ -125,9 +125,9 @@ class Decomposer:
         "The layers of this decomposer's types, and the names of those that were asked for; an error where a name or a layer is wrong"
         found = find_layers(model, self.types)
         if isinstance(rank, dict): check_patterns(found, rank, 'rank')
-        chosen = [f for f in select(found, layers, exclude) if self._wish(f, rank)[0] is not None]
-        check_loaded(chosen)
-        return found,{f.name for f in select(found, layers, exclude)}
+        chosen = select(found, layers, exclude)
+        check_loaded([f for f in chosen if self._wish(f, rank)[0] is not None])
+        return found,{f.name for f in chosen}
 
     def check(self, model:nn.Module):
         "Raise what `factorize` would for wrong names and ranks, without computing any factors"
