@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['check_finite', 'SVD', 'truncated_svd', 'singular_values']
 
-# %% ../nbs/00_linalg.ipynb #6496c3d3
+# %% ../nbs/00_linalg.ipynb #1d23abda
 from contextlib import contextmanager
 import math, torch
+from scipy.linalg import eigh_tridiagonal, get_blas_funcs, get_lapack_funcs
 from torch import Tensor
 
 # %% ../nbs/00_linalg.ipynb #b082810b
@@ -51,20 +52,52 @@ def _full_precision(device):
     finally:
         for b,w in zip(backends, was): b.fp32_precision = w
 
-# %% ../nbs/00_linalg.ipynb #7d6fdd14
+# %% ../nbs/00_linalg.ipynb #d9024443
+def _gram_cpu(A, dtype, cols=4096):
+    G,syrk = None,get_blas_funcs('syrk', dtype=str(dtype).removeprefix('torch.'))
+    for X in A.split(cols if dtype != A.dtype else A.shape[1], dim=1):
+        x = X.to(dtype).numpy()
+        trans = not x.flags.f_contiguous
+        x = x.T if trans else x
+        G = syrk(1., x, trans=trans, lower=1) if G is None else syrk(1., x, trans=trans, lower=1, beta=1., c=G, overwrite_c=1)
+    return torch.from_numpy(G)
+
 def _gram(A, dtype=None, rows=1024, cols=4096):
     "Lower triangle of `A @ A.T`, computed in `dtype` without a copy of `A` in it"
+    if A.device.type == 'cpu': return _gram_cpu(A, dtype or A.dtype)
     G = A.new_zeros(len(A), len(A), dtype=dtype or A.dtype)
     for X in A.split(cols, dim=1):
         X = X.to(G.dtype)
         for i in range(0, len(G), rows): G[i:,i:i+rows].addmm_(X[i:], X[i:i+rows].T)
     return G
 
-# %% ../nbs/00_linalg.ipynb #9e19521c
-def _eigh(A, dtype):
-    "Squared singular values of `A`, largest first, and left singular vectors"
-    L,Q = torch.linalg.eigh(_gram(A, dtype))
-    return L.flip(0).clamp_min_(0), Q.flip(1)
+def _matmul(A, B):
+    return torch.from_numpy(A.numpy()@B.numpy()) if A.device.type == 'cpu' else A@B
+
+# %% ../nbs/00_linalg.ipynb #a939f525
+class _Eigen:
+    "Eigenvalues of `A @ A.T`, largest first, and as many of its eigenvectors as are asked for"
+    def __init__(self, A, dtype):
+        self.dtype,self.U,G = dtype,None,_gram(A, dtype)
+        if G.device.type == 'cpu': values = self._tridiagonalize(G.numpy())
+        else: values,U = torch.linalg.eigh(G); self.U = U.flip(1)
+        self.values = values.flip(0).clamp_min(0)
+
+    def _tridiagonalize(self, G):
+        sytrd,self.ormqr = get_lapack_funcs(('sytrd', 'ormqr'), (G,))
+        self.reflectors,d,e,self.tau,_ = sytrd(G, lower=1, lwork=64*len(G), overwrite_a=1)
+        values,Z = eigh_tridiagonal(d.astype('float64'), e.astype('float64'), lapack_driver='stevd')
+        self.Z = Z.astype(G.dtype)
+        return torch.from_numpy(values).to(self.dtype)
+
+    def _back(self, r):
+        U = self.Z[:,:-r-1:-1].copy(order='F')
+        if len(U)>1: U[1:] = self.ormqr('L', 'N', self.reflectors[1:,:-1], self.tau, U[1:], 64*r)[0]
+        return torch.from_numpy(U)
+
+    def vectors(self, r): # `[m,r]`
+        if self.U is None or self.U.shape[1] < r: self.U = self._back(r)
+        return self.U[:,:r]
 
 # %% ../nbs/00_linalg.ipynb #1644c498
 def _orthonormal_rows(B):
@@ -93,9 +126,8 @@ def _gram_is_enough(L, r, eps):
     noise = 10*len(L) * (eps*L[0])**2 / L[r-1]
     return bool(L[r-1] > 1e3*eps*L[0] and noise <= _slack(L[r:].sum(), L.sum(), eps))
 
-# %% ../nbs/00_linalg.ipynb #488eb987
-def _frobenius2(A): # summed in float64, without a copy of `A` in it
-    return sum(torch.linalg.vector_norm(a, dtype=torch.float64)**2 for a in A.reshape(-1, A.shape[-1]).split(256))
+# %% ../nbs/00_linalg.ipynb #ca877317
+def _frobenius2(A): return torch.linalg.vector_norm(A, dim=-1).double().square().sum()
 
 def _randomized(A, r, passes):
     "`U`, `S`, `V` of rank `r` by subspace iteration, or None where `passes` do not bring it as near to the best as promised"
@@ -115,15 +147,15 @@ def _randomized(A, r, passes):
         if was is not None and gain*(gain/was)**left > slack: return None
         was = gain
 
-# %% ../nbs/00_linalg.ipynb #2d16f68d
+# %% ../nbs/00_linalg.ipynb #c6bdb0c4
 def _block(r): return 2*r + 8
 
 def _passes(m, n, r):
     "Passes of the randomised route that fit into half the cost of the Gram route"
     k = _block(r)
-    return int((5/8*m*m*n + 8*m**3 + m*n*r) / (2*(2*m*n*k + 20*(m+n)*k*k)))
+    return int((m*m*n/2 + 7*m**3 + m*n*r) / (2*(2*m*n*k + 20*(m+n)*k*k)))
 
-# %% ../nbs/00_linalg.ipynb #5252dcb3
+# %% ../nbs/00_linalg.ipynb #56c42be0
 class SVD:
     "The singular value decomposition of `A`, computed only as far as it is asked for"
     def __init__(self, 
@@ -142,7 +174,7 @@ class SVD:
         "All singular values, largest first"
         with _full_precision(self.A.device):
             eig = None if self.small else self._eigen(lambda L: L[-1] > 1e-3*L[0])
-            S = eig[0].sqrt().to(self.A.dtype) if eig else self._lapack()[1]
+            S = eig.values.sqrt().to(self.A.dtype) if eig else self._lapack()[1]
             return (S*self.scale).to(self.device)
 
     def truncate(self, 
@@ -175,12 +207,12 @@ class SVD:
         return self._svd
 
     def _eigen(self, enough):
-        "`_eigh` in the dtype of `A` if its eigenvalues are good `enough`, else in a wider dtype, else None"
-        if self._eig is None: self._eig = _eigh(self.wide, self.A.dtype)
-        if self._eig[0].dtype==torch.float64!=self.A.dtype or enough(self._eig[0]): return self._eig
+        "`_Eigen` in the dtype of `A` if its eigenvalues are good `enough`, else in a wider dtype, else None"
+        if self._eig is None: self._eig = _Eigen(self.wide, self.A.dtype)
+        if self._eig.dtype==torch.float64!=self.A.dtype or enough(self._eig.values): return self._eig
         if self.A.dtype==torch.float64: return None
         self._eig = None # not kept in memory beside the wider one
-        self._eig = _eigh(self.wide, torch.float64)
+        self._eig = _Eigen(self.wide, torch.float64)
         return self._eig
 
     def _truncate(self, r):
@@ -200,8 +232,8 @@ class SVD:
         "`U`, `S`, `V` of `wide` by the Gram route, or None"
         eig = self._eigen(lambda L: _gram_is_enough(L, r, torch.finfo(self.A.dtype).eps))
         if eig is None: return
-        U = eig[1][:,:r].to(self.A.dtype)
-        S,V = _orthonormal_rows(U.T @ self.wide)
+        U = eig.vectors(r).to(self.A.dtype)
+        S,V = _orthonormal_rows(_matmul(U.T, self.wide))
         if (S.diff()<=0).all(): return U.clone(), S, V
         S,order = S.sort(descending=True)
         return U[:,order], S, V[order]

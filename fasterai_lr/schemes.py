@@ -126,7 +126,7 @@ def register(cls):
     schemes[cls.name] = cls
     return cls
 
-# %% ../nbs/04_schemes.ipynb #a8121979
+# %% ../nbs/04_schemes.ipynb #41298ffc
 class _Matrix(Scheme):
     "A scheme that takes the truncated SVD of one matrix a block"
     def unfolding(self)->Tensor: raise NotImplementedError # `[groups, rows, cols]`
@@ -145,7 +145,7 @@ class _Matrix(Scheme):
         "Left and right factor with the root of the singular values in each"
         U,S,Vh = (t.reshape(-1, *t.shape[-d:]) for t,d in zip(self.svd.truncate(rank), (2, 1, 2)))
         root = S.sqrt()
-        return U*root[:,None,:], root[:,:,None]*Vh
+        return U.mul_(root[:,None,:]), Vh.mul_(root[:,:,None])
 
 # %% ../nbs/04_schemes.ipynb #c418059f
 @register
