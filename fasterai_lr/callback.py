@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['decompose_learner', 'DecomposeCallback']
 
-# %% ../nbs/10_callback.ipynb #1783c94e
+# %% ../nbs/10_callback.ipynb #bec8886d
 import math
 from functools import partial
 from numbers import Integral, Real
 from warnings import warn
 
-from torch.nn.parallel import DistributedDataParallel
 from fastprogress.fastprogress import progress_bar
 from fastai.imports import noop             # not fastcore's
 from fastai.torch_core import get_model
@@ -22,10 +21,11 @@ from fastai.callback.tracker import TrackerCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from .cost import count_params
 from .decomposer import as_decomposers, factorize
+from .distributed import check_wrapper, on_first_rank
 from .layers import factored_layers
 from .optimizer import swap_layers
 
-# %% ../nbs/10_callback.ipynb #a4eec80c
+# %% ../nbs/10_callback.ipynb #45b63316
 def decompose_learner(
     learn, # a `Learner`; its model is changed in place, its optimizer, if it has one yet, re-pointed
     what=None, # a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
@@ -34,7 +34,7 @@ def decompose_learner(
     "Replace the layers of `learn.model` by their factors"
     model = get_model(learn.model)
     bar = None if not hasattr(learn, 'progress') else partial(progress_bar, leave=False) if mbar is None else mbar.progress
-    new,plan = factorize(model, what, progress=bar)
+    new,plan = on_first_rank(lambda: factorize(model, what, progress=bar), learn.model)
     before = count_params(model)
     swap_layers(learn, new)
     model = get_model(learn.model)
@@ -59,7 +59,7 @@ def _start_over(cb):
     cb.best = math.inf if cb.comp(0, 1) else -math.inf      # the next value is the best, and resets patience
     if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end): cb._save(cb.fname)
 
-# %% ../nbs/10_callback.ipynb #2a5e1bb8
+# %% ../nbs/10_callback.ipynb #86d90239
 class DecomposeCallback(Callback):
     "Decompose the model at the start of an epoch, and go on at a low learning rate"
     order,name = 61,'decompose_cb'              # after `ParamScheduler`; `learn.decompose` is a method
@@ -104,8 +104,7 @@ class DecomposeCallback(Callback):
         if half:
             for cb in half: cb('after_fit')     # gives the optimizer its own parameters back
             raise RuntimeError("DecomposeCallback: NonNativeMixedPrecision keeps copies of the parameters and would train the old ones; use `learn.to_fp16()`")
-        if isinstance(self.learn.model, DistributedDataParallel):
-            raise RuntimeError("DecomposeCallback: the model is inside DistributedDataParallel, which knows only the old parameters; use `learn.decompose` outside of `distrib_ctx`")
+        check_wrapper(self.learn.model)
 
     def _decompose(self):
         mbar = getattr(getattr(self, 'progress', None), 'mbar', None)

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['follow_params', 'rebind_opt', 'swap_layers']
 
-# %% ../nbs/09_optimizer.ipynb #12715c89
+# %% ../nbs/09_optimizer.ipynb #d87c5ac6
 from collections import defaultdict
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from fastai.optimizer import Optimizer, OptimWrapper, Lookahead
 from fastai.torch_core import get_model
+from .distributed import rewrap_
 from .layers import replace_layers_
 
 # %% ../nbs/09_optimizer.ipynb #fada0263
@@ -70,7 +72,7 @@ def rebind_opt(
     if isinstance(opt, OptimWrapper): _rebind_torch(opt.opt, live)
     return opt
 
-# %% ../nbs/09_optimizer.ipynb #90776d7d
+# %% ../nbs/09_optimizer.ipynb #e2ae7ceb
 def swap_layers(
     learn, # a `Learner`; its optimizer, if it has one yet, is re-pointed
     new:dict # {layer name: module that replaces it}
@@ -80,6 +82,6 @@ def swap_layers(
     model = get_model(learn.model)
     if learn.opt is not None: rebind_opt(learn.opt, follow_params(model, new))
     root = replace_layers_(model, new)
-    if root is model: return
     if learn.model is model: learn.model = root
     else: learn.model.module = root
+    if isinstance(learn.model, DistributedDataParallel): rewrap_(learn.model)

@@ -366,28 +366,6 @@ def test_non_native_mixed_precision_is_refused():
     with pytest.raises(RuntimeError, match='to_fp16'): learn.fit(3, 1e-2, cbs=[cb(2), CPU()])
     check_dense_and_trains(learn)
 
-class Parallel(Callback):
-    "What fastai's `ParallelTrainer` does (its module needs accelerate)"
-    def before_fit(self): self.learn.model = nn.DataParallel(self.learn.model)
-    def after_fit(self): self.learn.model = self.learn.model.module
-
-def test_data_parallel():
-    learn = mk_learn()
-    learn.fit(2, 1e-2, cbs=[Parallel(), cb(1)])
-    assert n_fact(learn) == 3 and isinstance(learn.model, nn.Sequential) and 'layers' in learn.model.low_rank_plan
-
-def test_distributed_is_refused():
-    dist = torch.distributed
-    class Wrap(Callback):
-        order = 11
-        def before_fit(self): self.learn.model = nn.parallel.DistributedDataParallel(self.learn.model)
-    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        learn = mk_learn()
-        with pytest.raises(RuntimeError, match='DistributedDataParallel'): learn.fit(3, 1e-2, cbs=[cb(2), Wrap()])
-        assert learn.recorder.lrs == [] and factored(learn.model) == 0
-    finally: dist.destroy_process_group()
-
 def test_root_layer():
     learn = mk_learn(model=nn.Linear(8,4), splitter=lambda m: list(m.parameters()))
     learn.fit(2, 1e-2, cbs=cb())

@@ -1,0 +1,190 @@
+"What `test_distributed.py` runs in two processes: `python ddp_script.py FOLDER NAME…`; each process writes what it has seen to FOLDER/NAME_RANK.pt"
+from functools import partial
+from pathlib import Path
+import gc, random, sys, warnings, weakref
+
+import torch
+from torch import nn, distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.nn.parallel import DistributedDataParallel as DDP
+from fastai.basics import *
+from fastai.callback.all import *
+from fastai.distributed import *
+from fasterai_lr.callback import DecomposeCallback
+from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
+from fasterai_lr.layers import factored_layers
+from fasterai_lr.learner import *
+from fasterai_lr.rank import Energy
+import fasterai_lr.callback as module
+
+torch.set_num_threads(1)
+warnings.filterwarnings('ignore', category=FutureWarning)
+
+@patch
+def _broadcast(self:DistributedDL, t, rank):
+    "fastai's own sends the indices from GPU to GPU, and there may be none"
+    t = LongTensor(t)
+    dist.broadcast(t, rank)
+    return t.tolist()
+
+what = FC_Decomposer(rank=2)
+
+def net(norm=nn.BatchNorm1d):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8,12), nn.ReLU(), norm(12), nn.Linear(12,10), nn.ReLU(), nn.LayerNorm(10), nn.Linear(10,4))
+
+def split(m): return [list(m[:3].parameters()), list(m[3:5].parameters()), list(m[5:].parameters())]
+
+def mk_learn(model=None, n=64, bs=16, idxs=None, shuffle=True, loader=None, **kw):
+    "A learner that says nothing; `idxs`: the order of the items"
+    random.seed(0)
+    g = torch.Generator().manual_seed(1)
+    x,y = torch.randn(n, 8, generator=g),torch.randn(n, 4, generator=g)
+    if idxs is not None: x,y = x[idxs],y[idxs]
+    dls = Datasets(range(n), [[x.__getitem__],[y.__getitem__]], splits=[range(n),range(n)]).dataloaders(bs=bs, shuffle=shuffle, device='cpu', num_workers=0)
+    if loader: dls.loaders = [loader(dl) for dl in dls.loaders]
+    learn = Learner(dls, model or net(), loss_func=nn.MSELoss(), **{'splitter': split, **kw})
+    learn.logger = noop
+    return learn.remove_cb(ProgressCallback)
+
+class Watch(Callback):
+    "How many layers are factored in each epoch, and the gradients of each step"
+    order = 62
+    def before_fit(self): self.trains,self.grads = [],[]
+    def before_train(self): self.trains.append(len(factored_layers(self.model)))
+    def before_step(self): self.grads.append([p.grad.clone() for p in self.model.parameters() if p.requires_grad])
+
+def state(m): return {k: v.clone() for k,v in get_model(m).state_dict().items()}
+def seen(learn, w, c, **kw):
+    same = [id(p) for pg in learn.opt.param_lists for p in pg] == [id(p) for p in learn.model.parameters()]
+    return dict(state=state(learn.model), trains=w.trains, grads=w.grads, history=c.history, bound=same, plan=get_model(learn.model).low_rank_plan, **kw)
+
+def run_ctx(path):
+    "fastai's own way, with BatchNorm"
+    learn,w,c = mk_learn(),Watch(),DecomposeCallback(1, what, ft_lr=1e-2)
+    old = weakref.ref(learn.model[0].weight)
+    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(3, 1e-2, cbs=[w, c])
+    learn.loss_grad = None
+    gc.collect()
+    return seen(learn, w, c, type=type(learn.model).__name__, freed=old() is None)
+
+def run_equal(path):
+    "Batches of 2x16 items, to compare with one process and batches of 32"
+    learn,w,c = mk_learn(net(nn.LayerNorm), shuffle=False),Watch(),DecomposeCallback(1, what, ft_lr=1e-2)
+    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(3, 1e-2, cbs=[c, w])
+    return seen(learn, w, c, losses=[v[1] for v in learn.recorder.values])
+
+def one_process():
+    "What `run_equal` has to come to; a process's share of the items are neighbours"
+    idxs = torch.arange(64).reshape(2, 2, 16).transpose(0, 1).flatten()
+    learn,w,c = mk_learn(net(nn.LayerNorm), bs=32, idxs=idxs, shuffle=False),Watch(),DecomposeCallback(1, what, ft_lr=1e-2)
+    learn.fit_one_cycle(3, 1e-2, cbs=[c, w])
+    return seen(learn, w, c, losses=[v[1] for v in learn.recorder.values])
+
+def run_frozen(path):
+    "`fine_tune`, groups with learning rates of their own, a torch optimizer, and callbacks that save"
+    learn = mk_learn(path=path, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), metrics=mae)
+    w,c = Watch(),DecomposeCallback(1, what, ft_lr=1e-2)
+    with learn.distrib_ctx(sync_bn=False, cpu=True):
+        learn.fine_tune(3, 1e-2, freeze_epochs=1, cbs=[c, w, SaveModelCallback(fname='best'), GradientAccumulation(16), GradientClip()])
+        metric = [v[2] for v in learn.recorder.values]
+        trained = state(learn.model)
+        learn.fit(1, 1e-3)
+    return seen(learn, w, c, metric=metric, trained=trained)
+
+def run_diverged(path):
+    "The second process has other weights: it gets the first one's factors all the same, and leaves the computing to it"
+    calls,real = [],module.factorize
+    module.factorize = lambda *args, **kw: calls.append(0) or real(*args, **kw)
+    class Push(Callback):
+        order = 60
+        def before_train(self):
+            if self.epoch == 1 and rank_distrib(): get_model(self.model)[3].weight.data.mul_(-1)
+        def before_batch(self):
+            if not hasattr(self, 'state') and self.epoch == 1: self.state = state(self.model)
+    try:
+        learn,p,w,c = mk_learn(),Push(),Watch(),DecomposeCallback(1, FC_Decomposer(rank=Energy(.6)))
+        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2, cbs=[p, c, w])
+    finally: module.factorize = real
+    return seen(learn, w, c, calls=len(calls), at_swap=p.state)
+
+def run_before(path):
+    "`learn.decompose` in all processes, then a fit"
+    learn,w = mk_learn(),Watch()
+    learn.decompose(what)
+    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, 1e-2, cbs=w)
+    return dict(state=state(learn.model), trains=w.trains, grads=w.grads)
+
+def conv_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Unflatten(1, (2,2,2)), nn.Conv2d(2,8,3,padding=1), nn.ReLU(), nn.Conv2d(8,8,3,padding=1), nn.Flatten(),
+                         nn.Linear(32,4)).to(memory_format=torch.channels_last)
+
+def run_plain(path):
+    "A wrapper that the user has made, for a model in channels last; `learn.decompose` between two fits"
+    ddp = DDP(conv_net(), static_graph=True)
+    learn = mk_learn(ddp, loader=partial(DistributedDL, device='cpu'), splitter=lambda m: [list(get_model(m).parameters())])
+    w,c = Watch(),DecomposeCallback(1, ConvDecomposer('spatial', rank=2), ft_lr=1e-2)
+    learn.fit(2, 1e-2, cbs=[c, w])
+    learn.decompose(what)
+    before = [p.detach().clone() for p in ddp.parameters()]
+    learn.fit(1, 1e-2, cbs=w)
+    return seen(learn, w, c, same=learn.model is ddp, static=ddp.static_graph, moved=[not torch.equal(a,b) for a,b in zip(before, ddp.parameters())],
+                strides=[m.weight.stride() for m in ddp.module.modules() if type(m) is nn.Conv2d])
+
+def run_root(path):
+    "A model that is a single layer"
+    learn,w,c = mk_learn(nn.Linear(8,4), splitter=trainable_params),Watch(),DecomposeCallback(1, what, ft_lr=1e-2)
+    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2, cbs=[c, w])
+    return seen(learn, w, c)
+
+def run_error(path):
+    "An error in the first process, an interrupt, and a fit after them"
+    learn,errors = mk_learn(),[]
+    def fail(err): raise err
+    for err in (RuntimeError('no memory'), KeyboardInterrupt()):
+        real,module.factorize = module.factorize,lambda *args, **kw: fail(err)
+        try:
+            with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2, cbs=DecomposeCallback(1, what))
+        except BaseException as e: errors.append(f'{type(e).__name__}: {e}')
+        finally: module.factorize = real
+    dense = len(factored_layers(learn.model))
+    w,c = Watch(),DecomposeCallback(1, what)
+    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2, cbs=[c, w])
+    return seen(learn, w, c, errors=errors, dense=dense)
+
+def run_wrong_name(path):
+    "What is wrong before the first epoch is wrong in all processes"
+    learn = mk_learn()
+    try:
+        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2, cbs=DecomposeCallback(1, FC_Decomposer(rank={'body': 2})))
+    except ValueError as e: return dict(error=str(e), lrs=learn.recorder.lrs)
+
+def run_refused(path):
+    "Wrappers that cannot take new parameters, and sharded ones"
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    def hooked():
+        ddp = DDP(net())
+        ddp.register_comm_hook(None, fp16_compress_hook)
+        return ddp
+    def sharded():
+        model = net()
+        fully_shard(model, mesh=init_device_mesh('cpu', (2,)))
+        return model
+    makers,res = dict(hook=hooked, group=lambda: DDP(net(), process_group=dist.new_group([0,1])), sharded=sharded),{}
+    for name,f in makers.items():
+        learn = mk_learn(f(), loader=partial(DistributedDL, device='cpu'), splitter=lambda m: [list(m.parameters())])
+        try: learn.fit(2, 1e-2, cbs=DecomposeCallback(1, what))
+        except RuntimeError as e: res[name] = str(e),learn.recorder.lrs
+    return res
+
+if __name__ == '__main__':
+    folder,*names = sys.argv[1:]
+    if not dist.is_initialized(): dist.init_process_group('gloo')
+    for name in names:
+        path = Path(folder)/name
+        path.mkdir(exist_ok=True)
+        torch.save(globals()[f'run_{name}'](path), f'{folder}/{name}_{rank_distrib()}.pt')
+        dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,134 @@
+"A fit in two processes, launched as users launch it: what `ddp_script.py` has seen in both"
+import os, socket, subprocess, sys
+from pathlib import Path
+
+import pytest, torch
+from torch import nn
+from torch.testing import assert_close
+from fastai.distributed import ParallelTrainer
+from tiny import mk_learn, snapshot, moved, ids, flat
+import ddp_script
+from fasterai_lr.callback import DecomposeCallback
+from fasterai_lr.layers import factored_layers
+from fasterai_lr.learner import *
+
+here,scripts = Path(__file__).resolve().parent,Path(sys.executable).parent
+launchers = dict(accelerate=['accelerate', 'launch', '--multi_gpu', '--num_machines=1', '--num_processes=2', '--mixed_precision=no', '--dynamo_backend=no', '--main_process_port'],
+                 torchrun=['torchrun', '--nnodes=1', '--nproc-per-node=2', '--master-port'])
+fast = ['ctx', 'equal', 'frozen', 'diverged', 'before', 'plain', 'root', 'error', 'wrong_name', 'refused']
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
+
+def launch(launcher, folder, names):
+    "What each process returned: {name: [of the first, of the second]}"
+    name,*args = launchers[launcher]
+    env = os.environ | dict(PYTHONPATH=f'{here.parent}', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', GLOO_SOCKET_IFNAME='lo', PYTHONWARNINGS='ignore')
+    res = subprocess.run([scripts/name, *args, free_port(), here/'ddp_script.py', folder, *names], env=env, cwd=folder, timeout=300, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    assert res.returncode == 0, res.stdout[-4000:]
+    return {n: [torch.load(folder/f'{n}_{r}.pt', weights_only=False) for r in (0,1)] for n in names}
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory): return launch('accelerate', tmp_path_factory.mktemp('ddp'), fast)
+
+def identical(a, b):
+    "Equal to the last bit"
+    a,b = [list(o.values()) if isinstance(o, dict) else o for o in (a,b)]
+    return len(a) == len(b) > 0 and all(torch.equal(p, q) and p.stride() == q.stride() for p,q in zip(a, b))
+
+def check_both(a, b):
+    "Models and gradients are equal, the optimizers have the parameters of the models, and the plan is everywhere"
+    assert identical(a['state'], b['state'])
+    assert len(a['grads']) > 0 and all(identical(p, q) for p,q in zip(a['grads'], b['grads'], strict=True))
+    assert all(g.any() for step in a['grads'] for g in step)
+    assert a['plan'] == b['plan'] and a['history'] == b['history'] and a['bound'] and b['bound']
+
+@pytest.mark.parametrize('name,trains', [('ctx', [0,3,3]), ('equal', [0,3,3]), ('root', [0,1]), ('error', [0,3])])
+def test_both_processes_have_the_same_model(runs, name, trains):
+    a,b = runs[name]
+    check_both(a, b)
+    assert a['trains'] == b['trains'] == trains and [h['epoch'] for h in a['history']] == [1]
+    assert {l['status'] for l in a['plan']['layers'].values()} == {'factored'}
+
+def test_the_wrapper_comes_off_and_lets_the_dense_layers_go(runs):
+    for o in runs['ctx']: assert o['type'] == 'Sequential' and o['freed']
+
+def test_equals_one_process_with_the_whole_batch(runs):
+    a,one = runs['equal'][0],ddp_script.one_process()
+    assert a['trains'] == one['trains'] and a['history'][0]['decomposed'] == one['history'][0]['decomposed'] == 3
+    # float32, means of two halves: at most 1e-7 apart in a gradient, which Adam's first steps after the swap divide by its size; weights are around 0.3, steps 1e-2
+    for k,v in one['state'].items(): assert_close(a['state'][k], v, rtol=0, atol=2e-5)
+    assert_close(a['losses'], one['losses'], rtol=1e-5, atol=0)
+
+def test_fine_tune_and_the_callbacks_that_save(runs):
+    a,b = runs['frozen']
+    check_both(a, b)
+    assert identical(a['trained'], b['trained']) and not identical(a['trained'], a['state'])
+    assert a['metric'] == b['metric'] and a['trains'] == [0,3,3] and [h['epoch'] for h in a['history']] == [1]
+
+def test_the_first_process_computes_for_all(runs):
+    a,b = runs['diverged']
+    assert [a['calls'],b['calls']] == [1,0] and identical(a['at_swap'], b['at_swap'])
+    check_both(a, b)
+    assert a['history'][0]['decomposed'] == 3
+
+def test_decompose_before_the_fit(runs):
+    a,b = runs['before']
+    assert identical(a['state'], b['state']) and a['trains'] == [3] and all(identical(p, q) for p,q in zip(a['grads'], b['grads'], strict=True))
+
+def test_a_wrapper_of_the_users_own(runs):
+    a,b = runs['plain']
+    check_both(a, b)
+    for o in (a,b): assert o['same'] and o['static'] and o['trains'] == [3] and len(o['moved']) == 9 and all(o['moved'])
+    assert a['history'][0]['decomposed'] == 2 and [l['status'] for l in a['plan']['layers'].values()] == ['factored']*3
+    assert a['strides'] == b['strides'] and len(a['strides']) == 4 and all(s[1] == 1 for s in a['strides'])     # channels last in both
+
+def test_an_error_in_the_first_process_is_one_in_all(runs):
+    a,b = runs['error']
+    assert [o['dense'] for o in (a,b)] == [0,0]
+    assert 'RuntimeError' in a['errors'][0] and 'no memory' in a['errors'][0] and a['errors'][1].startswith('KeyboardInterrupt')
+    assert 'in the first process: RuntimeError: no memory' in b['errors'][0] and 'in the first process: KeyboardInterrupt' in b['errors'][1]
+
+def test_a_wrong_name_is_found_before_the_first_epoch(runs):
+    for o in runs['wrong_name']: assert "'body' matches no layer" in o['error'] and o['lrs'] == []
+
+def test_what_cannot_be_wrapped_again_is_refused(runs):
+    for o in runs['refused']:
+        assert all(lrs == [] for _,lrs in o.values())
+        texts = {k: t for k,(t,_) in o.items()}
+        assert 'communication hook' in texts['hook'] and 'process group' in texts['group'] and 'sharded' in texts['sharded']
+
+@pytest.mark.slow
+def test_torchrun(tmp_path):
+    for name,runs in launch('torchrun', tmp_path, ['ctx', 'plain']).items(): check_both(*runs)
+
+# In one process
+
+def test_a_group_of_one():
+    dist = torch.distributed
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        learn = mk_learn(splitter=lambda m: [list(m.parameters())])
+        learn.model = ddp = nn.parallel.DistributedDataParallel(learn.model)
+        learn.fit(2, 1e-2, cbs=DecomposeCallback(1, ddp_script.what))
+        assert learn.model is ddp and len(factored_layers(ddp.module)) == 3 and ids(flat(learn.opt)) == ids(ddp.parameters())
+        before = snapshot(ddp)
+        learn.fit(1, 1e-2)
+        assert all(moved(before, ddp)) and 'layers' in ddp.module.low_rank_plan
+        assert list(learn.low_rank_summary().status[:3]) == ['factored']*3
+        del ddp
+        learn.model = learn.model.module
+    finally: dist.destroy_process_group()
+
+@pytest.mark.parametrize('first', [True, False])
+def test_parallel_trainer(first):
+    learn,c = mk_learn(),DecomposeCallback(1, ddp_script.what)
+    cbs = [ParallelTrainer(None), c]
+    learn.fit(2, 1e-2, cbs=cbs if first else cbs[::-1])
+    assert len(factored_layers(learn.model)) == 3 and isinstance(learn.model, nn.Sequential) and 'layers' in learn.model.low_rank_plan
+    before = snapshot(learn.model)
+    with learn.parallel_ctx(): learn.fit(1, 1e-2)
+    assert all(moved(before, learn.model)) and ids(flat(learn.opt)) == ids(learn.model.parameters())
