@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['decompose_learner', 'DecomposeCallback']
 
-# %% ../nbs/10_callback.ipynb #bec8886d
+# %% ../nbs/10_callback.ipynb #45a30c12
 import math
 from functools import partial
 from numbers import Integral, Real
 from warnings import warn
 
+from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from fastai.imports import noop             # not fastcore's
 from fastai.torch_core import get_model
@@ -22,8 +23,8 @@ from fastai.callback.training import GradientAccumulation
 from .cost import count_params
 from .decomposer import as_decomposers, factorize
 from .distributed import check_wrapper, on_first_rank
-from .layers import factored_layers
-from .optimizer import swap_layers
+from .layers import factored_layers, find_layers
+from .optimizer import check_opt, swap_layers
 
 # %% ../nbs/10_callback.ipynb #45b63316
 def decompose_learner(
@@ -42,7 +43,7 @@ def decompose_learner(
     if not new: warn("No layer was decomposed and the model is as it was; `learn.model.low_rank_plan` and `learn.low_rank_summary()` tell why, layer by layer")
     return dict(decomposed=len(new), layers=len(plan['layers']), params_before=before, params_after=count_params(model))
 
-# %% ../nbs/10_callback.ipynb #5e8af2b2
+# %% ../nbs/10_callback.ipynb #9d780d20
 _tails = dict(cosine=lambda lr: SchedCos(lr, 0.), constant=lambda lr: SchedNo(lr, lr))
 
 def _check(at_epoch, ft_lr, tail):
@@ -52,6 +53,20 @@ def _check(at_epoch, ft_lr, tail):
         raise ValueError(f"ft_lr: {ft_lr!r} is not a learning rate, a number above 0")
     if tail not in _tails: raise ValueError(f"tail: {tail!r} is not one of {', '.join(map(repr, _tails))}")
 
+def _items(o):
+    "The items of the lists, tuples and dicts in `o`, or `o` itself"
+    if isinstance(o, dict): o = list(o.values())
+    if not isinstance(o, (list,tuple,L)): return [o]
+    return [i for p in o for i in _items(p)]
+
+def _check_held(cbs, ids):
+    "A `RuntimeError` where one of `cbs` holds an object whose id is among `ids`"
+    for cb in cbs:
+        for attr,v in vars(cb).items():
+            if any(id(o) in ids for o in _items(v)):
+                raise RuntimeError(f"DecomposeCallback: {type(cb).__name__} holds layers or parameters that may be replaced (in `{attr}`) and would go on with the "
+                                   "old ones; take it out, or use `learn.decompose` before the fit")
+
 def _start_over(cb):
     "Let a callback forget what it knows of the dense model"
     if isinstance(cb, GradientAccumulation): cb.count = 0
@@ -59,7 +74,7 @@ def _start_over(cb):
     cb.best = math.inf if cb.comp(0, 1) else -math.inf      # the next value is the best, and resets patience
     if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end): cb._save(cb.fname)
 
-# %% ../nbs/10_callback.ipynb #86d90239
+# %% ../nbs/10_callback.ipynb #44a6f40a
 class DecomposeCallback(Callback):
     "Decompose the model at the start of an epoch, and go on at a low learning rate"
     order,name = 61,'decompose_cb'              # after `ParamScheduler`; `learn.decompose` is a method
@@ -105,6 +120,9 @@ class DecomposeCallback(Callback):
             for cb in half: cb('after_fit')     # gives the optimizer its own parameters back
             raise RuntimeError("DecomposeCallback: NonNativeMixedPrecision keeps copies of the parameters and would train the old ones; use `learn.to_fp16()`")
         check_wrapper(self.learn.model)
+        check_opt(self.opt)
+        found = [f.layer for d in self.what for f in find_layers(get_model(self.model), d.types) if f.reason is None]
+        _check_held(self.learn.cbs, {id(o) for layer in found for o in (layer, *layer.parameters())})
 
     def _decompose(self):
         mbar = getattr(getattr(self, 'progress', None), 'mbar', None)
