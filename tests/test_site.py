@@ -1,0 +1,156 @@
+"The site is built, and read in a browser as people do: at a desk, and on a phone"
+import os, shutil, subprocess, sys
+from contextlib import contextmanager
+from functools import partial
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote, urljoin, urlsplit
+import pytest
+
+pytestmark = pytest.mark.slow
+root = Path(__file__).resolve().parent.parent
+chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+sizes = {'desk': (1280, 900), 'phone': (390, 844)}
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The folder of the site, built by the one command in a copy of the project"
+    for o in ('sphinx', 'myst_nb', 'pydata_sphinx_theme'): pytest.importorskip(o, reason="building the site needs `pip install -e '.[docs]'`")
+    project = tmp_path_factory.mktemp('site')
+    for o in ('nbs', 'docs', 'tools', 'fasterai_lr'): shutil.copytree(root/o, project/o, ignore=shutil.ignore_patterns('__pycache__'))
+    for o in root.iterdir():
+        if o.is_file(): shutil.copy(o, project)
+    for o in ('bench', '.github'): (project/o).mkdir()  # the prose links to them
+    res = subprocess.run([sys.executable, 'tools/build_site.py'], cwd=project, stdin=subprocess.DEVNULL, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if res.returncode: pytest.fail(res.stdout, pytrace=False)
+    return project/'build/html'
+
+def pages(site): return sorted(p.relative_to(site).as_posix() for p in site.rglob('*.html') if '_static' not in p.parts)
+
+def test_pages_are_there(site):
+    assert {'index.html', 'quickstart.html', 'tutorials/digits.html', 'howto/index.html', 'explanation/index.html', 'api/index.html', 'benchmarks.html',
+            'changelog.html', 'contributing.html', 'search.html'} <= {*pages(site)}
+    assert {f'api/{p.stem}.html' for p in (root/'fasterai_lr').glob('*.py') if p.stem[0] != '_'} - {'api/digits.html'} <= {*pages(site)}
+
+# Links
+
+class _Parser(HTMLParser):
+    "The ids of a page, and what it links to or shows"
+    def __init__(self, text):
+        super().__init__()
+        self.ids,self.links = set(),[]
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        for k,v in attrs:
+            if k in ('id', 'name'): self.ids.add(v)
+            if k in ('href', 'src') and v: self.links.append(v)
+
+def dead_links(site):
+    "The links inside of `site` that lead to no file or anchor: {page: [links]}"
+    found = {o: _Parser((site/o).read_text(encoding='utf-8')) for o in pages(site)}
+    def dead(page, link):
+        url = urlsplit(urljoin(f'/{page}', link))
+        to = unquote(url.path)[1:]
+        return not url.scheme and not url.netloc and (not (site/to).is_file() or bool(url.fragment) and to in found and unquote(url.fragment) not in found[to].ids)
+    return {o: bad for o,p in found.items() if (bad := sorted({k for k in p.links if k != '#' and dead(o, k)}))}
+
+def test_links(site): assert dead_links(site) == {}
+
+def test_dead_links_are_found(tmp_path):
+    (tmp_path/'sub').mkdir()
+    (tmp_path/'a.html').write_text('<a id="x" href="#x">1</a><a href="#y">2</a><a href="sub/b.html#z">3</a><a href="https://x.org/#q">4</a><img src="no.png">')
+    (tmp_path/'sub/b.html').write_text('<a id="z" href="../a.html#x">1</a><a href="../a.html#w">2</a><a href="c.html">3</a>')
+    assert dead_links(tmp_path) == {'a.html': ['#y', 'no.png'], 'sub/b.html': ['../a.html#w', 'c.html']}
+
+def test_every_public_name_is_documented(site):
+    from importlib import import_module
+    index = (site/'genindex.html').read_text(encoding='utf-8')
+    modules = [p.stem for p in (root/'fasterai_lr').glob('*.py') if p.stem[0] != '_' and p.stem != 'all']
+    names = {m: import_module(f'fasterai_lr.{m}').__all__ for m in modules}
+    assert sum(map(len, names.values())) > 50
+    assert [f'{m}.{n}' for m,ns in names.items() for n in ns if f'#fasterai_lr.{m}.{n}"' not in index] == []
+
+# In a browser
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+@contextmanager
+def served(folder):
+    "The address at which `folder` is served"
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(_Quiet, directory=folder)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try: yield f'http://127.0.0.1:{server.server_port}/'
+        finally: server.shutdown()
+
+@pytest.fixture(scope='module')
+def browser():
+    sync_api = pytest.importorskip('playwright.sync_api', reason="reading the site needs `pip install -e '.[docs]'`")
+    if not chromium: pytest.skip('reading the site needs Chromium: `apt-get install chromium`')
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
+        yield browser
+        browser.close()
+
+# What a page shows wrongly: pictures without content, formulas still in TeX or in red, and what sticks out at the right (of what scrolls by itself, only the frame counts)
+look = """() => {
+    const res = [], wide = document.documentElement.clientWidth, main = document.querySelector('article, body');
+    for (const o of document.images) { o.loading = 'eager'; if (o.complete && !o.naturalWidth) res.push('picture: ' + o.src.slice(0, 80)); }
+    for (const o of document.querySelectorAll('.math')) if (!o.querySelector('mjx-container svg')) res.push('formula: ' + o.textContent.slice(0, 80));
+    for (const o of document.querySelectorAll('mjx-merror, [data-mjx-error]')) res.push('formula: ' + o.textContent.slice(0, 80));
+    if (document.documentElement.scrollWidth > wide) res.push(`page: ${document.documentElement.scrollWidth} of ${wide} px`);
+    const scrolls = o => o && o !== main && (['auto', 'scroll'].includes(getComputedStyle(o).overflowX) || scrolls(o.parentElement));
+    for (const o of main.querySelectorAll('*')) {
+        const box = o.getBoundingClientRect();
+        if (box.width && box.right > wide + 1 && getComputedStyle(o).visibility !== 'hidden' && !scrolls(o.parentElement)) res.push(`${o.tagName}: right at ${box.right}`);
+    }
+    return res;
+}"""
+
+def problems(browser, address, names, size):
+    "What is wrong with the pages `names` in a window of `size`: {page: [what]}"
+    context = browser.new_context(viewport=dict(zip(('width', 'height'), size)))
+    page,found = context.new_page(),[]
+    page.on('console', lambda m: m.type in ('error', 'warning') and found.append(f'{m.type}: {m.text}'))
+    page.on('pageerror', lambda e: found.append(f'error: {e}'))
+    page.on('requestfailed', lambda r: found.append(f'failed: {r.url}'))
+    page.on('response', lambda r: r.status >= 400 and found.append(f'{r.status}: {r.url}'))
+    page.on('request', lambda r: r.url.startswith((address, 'data:')) or found.append(f'another host: {r.url}'))
+    res = {}
+    for o in names:
+        page.goto(address+o, wait_until='load')
+        page.evaluate('() => window.MathJax?.startup?.promise')
+        found += page.evaluate(look)
+        if found: res[o] = found[:]
+        found.clear()
+    context.close()
+    return res
+
+@pytest.mark.parametrize('size', sizes)
+def test_pages_in_a_browser(site, browser, size):
+    with served(site) as address: assert problems(browser, address, pages(site), sizes[size]) == {}
+
+def test_formulas_and_pictures_are_there_to_see(site):
+    text = {o: (site/o).read_text(encoding='utf-8') for o in pages(site)}
+    assert 'class="math' in text['api/tensor.html'] and '<img' in text['api/rank.html']
+
+def test_problems_are_found(browser, tmp_path):
+    "Every kind of problem that the test above looks for, one page each"
+    bad = {'error': '<script>throw new Error("x")</script>', 'missing': '<link rel="stylesheet" href="no.css">', 'host': '<img src="http://localhost:9/x.png">',
+           'picture': '<img src="empty.png">', 'formula': '<span class="math">\\(x\\)</span>', 'wide': '<div style="width:500px">x</div>',
+           'hidden': '<div style="overflow:hidden"><pre style="width:500px">x</pre></div>'}
+    (tmp_path/'empty.png').write_bytes(b'')
+    pieces = {**bad, 'good': '<div style="overflow-x:auto"><pre style="width:500px">x</pre></div>'}
+    for k,v in pieces.items(): (tmp_path/f'{k}.html').write_text(f'<!doctype html><link rel="icon" href="data:,"><body>{v}</body>')
+    with served(tmp_path) as address: found = problems(browser, address, [f'{k}.html' for k in pieces], sizes['phone'])
+    assert found.keys() == {f'{k}.html' for k in bad}
+
+def test_search(site, browser):
+    with served(site) as address:
+        page = browser.new_page()
+        page.goto(f'{address}search.html?q=truncated_svd')
+        page.wait_for_selector('#search-results a[href*="api/linalg.html"]', timeout=20000)
+        page.close()
