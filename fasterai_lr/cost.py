@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['Latency', 'count_params', 'size_on_disk', 'macs_per_layer', 'count_macs', 'measure_latency']
 
-# %% ../nbs/06_cost.ipynb #3685c726
+# %% ../nbs/06_cost.ipynb #9f42893f
 import io, math, time
 from collections import defaultdict, namedtuple
-from contextlib import contextmanager
 import numpy as np, torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
+
+from .layers import devices_of, evaluating, run_model
 
 # %% ../nbs/06_cost.ipynb #f76d22d2
 def count_params(
@@ -29,26 +30,7 @@ def size_on_disk(
     torch.save(model.state_dict(), f)
     return f.tell()
 
-# %% ../nbs/06_cost.ipynb #da24b730
-def _call(model, sample):
-    "Run `model` on `sample`; a data-parallel wrapper is bypassed"
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-    if isinstance(sample, dict): return model(**sample)
-    return model(*sample) if isinstance(sample, tuple) else model(sample)
-
-def _devices(*models): return {t.device for m in models for ts in (m.parameters(), m.buffers()) for t in ts}
-
-@contextmanager
-def _evaluating(*models):
-    "Evaluation mode, no gradients; flags and random generators are restored"
-    flags = [(m, m.training) for model in models for m in model.modules()]
-    try:
-        for m,_ in flags: m.training = False
-        with torch.random.fork_rng([d for d in _devices(*models) if d.type=='cuda']), torch.no_grad(): yield
-    finally:
-        for m,training in reversed(flags): m.training = training
-
-# %% ../nbs/06_cost.ipynb #c6497aa2
+# %% ../nbs/06_cost.ipynb #1e2a783f
 def macs_per_layer(
     model:nn.Module,
     sample, # Input: a tensor, a tuple of arguments or a dict of keyword arguments
@@ -62,7 +44,7 @@ def macs_per_layer(
     hooks = register_module_forward_pre_hook(enter),register_module_forward_hook(leave)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with _evaluating(model), counter: _call(model, sample)
+        with evaluating(model), torch.no_grad(), counter: run_model(model, sample)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for h in hooks: h.remove()
@@ -84,7 +66,7 @@ def count_macs(
     "The multiply-accumulates of `model` on `sample`"
     return macs_per_layer(model, sample)['']
 
-# %% ../nbs/06_cost.ipynb #23777fd7
+# %% ../nbs/06_cost.ipynb #ba75e496
 Latency = namedtuple('Latency', 'ms spread')
 Latency.__doc__ = "Milliseconds of one call: the median over the repeats, and their interquartile range"
 
@@ -99,8 +81,8 @@ def measure_latency(
     if isinstance(models, nn.Module): return measure_latency([models], sample, repeats, warmup, min_ms)[0]
     if not isinstance(models, dict): return list(measure_latency(dict(enumerate(models)), sample, repeats, warmup, min_ms).values())
     if repeats<1: raise ValueError(f"repeats={repeats}: expected an int >= 1")
-    devices,ms = _devices(*models.values()),{k:[] for k in models}
-    with _evaluating(*models.values()):
+    devices,ms = devices_of(*models.values()),{k:[] for k in models}
+    with evaluating(*models.values()), torch.no_grad():
         for m in models.values(): _time(m, sample, warmup, devices)
         calls = {k:max(1, math.ceil(min_ms/_time(m, sample, 1, devices))) for k,m in models.items()}
         for i in range(repeats):
@@ -111,7 +93,7 @@ def _time(model, sample, calls, devices):
     "Milliseconds per call of `model`, over `calls` of them"
     _sync(devices)
     start = time.perf_counter()
-    for _ in range(calls): _call(model, sample)
+    for _ in range(calls): run_model(model, sample)
     _sync(devices)
     return (time.perf_counter()-start)*1e3/max(calls,1)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['schemes', 'Link', 'Shuffle', 'Mode', 'Scheme', 'register', 'Svd', 'Spatial', 'exceeds', 'Tucker', 'CP', 'Slice']
 
-# %% ../nbs/04_schemes.ipynb #ca4008d7
+# %% ../nbs/04_schemes.ipynb #5e3adb76
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -15,7 +15,7 @@ from torch import nn, Tensor
 
 from .linalg import SVD, check_finite
 from .tensor import channel_unfoldings, cp, cp_exact_rank, cp_to_kernel, tucker2, tucker2_full_ranks, tucker2_to_kernel
-from .layers import ChannelShuffle, FactoredLayer, FactoredTranspose, Geometry, fill
+from .layers import ChannelShuffle, FactoredLayer, FactoredTranspose, Geometry, fill, product
 from .rank import Energy, EVBMF, resolve_rank
 
 # %% ../nbs/04_schemes.ipynb #e007516e
@@ -39,17 +39,19 @@ class Mode:
     spectrum:object # zero-argument callable that returns the singular values, `[n]` or `[blocks, n]`
     shape:tuple # rows and columns of the unfolding
 
-# %% ../nbs/04_schemes.ipynb #52e91d88
+# %% ../nbs/04_schemes.ipynb #beb24aaf
 class Scheme:
     "One way to factor one layer; see `links` and `tensors`, which a scheme defines"
     name = None
     takes_pairs = False # is a rank a pair (out, in)?
+    joined = None # kernel axes joined with the input channels in its unfolding; `None`: it takes no metric
 
     def __init__(self,
         geometry:Geometry, # of the dense layer
         weight:Tensor|None=None, # its weight; not needed for costs and skeletons
-        layer:str='layer'): # its name, for error messages
-        self.geom,self.weight,self.layer = geometry,weight,layer
+        layer:str='layer', # its name, for error messages
+        metric=None): # a `Metric` to measure errors in; `None`: the plain Frobenius norm
+        self.geom,self.weight,self.layer,self.metric = geometry,weight,layer,metric
         self.groups,self.o,self.i,*self.k = geometry.block_shape
 
     # what a scheme defines
@@ -65,6 +67,7 @@ class Scheme:
     def misfit(self, rank=1)->str|None:
         "Why this layer cannot be factored so at `rank`, `None` if it can"
         if self.groups > 1 and self.i == 1: return 'a depthwise convolution has nothing to factor'
+        if self.metric is not None and self.metric.inputs is None and self.name != 'svd': return 'its patches are too large for their moment; use svd'
         return self.unfit(rank)
 
     @cached_property
@@ -74,6 +77,35 @@ class Scheme:
         w = w if w.dtype in (torch.float32, torch.float64) else w.float()
         check_finite(w, f'layer {self.layer!r}' if self.layer else 'the layer')
         return w
+
+    @cached_property
+    def whitened(self):
+        "The blocks in the coordinates of the metric"
+        return self.blocks if self.metric is None or self.joined is None else self.metric.whiten(self.blocks, self.joined)
+
+    def weights(self, rank)->list:
+        "The weight of each `Link`, blocks first"
+        ts = self.tensors(rank)
+        return ts if self.metric is None or self.joined is None else self.metric.unwhiten(ts, self.joined)
+
+    def refined(self, rank)->list:
+        "`weights`, made better in the metric of whole patches where the scheme's own is only near it"
+        return self.weights(rank)
+
+    def _chain(self, weights, rank):
+        "The factors at `rank` with `weights`"
+        res = self.skeleton(rank)
+        for m,w in self._filled(res, weights): m.weight = nn.Parameter(w, requires_grad=False)
+        return res
+
+    def approximation(self, rank)->Tensor:
+        "The weight that the chain stands for, in blocks"
+        return self.geom.to_blocks(self._chain(self.weights(rank), rank).weight)
+
+    def costs(self, ranks)->list:
+        "What each rank costs in the metric; without one, half the squared relative error"
+        if self.metric is not None: return [self.metric.cost(self.blocks - self.approximation(r)) for r in ranks]
+        return [.5*self.error(r)**2 for r in ranks]
 
     def resolve(self, wish):
         "The rank that `wish` means for this layer; 0 where it asks for none (`EVBMF` finds only noise)"
@@ -107,13 +139,18 @@ class Scheme:
         chain,cls = self.chain(rank),FactoredTranspose if self.geom.transposed else FactoredLayer
         return cls(*(self._module(l, l is chain[-1]) for l in chain), geometry=self.geom, scheme=self.name, rank=rank)
 
-    def build(self, rank, like:nn.Module)->FactoredLayer: # `like`: the layer that is replaced
+    def _filled(self, skeleton, weights):
+        "Each factor of `skeleton` with its weight"
+        holders = [m for m in skeleton if hasattr(m, 'weight')]
+        for m,t in zip(holders, weights, strict=True):
+            yield m, Geometry.of(m).from_blocks(t.reshape(Geometry.of(m).block_shape))
+
+    def build(self, rank, 
+        like:nn.Module, # the layer that is replaced
+        weights:list|None=None)->FactoredLayer: # `None`: `self.weights(rank)`
         "The chain at `rank` with its weights, placed and typed like the dense layer"
-        res = self.skeleton(rank)
-        holders = [m for m in res if hasattr(m, 'weight')]
-        bias = like.bias
-        for m,t in zip(holders, self.tensors(rank), strict=True):
-            w = Geometry.of(m).from_blocks(t.reshape(Geometry.of(m).block_shape))
+        res,bias = self.skeleton(rank),like.bias
+        for m,w in self._filled(res, weights or self.weights(rank)):
             fill(m, w, bias, like.weight, like.training, None if bias is None else bias.requires_grad)
         return res.train(like.training)
 
@@ -126,7 +163,7 @@ def register(cls):
     schemes[cls.name] = cls
     return cls
 
-# %% ../nbs/04_schemes.ipynb #41298ffc
+# %% ../nbs/04_schemes.ipynb #7cbc4c8c
 class _Matrix(Scheme):
     "A scheme that takes the truncated SVD of one matrix a block"
     def unfolding(self)->Tensor: raise NotImplementedError # `[groups, rows, cols]`
@@ -138,7 +175,7 @@ class _Matrix(Scheme):
         return SVD(u[0] if len(u) == 1 else u, self.layer)
 
     def full(self): return min(self.shape())
-    def modes(self): return [Mode(self.full(), lambda: self.svd.spectrum, self.shape())]
+    def modes(self): return [Mode(self.full(), lambda: self.svd.spectrum[...,:self.full()], self.shape())]
     def error(self, rank): return self.svd.error(rank)
 
     def halves(self, rank):
@@ -147,15 +184,78 @@ class _Matrix(Scheme):
         root = S.sqrt()
         return U.mul_(root[:,None,:]), Vh.mul_(root[:,:,None])
 
-# %% ../nbs/04_schemes.ipynb #c418059f
+# %% ../nbs/04_schemes.ipynb #3aad63af
+def _jitter(M): return M + torch.diag_embed(1e-8*M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(M.shape[:-1]))
+
+def _last_factor(W, A, F):
+    "The `L` that minimises the error of `L F` for `W` `[g,o,d]` in the metric `A` `[g,d,d]`, for `F` `[g,r,d]`"
+    M = F@A
+    return torch.linalg.solve(_jitter(M@F.mT), M@W.mT).mT
+
+def _conjugate_gradients(op, pre, b, x, steps):
+    "Go from `x` towards the solution of `op(x) = b`"
+    r = b - op(x)
+    z = pre(r)
+    p,rz = z,(r*z).sum()
+    for _ in range(steps):
+        if not rz > 0: break
+        Ap = op(p)
+        a = rz/(p*Ap).sum()
+        x,r = x + a*p, r - a*Ap
+        z = pre(r)
+        rz,was = (r*z).sum(),rz
+        p = z + rz/was*p
+    return x
+
+def _refine_spatial(W, A, G, F, L, rounds=3, steps=12):
+    "Better `F` `[r,a]` and `L` `[o,r,b]` for one block `W` `[o,a,b]`, whose patches have the moment `A` `[a,b,a,b]` and whose outputs the weight `G`"
+    (o,a,b),r = W.shape,len(F)
+    WA = torch.einsum('oab,abcd->ocd', W, A)
+    side = torch.linalg.cholesky(_jitter(torch.einsum('abcb->ac', A)/b))
+    for _ in range(rounds):
+        FA = torch.einsum('ra,abcd->rbcd', F, A)
+        N = torch.einsum('rbcd,sc->rbsd', FA, F).reshape(r*b, r*b)
+        L = torch.linalg.solve(_jitter(N), torch.einsum('ocd,rc->rdo', WA, F).reshape(r*b, o)).T.reshape(o, r, b)
+        GL = torch.einsum('op,prb->orb', G, L)
+        K = torch.linalg.cholesky(_jitter(torch.einsum('orb,osb->rs', L, GL)))
+        def op(F): return torch.einsum('ocd,ord->rc', torch.einsum('oab,abcd->ocd', torch.einsum('orb,ra->oab', L, F), A), GL)
+        def pre(R): return torch.cholesky_solve(torch.cholesky_solve(R, K).T, side).T
+        F = _conjugate_gradients(op, pre, torch.einsum('ocd,ord->rc', WA, GL), F, steps)
+    return F,L
+
+def _balance(F, L):
+    "The same product of `L` `[p,r]` and `F` `[r,q]` with the roots of its singular values in each"
+    (Qf,Rf),(Ql,Rl) = torch.linalg.qr(F.mT),torch.linalg.qr(L)
+    U,S,Vh = torch.linalg.svd(Rl@Rf.mT)
+    return S.sqrt()[...,None]*(Vh@Qf.mT), (Ql@U)*S.sqrt()[...,None,:]
+
+# %% ../nbs/04_schemes.ipynb #e1ad885c
 @register
 class Svd(_Matrix):
     "The matrix (o | i h w): a thinner copy of the layer to `rank` channels, then a pointwise one to `o`"
     name = 'svd'
     def shape(self): return self.o, self.i*prod(self.k)
-    def unfolding(self): return self.blocks.flatten(2)
     def links(self, rank): return [Link(self.i, rank, self.geom.axes), Link(rank, self.o)]
-    def tensors(self, rank): return self.halves(rank)[::-1]
+
+    def unfolding(self):
+        "`W`; with a metric the root of `LᵀWAWᵀL`, which has the same singular values and left vectors as `LᵀWA^½`"
+        W = self.blocks.flatten(2)
+        if self.metric is None: return W
+        return self.metric.Lo.mT @ torch.linalg.cholesky(self.metric.outputs)
+
+    def tensors(self, rank):
+        if self.metric is None: return self.halves(rank)[::-1]
+        U,S,_ = (t.reshape(-1, *t.shape[-d:]) for t,d in zip(self.svd.truncate(rank), (2, 1, 2)))
+        root,L = S.sqrt().clamp_min(1e-150),self.metric.Lo
+        first = (U/root[:,None]).mT @ L.mT @ self.blocks.flatten(2).double()
+        return first, torch.linalg.solve_triangular(L.mT, U*root[:,None], upper=True)
+
+    def refined(self, rank): return _balance(*self.weights(rank))
+
+    def costs(self, ranks):
+        if self.metric is None: return super().costs(ranks)
+        tails = .5*self.svd.spectrum.reshape(-1, self.o).square().sum(0).flip(0).cumsum(0).flip(0)
+        return [float(tails[r]) if r < self.o else 0. for r in ranks]
 
     def product(self, rank):
         "The weight of the given rank that is nearest to the layer's, in the layer's shape"
@@ -166,16 +266,36 @@ class Svd(_Matrix):
 class Spatial(_Matrix):
     "The matrix (i h | o w): along the first spatial axis to `rank` channels, then along the others to `o`"
     name = 'spatial'
+    joined = 1
     def unfit(self, rank): return None if len(self.k) > 1 else f'{self.geom.type_name} has no two spatial axes to separate'
     def shape(self): return self.i*self.k[0], self.o*prod(self.k[1:])
-    def unfolding(self): return self.blocks.transpose(1, 2).transpose(2, 3).flatten(3).flatten(1, 2).flatten(2)
+    def unfolding(self): return self.whitened.transpose(1, 2).transpose(2, 3).flatten(3).flatten(1, 2).flatten(2)
     def links(self, rank): return [Link(self.i, rank, (0,)), Link(rank, self.o, self.geom.axes[1:])]
 
     def tensors(self, rank):
         left,right = self.halves(rank)                            # [g, i*h, r] and [g, r, o*rest]
         return left.transpose(1, 2), right.unflatten(2, (self.o, -1)).transpose(1, 2)
 
-# %% ../nbs/04_schemes.ipynb #4b1d8520
+    def refined(self, rank):
+        first,last = self.weights(rank)                                             # [g, r, ih], [g, o, r, rest]
+        a,b = first.shape[2],last.shape[3]
+        W,A = self.blocks.double().reshape(-1, self.o, a, b),self.metric.inputs.unflatten(1, (a, b)).unflatten(3, (a, b))
+        res = [_refine_spatial(*args) for args in zip(W, A, self.metric.G, first, last)]
+        F,L = _balance(torch.stack([f for f,_ in res]), torch.stack([l.transpose(1, 2).flatten(0, 1) for _,l in res]))
+        return F, L.unflatten(1, (self.o, b)).transpose(2, 3)
+
+    def costs(self, ranks):
+        "Of all ranks at once: the inner products of the components `uⱼvⱼᵀ` in the moment of patches, summed over those left out"
+        if self.metric is None: return super().costs(ranks)
+        left,right = (t.double() for t in self.halves(self.full()))               # [g, ih, n], [g, n, o·rest]
+        rest,n = prod(self.k[1:]),self.full()
+        A = self.metric.inner(1).unflatten(1, (-1, rest)).unflatten(3, (-1, rest))
+        V = right.unflatten(2, (self.o, rest))
+        K = sum((left.mT@A[:,:,a,:,b]@left)*(V[...,a]@V[...,b].mT) for a in range(rest) for b in range(rest)).sum(0)
+        tails = .5*K.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+        return [float(tails[r].clamp_min(0)) if r < n else 0. for r in ranks]
+
+# %% ../nbs/04_schemes.ipynb #74460893
 def exceeds(rank, limit):
     "Is an entry of `rank` above that of `limit`? Both ints, or both tuples"
     pair = lambda r: r if isinstance(r, tuple) else (r,)
@@ -195,21 +315,27 @@ class _Tensor(Scheme):
         "Solve for `rank`, starting from the best lower rank solved so far: the error never grows with the rank"
         below = [r for r in self.solved if r != rank and not exceeds(r, rank)]
         inits = self.solved[min(below, key=lambda r: self.solved[r][1])][0] if below else [None]*self.groups
-        factors = [self.solve(b, rank, i) for b,i in zip(self.blocks, inits)]
-        missed = sum((b - self.product(f)).double().square().sum() for b,f in zip(self.blocks, factors))
-        total = self.blocks.double().square().sum()
+        factors = [self.solve(b, rank, i) for b,i in zip(self.whitened, inits)]
+        missed = sum((b - self.product(f)).double().square().sum() for b,f in zip(self.whitened, factors))
+        total = self.whitened.double().square().sum()
         return factors,float((missed/total).sqrt()) if total > 0 else 0.
 
     def _solved(self, rank):
         if rank not in self.solved: self.solved[rank] = self._solve(rank)
         return self.solved[rank]
 
+    def refined(self, rank):
+        "`weights` with the last factor the best one for those before it"
+        *before,last = self.weights(rank)
+        F = product(list(self._chain([*before, last], rank))[:-1], self.groups).flatten(2)
+        return [*before, _last_factor(self.blocks.double().flatten(2), self.metric.inputs, F).reshape(last.shape)]
+
     def factors(self, rank): return self._solved(rank)[0]
     def error(self, rank): return self._solved(rank)[1]
 
     @cached_property
     def channel_svds(self):
-        unfoldings = zip(*(channel_unfoldings(b) for b in self.blocks))
+        unfoldings = zip(*(channel_unfoldings(b) for b in self.whitened))
         return [SVD(u[0] if len(u) == 1 else torch.stack(u), self.layer) for u in unfoldings]
 
     def modes(self):
@@ -217,12 +343,13 @@ class _Tensor(Scheme):
         shapes = (self.o, self.i*n), (self.i, self.o*n)
         return [Mode(min(s), lambda m=m: self.channel_svds[m].spectrum, s) for m,s in enumerate(shapes)]
 
-# %% ../nbs/04_schemes.ipynb #5e481f73
+# %% ../nbs/04_schemes.ipynb #124dae06
 @register
 class Tucker(_Tensor):
     "Tucker-2: pointwise to `r_i` channels, a small copy of the layer to `r_o`, pointwise to `o`; `rank` is (r_o, r_i)"
     name = 'tucker'
     takes_pairs = True
+    joined = 0
     def full(self): return tucker2_full_ranks(self.geom.block_shape[1:])
 
     def resolve(self, wish):
@@ -242,11 +369,12 @@ class Tucker(_Tensor):
         core,Uo,Ui = map(torch.stack, zip(*self.factors(rank)))
         return Ui.transpose(1, 2), core, Uo
 
-# %% ../nbs/04_schemes.ipynb #941828c7
+# %% ../nbs/04_schemes.ipynb #c53c2994
 @register
 class CP(_Tensor):
     "Canonical polyadic: pointwise to `rank` channels, a depthwise layer along each spatial axis, pointwise to `o`"
     name = 'cp'
+    joined = 0
     max_sweeps = 100 # of the alternating least squares
     def full(self): return max(self.o, self.i)
     def most(self): return max(self.full(), cp_exact_rank(self.geom.block_shape[1:]))

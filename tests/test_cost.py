@@ -3,7 +3,7 @@ import copy, os, random, subprocess, sys
 import numpy as np, pytest, torch
 from torch import nn
 from fasterai_lr.cost import *
-from fasterai_lr.cost import _evaluating, _rnn_flops
+from fasterai_lr.cost import _rnn_flops
 
 class Block(nn.Module):
     "Hooks, BatchNorm, a shared module, dropout that is always on, mixed training flags"
