@@ -8,7 +8,11 @@ from torch import nn, distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
 from fastai.basics import *
-from fastai.callback.all import *
+from fastai.metrics import mae
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import *
+from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.distributed import *
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer

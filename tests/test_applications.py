@@ -1,0 +1,161 @@
+"fastai's applications: each trains through the callback on small data, decomposes what it can, and says by name why the rest stays dense"
+import math, re
+
+import pytest, torch
+from torch import nn
+from torch.testing import assert_close
+from fastai.collab import collab_learner
+from fastai.data.core import Datasets
+from fastai.imports import noop
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.tabular.all import tabular_learner
+from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config, language_model_learner, text_classifier_learner
+from fastai.vision.all import resnet18, resnet34, unet_learner, vision_learner
+from small_data import digit_dls, mask_dls, rating_dls, seed, text_dls, tiny_xresnet, wine_dls
+from tiny import snapshot, moved, ids
+from fasterai_lr.callback import DecomposeCallback
+from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
+from fasterai_lr.layers import factored_layers
+from fasterai_lr.learner import *
+
+def timm(arch, **kw): return lambda path: vision_learner(digit_dls(path), arch, pretrained=False, metrics=accuracy, **kw)
+
+class Attention(nn.Module):
+    "A transformer that classifies sequences: torch's encoder, or one whose output layer is tied to the embedding"
+    def __init__(self, tied):
+        super().__init__()
+        self.embed,self.encoder = nn.Embedding(20, 32),nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, dropout=0., batch_first=True), 2)
+        self.head = nn.Linear(32, 20)
+        if tied: self.head.weight = self.embed.weight
+    def forward(self, x): return self.head(self.encoder(self.embed(x)).mean(1))
+
+def transformer(tied=False):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(20, (96,10), generator=g)
+    y = x.mode(1).values
+    dls = Datasets(range(96), [[x.__getitem__],[y.__getitem__]], splits=[range(64),range(64,96)]).dataloaders(bs=16, device='cpu', num_workers=0)
+    return Learner(dls, Attention(tied), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+
+def text(f, config, is_lm, **kw):
+    config = dict(config, emb_sz=32, n_hid=24, n_layers=2, **kw)
+    return lambda path: f(text_dls(is_lm), AWD_LSTM, pretrained=False, config=config, **({} if is_lm else {'seq_len': 8}))
+
+depthwise,hooked = 'a depthwise convolution has nothing to factor','its weight is computed by a hook (weight or spectral norm, weight drop)'
+tied,mha = 'its parameters are tied to those of another module','its parent, an nn.MultiheadAttention, reads its weight directly'
+# name: how to make the learner, how many layers are factored, {pattern of the names of those that stay dense: reason}
+apps = dict(
+    xresnet=(lambda path: vision_learner(digit_dls(path), tiny_xresnet, pretrained=False, metrics=accuracy), 17, {}),
+    convnext=(timm('convnext_atto', depths=(1,1,1,1), dims=(8,16,32,64)), 14, {r'0\.model\.stages\.\d\.blocks\.0\.conv_dw': depthwise}),
+    vit=(timm('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=2), 11, {}),
+    unet=(lambda path: unet_learner(mask_dls(path), tiny_xresnet, pretrained=False, self_attention=True), 33, {r'layers\.5\.conv2\.2\.(query|key|value)\.0': hooked}),
+    tabular=(lambda path: tabular_learner(wine_dls(), layers=[64,32], metrics=accuracy), 3, {}),
+    collab_nn=(lambda path: collab_learner(rating_dls(), use_nn=True, layers=[64,32], y_range=(0,6)), 2, {r'layers\.2\.0': 'rank 1 would not make it smaller: 33 → 34 parameters'}),
+    text_classifier=(text(text_classifier_learner, awd_lstm_clas_config, False), 2, {}),
+    untied_lm=(text(language_model_learner, awd_lstm_lm_config, True, tie_weights=False), 1, {}),
+    transformer=(lambda path: transformer(), 5, {r'encoder\.layers\.\d\.self_attn\.out_proj': mha}),
+    tied_transformer=(lambda path: transformer(True), 4, {r'encoder\.layers\.\d\.self_attn\.out_proj': mha, 'head': tied}))
+dense_apps = dict(
+    collab_dot=(lambda path: collab_learner(rating_dls(), n_factors=8, y_range=(0,6)), {}),
+    lm=(text(language_model_learner, awd_lstm_lm_config, True), {r'1\.decoder': tied}))
+# parameters that the models never use
+unused = {'0.model.head.norm.weight', '0.model.head.norm.bias', 'bn_cont.weight', 'bn_cont.bias'}
+
+def mk(make, path):
+    seed()
+    learn = make(path)
+    learn.path,learn.logger = path,noop
+    return learn
+
+def groups(learn):
+    "What the learner's own splitter makes of the model: groups of ids"
+    res = learn.splitter(learn.model)
+    return [ids(g) for g in res] if isinstance(res[0], (list,tuple)) or hasattr(res[0], 'map') else [ids(res)]
+
+def check_plan(learn, n, dense):
+    "`n` layers are factored, the others are those in `dense`, with their reasons; the table says so too"
+    layers = learn.model.low_rank_plan['layers']
+    left = {k: l['reason'] for k,l in layers.items() if l['status'] == 'dense'}
+    assert len(factored_layers(learn.model)) == len(layers) - len(left) == n
+    assert all(any(re.fullmatch(p, k) and left[k] == r for p,r in dense.items()) for k in left), left
+    assert all(any(re.fullmatch(p, k) for k in left) for p in dense), left
+    table = learn.low_rank_summary()
+    assert {k: r for k,r in table.reason.items() if k in left} == left and (table.status == 'factored').sum() == n
+    return table
+
+def check_trains(learn):
+    "The optimizer has what the splitter gives, every parameter that is used moves, and validation and predictions work"
+    assert [ids(g) for g in learn.opt.param_lists] == groups(learn)
+    before = snapshot(learn.model)
+    learn.fit(1, 1e-2)
+    still = {k for m,(k,_) in zip(moved(before, learn.model), learn.model.named_parameters()) if not m}
+    assert still <= unused and all(torch.isfinite(p).all() for p in learn.model.parameters())
+    assert all(math.isfinite(v) for v in learn.validate())
+
+@pytest.mark.parametrize('name', apps)
+def test_application(name, tmp_path):
+    make,n,dense = apps[name]
+    learn,c = mk(make, tmp_path),DecomposeCallback(1, ft_lr=1e-2)
+    with learn.no_bar(): learn.fit_one_cycle(2, 1e-2, cbs=c)
+    assert [h['epoch'] for h in learn.recorder.decomposed] == [1] and len(learn.recorder.values) == 2
+    table = check_plan(learn, n, dense)
+    assert table.macs_after['total'] < table.macs_before['total'] and table.params_after['total'] < table.params_before['total']
+    with learn.no_bar():
+        check_trains(learn)
+        preds,_ = learn.get_preds()
+    assert torch.isfinite(preds).all() and len(preds) > 0
+
+@pytest.mark.parametrize('name', dense_apps)
+def test_application_without_a_layer_to_decompose(name, tmp_path):
+    make,dense = dense_apps[name]
+    learn = mk(make, tmp_path)
+    before = learn.model.state_dict().keys()
+    with learn.no_bar(), pytest.warns(UserWarning, match='No layer was decomposed'): learn.fit_one_cycle(2, 1e-2, cbs=DecomposeCallback(1))
+    assert learn.model.state_dict().keys() == before
+    with learn.no_bar():
+        check_plan(learn, 0, dense)
+        check_trains(learn)
+
+def outputs(learn):
+    learn.model.eval()
+    if hasattr(learn.model, 'reset'): learn.model.reset()
+    b = learn.dls.valid.one_batch()
+    with torch.no_grad(): out = learn.model(*b[:getattr(learn.dls, 'n_inp', 1)])
+    return (out[0] if isinstance(out, tuple) else out).as_subclass(torch.Tensor)
+
+@pytest.mark.parametrize('name', apps)
+def test_factors_of_full_rank_change_no_output(name, tmp_path):
+    "Whatever the model does with its layers (skip connections, hooks of the U-Net, attention), the factors stand in for them"
+    learn = mk(apps[name][0], tmp_path)
+    with learn.no_bar(): learn.fit(1, 1e-3)
+    want = outputs(learn)
+    learn.decompose([FC_Decomposer(rank=1., force=True), ConvDecomposer('spatial', rank=1., force=True)])
+    assert len(factored_layers(learn.model)) >= apps[name][1]
+    # float32 rounding through some ten layers, relative to the largest output
+    assert_close(outputs(learn), want, rtol=0, atol=1e-4*want.abs().max().item())
+
+def test_fine_tune_of_a_pretrained_body(tmp_path):
+    "As a pretrained model is trained: frozen at first; the swap comes in the second fit, in all groups"
+    learn,c = mk(apps['xresnet'][0], tmp_path),DecomposeCallback(1, ft_lr=1e-2)
+    learn.freeze()
+    with learn.no_bar():
+        learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=c)
+        assert [h['epoch'] for h in c.history] == [1]
+        check_plan(learn, 17, {})
+        check_trains(learn)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name,make,n', [
+    ('unet_resnet34', lambda path: unet_learner(mask_dls(path, size=64), resnet34, pretrained=False), None),
+    ('convnext_atto', timm('convnext_atto'), None),
+    ('vit_tiny', timm('vit_tiny_patch16_224', img_size=32, patch_size=8), None),
+    ('resnet18_fine_tune', lambda path: vision_learner(digit_dls(path), resnet18, pretrained=False, metrics=accuracy), 22)])
+def test_full_size(name, make, n, tmp_path):
+    learn,c = mk(make, tmp_path),DecomposeCallback(1, ft_lr=1e-3)
+    with learn.no_bar():
+        learn.fine_tune(2, 1e-3, freeze_epochs=1, cbs=c)
+        layers = learn.model.low_rank_plan['layers']
+        assert len(factored_layers(learn.model)) == (n or sum(l['status'] == 'factored' for l in layers.values())) > 20
+        assert {l['reason'] for l in layers.values() if l['status'] == 'dense'} <= {depthwise}
+        check_trains(learn)
