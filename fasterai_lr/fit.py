@@ -5,30 +5,45 @@
 # %% auto #0
 __all__ = ['Use', 'trace', 'Stats', 'fit']
 
-# %% ../nbs/07_fit.ipynb #3c738a33
+# %% ../nbs/07_fit.ipynb #6093c405
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from .layers import Geometry, devices_of, evaluating, fill, replace_layers_, run_model
 from .calibrate import Batches, Gram, InputMoments, Metric, Moments, calibrate, classification, covariance, draw, n_positions, output_rows, ridge, unbiased
 from .schemes import schemes
 
-# %% ../nbs/07_fit.ipynb #43a16492
+# %% ../nbs/07_fit.ipynb #288ecc07
 @dataclass
 class Use:
     "How a layer is used in one run of the model"
     inputs:list # of each call, on the meta device
     outputs:list
     norm:str|None = None # name of the BatchNorm that takes its output
+    add:int|None = None # which of the additions of two tensors takes its output, or that of the BatchNorm
 
     @property
     def calls(self): return len(self.inputs)
+
+_additions = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+
+class _Additions(TorchFunctionMode):
+    "Calls `see(i, a, b)` before the i-th addition of two tensors of one shape"
+    def __init__(self, see):
+        super().__init__()
+        self.see,self.n = see,0
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _additions and len(args) == 2 and not kwargs and all(isinstance(a, Tensor) for a in args) and args[0].shape == args[1].shape:
+            self.see(self.n, *args)
+            self.n += 1
+        return func(*args, **(kwargs or {}))
 
 def trace(
     model:nn.Module,
@@ -42,15 +57,23 @@ def trace(
         use = uses[name] = uses.pop(name, None) or Use([], [])
         use.inputs.append(meta(x))
         use.outputs.append(meta(out))
-        outs.append((name, out))
-    def normed(norm, x):
-        for name,out in outs:
-            if out is x: uses[name].norm = norm
+        outs.append((name, out, out._version))
+    def source(t): return next((n for n,o,v in outs if o is t and o._version == v), None)
+    def normed(norm, x, out):
+        if (name := source(x)) is None: return
+        uses[name].norm = norm
+        outs.append((name, out, out._version))
+    def added(i, a, b):
+        for t in (a, b):
+            if (name := source(t)) is not None: uses[name].add = i
     hooks = [modules[n].register_forward_hook(lambda m,i,o,n=n: called(n, i[0], o)) for n in names]
-    hooks += [m.register_forward_pre_hook(lambda m,i,n=n: normed(n, i[0])) for n,m in modules.items() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    try: _run(model, batch)
+    hooks += [m.register_forward_hook(lambda m,i,o,n=n: normed(n, i[0], o)) for n,m in modules.items() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    try:
+        with _Additions(added): _run(model, batch)
     finally:
         for h in hooks: h.remove()
+    for u in uses.values():
+        if u.calls > 1: u.norm = u.add = None # what follows one call does not follow them all
     return uses
 
 def _run(model, batch):
@@ -60,23 +83,33 @@ def _run(model, batch):
         with evaluating(model), torch.no_grad(): return run_model(model, batch)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../nbs/07_fit.ipynb #cca734c6
+# %% ../nbs/07_fit.ipynb #6ab486aa
 class _Stop(Exception): pass
 
-def _run_until(model, hooks, calls, batch):
-    "Run `model` with `hooks` `{module: function}` until they have been called `calls` times"
-    left = [calls]
-    def wrap(f):
-        def hook(m, i, o):
-            f(m, i[0], o)
-            left[0] -= 1
-            if not left[0]: raise _Stop
-        return hook
-    handles = [m.register_forward_hook(wrap(f)) for m,f in hooks.items()]
-    try: _run(model, batch)
-    except _Stop: pass
-    finally:
-        for h in handles: h.remove()
+class _Seen:
+    "What a run of `model` shows of the layers `uses`: inputs and outputs of each call, and what is added to the output"
+    def __init__(self, model, uses, batch):
+        self.calls,self.sums,self.left = {n:[] for n in uses},{},sum(u.calls + (u.add is not None) for u in uses.values())
+        self.adds = {u.add: n for n,u in uses.items() if u.add is not None}
+        handles = [model.get_submodule(n).register_forward_hook(lambda m,i,o,n=n: self._call(n, i[0], o)) for n in uses]
+        try:
+            with _Additions(self._add): _run(model, batch)
+        except _Stop: pass
+        finally:
+            for h in handles: h.remove()
+
+    def _call(self, name, x, out):
+        self.calls[name].append((x, out.clone())) # what comes after may change it in place
+        self._done()
+
+    def _add(self, i, a, b):
+        if i in self.adds:
+            self.sums[self.adds[i]] = a + b
+            self._done()
+
+    def _done(self):
+        self.left -= 1
+        if not self.left: raise _Stop
 
 @dataclass
 class Stats:
@@ -94,29 +127,47 @@ class Stats:
 
 class _Pair:
     "Moments of one layer between the dense network and the other"
-    def __init__(self, dense, other, most, max_size, gen):
-        self.dense,self.other,self.most,self.gen = dense,other,most,gen
-        self.inputs,self.yx,self.y,self.waiting = InputMoments(dense, max_size),Gram(),Gram(),[]
+    def __init__(self, layer, max_size): self.layer,self.inputs,self.yx,self.y = layer,InputMoments(layer, max_size),Gram(),Gram()
 
-    def see_dense(self, layer, x, out):
-        idx = draw(n_positions(layer, out), self.most, self.gen)
-        self.waiting.append((unbiased(layer, output_rows(layer, out, idx)), idx))
-
-    def see_other(self, layer, x, out):
-        y,idx = self.waiting.pop(0)
-        self.yx.add(y, self.inputs.add(layer, x, out, idx))
+    def add(self, dense, other, lost, most, gen):
+        "One call: inputs and outputs in both networks, and what the output is to make up for, if anything"
+        x,out = other
+        idx = draw(n_positions(self.layer, out), most, gen)
+        y = unbiased(self.layer, output_rows(self.layer, dense[1], idx))
+        if lost is not None: y = y + output_rows(self.layer, lost, idx)
+        self.yx.add(y, self.inputs.add(self.layer, x, out, idx))
         self.y.add(y, y.new_ones(*y.shape[:2], 1))
 
     def stats(self): return Stats(self.inputs.second.mean, self.yx.mean, self.inputs.mean, self.y.mean[...,0])
 
+def _scale(norm, ndim):
+    "What a BatchNorm multiplies its input by, `[channels, 1, ...]`"
+    if norm is None: return 1.
+    s = (norm.running_var + norm.eps).rsqrt()
+    return (s if norm.weight is None else s*norm.weight.detach()).view(-1, *[1]*(ndim-2))
+
+def _lost(was, now, name, norm):
+    "What the output of a layer has to make up for: what the sum that it goes into lacks, less its own part"
+    if name not in was.sums: return None
+    scale = _scale(norm, was.sums[name].dim())
+    rest = was.sums[name] - now.sums[name] - scale*(was.calls[name][0][1] - now.calls[name][0][1])
+    if norm is None: return rest
+    return torch.where(scale.abs() > 1e-2*scale.abs().max(), rest/scale, 0.)
+
+def _each_sum_once(uses):
+    "`uses`, each addition with the last layer only"
+    last = {u.add: n for n,u in uses.items()}
+    return {n: u if last[u.add] == n else replace(u, add=None) for n,u in uses.items()}
+
 def _gather(dense, other, uses, batches, most, max_size, seed):
     "`Stats` of the layers `uses`"
-    gen = torch.Generator().manual_seed(seed)
-    pairs = {n:_Pair(dense.get_submodule(n), other.get_submodule(n), most, max_size, gen) for n in uses}
-    calls = sum(u.calls for u in uses.values())
+    gen,uses = torch.Generator().manual_seed(seed),_each_sum_once(uses)
+    pairs = {n:_Pair(other.get_submodule(n), max_size) for n in uses}
     for b in batches:
-        _run_until(dense, {p.dense: p.see_dense for p in pairs.values()}, calls, b)
-        _run_until(other, {p.other: p.see_other for p in pairs.values()}, calls, b)
+        was,now = _Seen(dense, uses, b),_Seen(other, uses, b)
+        for n,p in pairs.items():
+            lost = _lost(was, now, n, uses[n].norm and other.get_submodule(uses[n].norm))
+            for d,o in zip(was.calls[n], now.calls[n], strict=True): p.add(d, o, lost, most, gen)
     return {n:p.stats() for n,p in pairs.items()}
 
 # %% ../nbs/07_fit.ipynb #39870c38
