@@ -265,10 +265,12 @@ def _fresh(layer, scheme, rank):
     if w.dim()==4 and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous(): res = res.to(memory_format=torch.channels_last)
     return res.train(layer.training)
 
-# %% ../nbs/07_plan.ipynb #74141694
+# %% ../nbs/07_plan.ipynb #559629a0
 class Planner:
     "What is known about a model before a budget is chosen"
     def __init__(self, model, data, metric='fisher', schemes=('svd', 'spatial'), loss=classification, moments=None, seed=0, progress=None):
+        for s in schemes:
+            if s not in known_schemes: raise ValueError(f"schemes: {s!r} is not one of {', '.join(map(repr, known_schemes))}")
         self.model,self.metric,self.schemes = model,metric,schemes
         self.batches = Batches(data, next(iter(devices_of(model)), None))
         self.moments = calibrate(model, self.batches, loss, seed=seed, progress=progress) if moments is None else moments
@@ -408,7 +410,14 @@ def least(self:Planner, kind):
     options,total = self.all_options(),getattr(self, kind)
     return 1 - sum(getattr(o[0], kind) - min(getattr(p, kind) for p in o) for o in options.values())/total
 
-# %% ../nbs/07_plan.ipynb #4e7b9b6a
+# %% ../nbs/07_plan.ipynb #2cec30e5
+@patch
+def make(self:Planner, budget:Budget, evaluate=None, progress=None)->Plan:
+    "The plan for any budget"
+    if budget.kind == 'latency': return self.latency_plan(budget, progress=progress)
+    if budget.kind == 'max_drop': return self.drop_plan(budget, evaluate, progress=progress)
+    return self.plan(budget)
+
 def make_plan(
     model:nn.Module,
     data, # a little of it: a tensor, a list of batches, a DataLoader, or fastai `DataLoaders`; no labels are needed
@@ -423,9 +432,4 @@ def make_plan(
    )->Plan:
     "Scheme and rank of every layer, for the least estimated loss within the budget"
     if not isinstance(budget, Budget): raise TypeError(f"budget: {budget!r} is not a Budget; give Budget(macs=0.5), for instance")
-    for s in schemes:
-        if s not in known_schemes: raise ValueError(f"schemes: {s!r} is not one of {', '.join(map(repr, known_schemes))}")
-    planner = Planner(model, data, metric, schemes, loss, moments, seed, progress)
-    if budget.kind == 'latency': return planner.latency_plan(budget, progress=progress)
-    if budget.kind == 'max_drop': return planner.drop_plan(budget, evaluate, progress=progress)
-    return planner.plan(budget)
+    return Planner(model, data, metric, schemes, loss, moments, seed, progress).make(budget, evaluate, progress)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['summarize', 'format_summary', 'plot_training']
 
-# %% ../nbs/11_report.ipynb #e58e0bf1
+# %% ../nbs/11_report.ipynb #24ffe6a6
 from dataclasses import asdict
 
 import pandas as pd
@@ -14,15 +14,15 @@ from torch import nn
 
 from .layers import factored_layers, find_layers, recompose
 from .cost import count_params, macs_per_layer
-from .decomposer import ConvDecomposer, FC_Decomposer, dense_record, known_records
+from .plan import dense_record, known_records, layer_types
 
-# %% ../nbs/11_report.ipynb #5e9450ad
+# %% ../nbs/11_report.ipynb #f6eb0f6d
 _columns = dict(type='', scheme='', rank='', full_rank='', params_before=0, params_after=0, error=float('nan'), status='dense', reason='')
 
 def _records(model):
     "A record for every linear layer and convolution: what is known of its decomposition, else from the layer itself"
     known,res = known_records(model),{}
-    for f in find_layers(model, FC_Decomposer.types + ConvDecomposer.types):
+    for f in find_layers(model, layer_types):
         res[f.name] = known.get(f.name) or asdict(dense_record(f, f.reason or 'not asked for'))
     for n,l in factored_layers(model).items():
         res[n] = known.get(n) or dict(type=l.geometry.type_name, scheme=l.scheme, rank=l.rank, params_before=l.geometry.n_params, params_after=count_params(l), status='factored')
