@@ -116,7 +116,7 @@ def problems(browser, address, names, size):
     page,found = context.new_page(),[]
     page.on('console', lambda m: m.type in ('error', 'warning') and found.append(f'{m.type}: {m.text}'))
     page.on('pageerror', lambda e: found.append(f'error: {e}'))
-    page.on('requestfailed', lambda r: found.append(f'failed: {r.url}'))
+    page.on('requestfailed', lambda r: r.failure == 'net::ERR_ABORTED' or found.append(f'failed: {r.url}'))  # aborted: by going to the next page
     page.on('response', lambda r: r.status >= 400 and found.append(f'{r.status}: {r.url}'))
     page.on('request', lambda r: r.url.startswith((address, 'data:')) or found.append(f'another host: {r.url}'))
     res = {}

@@ -9,6 +9,7 @@ from configparser import ConfigParser
 from contextlib import chdir
 from functools import cached_property, reduce
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from types import FunctionType
 import yaml
@@ -41,6 +42,7 @@ class Page:
         self.nb = read_nb('_proc'/path.relative_to('nbs'))
         head = yaml.safe_load(self.nb.cells.pop(0).source.strip().strip('-'))
         self.title,self.lead = head['title'],head.get('description', '')
+        self.nb.cells = [c for doc,run in groupby(self.nb.cells, lambda c: bool(shown(c))) for c in (sorted(run, key=self.line) if doc else run)]
         self.names = [o for c in self.nb.cells if (o := shown(c))]
         rest = [o for o in (import_module(self.module).__all__ if module not in (None, 'all') else ()) if o not in self.names]
         self.names += rest # assigned, so that `proc_nbs` does not see them
@@ -51,8 +53,10 @@ class Page:
     @property
     def short(self): return self.module.partition('.')[2] if self.section == 'api' else self.title
 
-    @cached_property
-    def symbols(self): return {o: reduce(getattr, o.split('.'), import_module(self.module)) for o in self.names}
+    def symbol(self, name): return reduce(getattr, name.split('.'), import_module(self.module))
+    def line(self, cell):
+        "The line that defines what `cell` shows: `proc_nbs` reverses the names of one cell"
+        return inspect.getsourcelines(self.symbol(shown(cell)))[1]
 
 # Links
 
@@ -155,7 +159,7 @@ class Documenter:
 
     def __call__(self, name):
         "Signature, docstring and parameters of `name`; for a class also those of its public methods with a docstring, unless the page shows them elsewhere"
-        sym = self.page.symbols[name]
+        sym = self.page.symbol(name)
         if not callable(sym): return self.data(name)
         if not isinstance(sym, type): return self.directive('method' if '.' in name else 'function', name, sym)
         own = {k: v for k,v in vars(sym).items() if k[0] != '_' and isinstance(v, _methods) and v.__doc__}
@@ -199,7 +203,7 @@ def listing(page, links):
     "The entry of a page in its section; for a module, with a table of its names"
     if page.section != 'api': return f'[{page.title}](/{page.to})\n: {page.lead}\n'
     text = Documenter(page, links).text
-    rows = [(f'{{py:obj}}`{n} <{page.module}.{n}>`', text((inspect.getdoc(s) or '').partition('\n')[0]) if callable(s) else '') for n,s in page.symbols.items()]
+    rows = [(f'{{py:obj}}`{n} <{page.module}.{n}>`', text((inspect.getdoc(s) or '').partition('\n')[0]) if callable(s) else '') for n,s in ((n, page.symbol(n)) for n in page.names)]
     return '\n\n'.join([f'## [{page.short}](/{page.to})', page.lead, table([('Name', 'What it is'), *rows], 'names') if rows else ''])
 
 def write_section(section, pages, links, to):
