@@ -37,7 +37,7 @@ def follow_params(
             res[old[_follows(n, list(old))]].append(p)
     return res
 
-# %% ../nbs/09_optimizer.ipynb #819409f8
+# %% ../nbs/09_optimizer.ipynb #c46306cc
 def _keep_live(state, live):
     "`state` without the parameters that are gone; a plain dict after `load` and `lr_find`, it takes new ones again"
     return defaultdict(dict, {p:s for p,s in state.items() if p in live})
@@ -54,6 +54,9 @@ def check_opt(opt):
     while isinstance(opt, Lookahead): opt = opt.opt
     if not isinstance(opt, (Optimizer,OptimWrapper)):
         raise TypeError(f"opt: {type(opt).__name__} is not a fastai optimizer; wrap a torch one in `OptimWrapper`")
+    inner = opt.opt if isinstance(opt, OptimWrapper) else None
+    if inner is not None and any(isinstance(o, torch.optim.Optimizer) for o in vars(inner).values()):
+        raise TypeError(f"opt: {type(inner).__name__} steps by another optimizer that it holds, which would go on with the old parameters; use that one itself")
 
 def rebind_opt(
     opt:Optimizer|OptimWrapper, # changed in place

@@ -127,13 +127,16 @@ def conv_net():
 def run_plain(path):
     "A wrapper that the user has made, for a model in channels last; `learn.decompose` between two fits"
     ddp = DDP(conv_net(), static_graph=True)
+    old = weakref.ref(ddp.module[3].weight)
     learn = mk_learn(ddp, loader=partial(DistributedDL, device='cpu'), splitter=lambda m: [list(get_model(m).parameters())])
     w,c = Watch(),DecomposeCallback(1, ConvDecomposer('spatial', rank=2), ft_lr=1e-2)
     learn.fit(2, 1e-2, cbs=[c, w])
     learn.decompose(what)
     before = [p.detach().clone() for p in ddp.parameters()]
     learn.fit(1, 1e-2, cbs=w)
-    return seen(learn, w, c, same=learn.model is ddp, static=ddp.static_graph, moved=[not torch.equal(a,b) for a,b in zip(before, ddp.parameters())],
+    learn.loss_grad = None
+    gc.collect()
+    return seen(learn, w, c, freed=old() is None, same=learn.model is ddp, static=ddp.static_graph, moved=[not torch.equal(a,b) for a,b in zip(before, ddp.parameters())],
                 strides=[m.weight.stride() for m in ddp.module.modules() if type(m) is nn.Conv2d])
 
 def run_root(path):

@@ -389,6 +389,15 @@ def test_a_torch_optimizer_that_is_not_wrapped_is_refused():
         def set_hypers(self, **kw): pass
     refused([], 'OptimWrapper', opt_func=lambda groups, lr: Bare([p for g in groups for p in g], lr=lr))
 
+def test_a_torch_optimizer_around_another_is_refused():
+    class Outer(torch.optim.Optimizer):
+        "As `ZeroRedundancyOptimizer` and its like: the inner one has lists of its own"
+        def __init__(self, params, lr=1e-3):
+            super().__init__(params, dict(lr=lr))
+            self.optim = torch.optim.SGD([p for g in self.param_groups for p in g['params']], lr=lr)
+        def step(self): self.optim.step()
+    refused([], 'Outer steps by another optimizer', opt_func=partial(OptimWrapper, opt=Outer))
+
 @pytest.mark.parametrize('at', [0, 1, 3])
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), MemoryError('layer')])
 def test_an_interrupt_at_any_layer_leaves_a_dense_learner(at, error, monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from fasterai_lr.learner import *
 
 here,scripts = Path(__file__).resolve().parent,Path(sys.executable).parent
 launchers = dict(accelerate=['accelerate', 'launch', '--multi_gpu', '--num_machines=1', '--num_processes=2', '--mixed_precision=no', '--dynamo_backend=no', '--main_process_port'],
+                 bf16=['accelerate', 'launch', '--multi_gpu', '--num_machines=1', '--num_processes=2', '--mixed_precision=bf16', '--dynamo_backend=no', '--main_process_port'],
                  torchrun=['torchrun', '--nnodes=1', '--nproc-per-node=2', '--master-port'])
 fast = ['ctx', 'equal', 'frozen', 'diverged', 'before', 'plain', 'root', 'error', 'wrong_name', 'refused']
 
@@ -82,7 +83,7 @@ def test_decompose_before_the_fit(runs):
 def test_a_wrapper_of_the_users_own(runs):
     a,b = runs['plain']
     check_both(a, b)
-    for o in (a,b): assert o['same'] and o['static'] and o['trains'] == [3] and len(o['moved']) == 9 and all(o['moved'])
+    for o in (a,b): assert o['same'] and o['freed'] and o['static'] and o['trains'] == [3] and len(o['moved']) == 9 and all(o['moved'])
     assert a['history'][0]['decomposed'] == 2 and [l['status'] for l in a['plan']['layers'].values()] == ['factored']*3
     assert a['strides'] == b['strides'] and len(a['strides']) == 4 and all(s[1] == 1 for s in a['strides'])     # channels last in both
 
@@ -102,8 +103,10 @@ def test_what_cannot_be_wrapped_again_is_refused(runs):
         assert 'communication hook' in texts['hook'] and 'process group' in texts['group'] and 'sharded' in texts['sharded']
 
 @pytest.mark.slow
-def test_torchrun(tmp_path):
-    for name,runs in launch('torchrun', tmp_path, ['ctx', 'plain']).items(): check_both(*runs)
+@pytest.mark.parametrize('launcher', ['torchrun', 'bf16'])
+def test_other_launchers(launcher, tmp_path):
+    "torchrun, and accelerate with its own autocast"
+    for name,runs in launch(launcher, tmp_path, ['ctx', 'frozen', 'plain']).items(): check_both(*runs)
 
 # In one process
 
