@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from urllib.parse import unquote, urljoin, urlsplit
 import pytest
 
@@ -58,6 +59,17 @@ def dead_links(site):
     return {o: bad for o,p in found.items() if (bad := sorted({k for k in p.links if k != '#' and dead(o, k)}))}
 
 def test_links(site): assert dead_links(site) == {}
+
+def test_links_of_notebooks(site, monkeypatch):
+    import build_site
+    monkeypatch.chdir(root)
+    page = SimpleNamespace(path='nbs/03_rank.ipynb', to='api/rank.ipynb', section='api', module='fasterai_lr.rank', names=['Energy'])
+    links = build_site.Links([page], 'https://x.org/y')
+    assert links('[a](../03_rank.ipynb#b) [c](../../LICENSE) [d](#e) [`Energy`](https://z.org)', 'nbs/howto/x.ipynb') == (
+        '[a](/api/rank.ipynb#b) [c](https://x.org/y/blob/main/LICENSE) [d](#e) [`Energy`](https://z.org)')
+    assert links('# `Energy`\n`Energy(.9)`, `[f](g)`\n```\n`Energy`\n```', 'CHANGELOG.md') == (
+        '# `Energy`\n{py:obj}`Energy(.9) <fasterai_lr.rank.Energy>`, `[f](g)`\n```\n`Energy`\n```')
+    with pytest.raises(ValueError, match='nbs/x.ipynb: the link gone.ipynb leads nowhere'): links('[a](gone.ipynb)', 'nbs/x.ipynb')
 
 def test_dead_links_are_found(tmp_path):
     (tmp_path/'sub').mkdir()

@@ -178,10 +178,11 @@ def code_cell(cell):
     cell.source = '\n'.join(o for o in lines if not o.startswith('#| ')).strip()
 
 def head(page, links):
-    "Title, lead and, for a module, its name and where its notebook is"
-    notebook = f'[notebook]({links.git_url}/blob/main/{page.path})'
-    return '\n\n'.join([f'# {page.title}', '{.lead}\n' + links(page.lead, page.path),
-                        '{.module}\n' + f'`{page.module}` · {notebook}' if page.section == 'api' else f'{{.module}}\n{notebook}'])
+    "Title, lead, the module's name and where the notebook is"
+    module = f'`{page.module}` · ' if page.section == 'api' else ''
+    res = [f'# {page.title}', '{.lead}\n' + links(page.lead, page.path)]
+    if page.to != 'index.ipynb': res.append(f'{{.module}}\n{module}[notebook]({links.git_url}/blob/main/{page.path})')
+    return '\n\n'.join(res)
 
 def write_page(page, links, to):
     nb = page.nb
