@@ -213,7 +213,7 @@ def calibrate(
             samples += n_items(b)
     return {n:g.moments(samples) for n,g in gathers.items() if g.inputs.second.n}
 
-# %% ../nbs/05_calibrate.ipynb #0b5e1f42
+# %% ../nbs/05_calibrate.ipynb #51d3a178
 def _mean_diag(M): # one where nothing depends on the layer or nothing reaches it
     d = M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     return torch.where(d > 0, d, 1.)
@@ -250,7 +250,9 @@ class Metric:
 
     def _outputs(self, C):
         W = self.weight
-        if self.inputs is not None: return W@self.inputs@W.mT
+        if self.inputs is not None: # what lets weights of low rank have a Cholesky factor is far below what the ridge adds to others
+            C = W@self.inputs@W.mT
+            return C + torch.diag_embed((1e-12*_mean_diag(C)).expand(C.shape[:-1]))
         WW = W@W.mT
         return C + 1e-3*(_mean_diag(C)/_mean_diag(WW))[...,None]*WW
 

@@ -14,13 +14,15 @@ from fastai.torch_core import apply, cast, get_model, to_device
 from .callback import decompose_learner
 from .report import summarize
 
-# %% ../nbs/13_learner.ipynb #838e268d
+# %% ../nbs/13_learner.ipynb #fccb59c3
 @patch
 def decompose(self:Learner,
-    what=None # a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
+    what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: `Budget(macs=0.5)`
+    data=None, # see `decompose`; `None`: 2,000 training items for a budget or a plan, none for decomposers
+    **kwargs # for `decompose`
    )->Learner: # the same learner
     "Replace the layers of `self.model` by their factors, now, and re-point the optimizer"
-    decompose_learner(self, what)
+    decompose_learner(self, what, data, **kwargs)
     return self
 
 # %% ../nbs/13_learner.ipynb #5aa0bbca

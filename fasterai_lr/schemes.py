@@ -229,7 +229,7 @@ def _balance(F, L):
     U,S,Vh = torch.linalg.svd(Rl@Rf.mT)
     return S.sqrt()[...,None]*(Vh@Qf.mT), (Ql@U)*S.sqrt()[...,None,:]
 
-# %% ../nbs/04_schemes.ipynb #e1ad885c
+# %% ../nbs/04_schemes.ipynb #a5d46fd8
 @register
 class Svd(_Matrix):
     "The matrix (o | i h w): a thinner copy of the layer to `rank` channels, then a pointwise one to `o`"
@@ -246,7 +246,7 @@ class Svd(_Matrix):
     def tensors(self, rank):
         if self.metric is None: return self.halves(rank)[::-1]
         U,S,_ = (t.reshape(-1, *t.shape[-d:]) for t,d in zip(self.svd.truncate(rank), (2, 1, 2)))
-        root,L = S.sqrt().clamp_min(1e-150),self.metric.Lo
+        root,L = S.clamp_min(1e-9*S.max()).sqrt(),self.metric.Lo
         first = (U/root[:,None]).mT @ L.mT @ self.blocks.flatten(2).double()
         return first, torch.linalg.solve_triangular(L.mT, U*root[:,None], upper=True)
 

@@ -278,11 +278,11 @@ def check_dense_and_trains(learn):
 @pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError('no memory')])
 def test_an_interrupt_leaves_a_dense_learner(monkeypatch, error):
     real = module.factorize
-    def stop_half_way(model, what, progress=None):
+    def stop_half_way(model, what, data=None, progress=None):
         def half(items):
             yield list(items)[0]
             raise error
-        return real(model, what, progress=half)
+        return real(model, what, data, progress=half)
     learn,c = mk_learn(),cb()
     monkeypatch.setattr(module, 'factorize', stop_half_way)
     before = {n: p.detach().clone() for n,p in learn.model.named_parameters()}

@@ -403,13 +403,13 @@ def test_a_torch_optimizer_around_another_is_refused():
 def test_an_interrupt_at_any_layer_leaves_a_dense_learner(at, error, monkeypatch, tmp_path):
     "After the interrupt, training goes on with the state that the optimizer had, and the same callback decomposes in the next fit"
     real = module.factorize
-    def stop(model, what, progress=None):
+    def stop(model, what, data=None, progress=None):
         count = iter(range(9))
         def items(layers):
             for o in layers:
                 if next(count) == at: raise error
                 yield o
-        return real(model, what, progress=items)
+        return real(model, what, data, progress=items)
     monkeypatch.setattr(module, 'factorize', stop)
     learn,c = mk_learn(path=tmp_path),cb()
     with pytest.raises(type(error)): learn.fit_one_cycle(3, 1e-2, cbs=[c, SaveModelCallback(fname='best'), GradientAccumulation(64)])

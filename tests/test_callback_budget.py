@@ -1,0 +1,134 @@
+"Budgets, schedules, the guard and the teacher of `DecomposeCallback`, on scikit-learn's digits"
+import copy
+import numpy as np, pytest, torch
+from torch import nn
+from fastai.vision.all import (accuracy, Callback, CrossEntropyLossFlat, Datasets, Learner, OptimWrapper, SGD, set_seed, Transform)
+from functools import partial
+from sklearn.datasets import load_digits
+from fasterai_lr.callback import DecomposeCallback, calibration_batches, decompose_learner, metric_value
+from fasterai_lr.cost import count_macs, count_params
+from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
+from fasterai_lr.layers import factored_layers
+from fasterai_lr.learner import *
+from fasterai_lr.plan import Budget, Plan, make_plan
+
+X = torch.tensor(load_digits().images, dtype=torch.float32)[:,None]/16
+Y = torch.tensor(load_digits().target)
+
+def net():
+    torch.manual_seed(0)
+    conv = lambda i,o,s=1: (nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+    return nn.Sequential(*conv(1, 16), *conv(16, 32), *conv(32, 32, 2), nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10))
+
+class Noise(Transform):
+    "Random augmentation: only for training items"
+    split_idx,seen = 0,0
+    def encodes(self, x:torch.Tensor):
+        type(self).seen += 1
+        return x + 100 if x.is_floating_point() else x
+
+def learner(tfms=(), **kw):
+    dls = Datasets(range(1000), [[X.__getitem__], [Y.__getitem__]], splits=[range(800), range(800, 1000)]).dataloaders(bs=100, device='cpu', after_batch=list(tfms))
+    return Learner(dls, net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, **kw)
+
+def quiet_fit(learn, n, cbs, lr=1e-2):
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n, lr, cbs=cbs)
+
+def share(learn): return count_macs(learn.model, X[:1])/count_macs(net(), X[:1])
+
+def test_by_default_half_of_the_macs():
+    learn = learner()
+    quiet_fit(learn, 4, DecomposeCallback(2, ft_lr=3e-3))
+    assert .4 < share(learn) <= .5 and learn.validate()[1] > .8
+    assert learn.model.low_rank_plan['budget'] == {'macs': .5}
+
+def test_a_schedule_truncates_what_is_factored_already():
+    learn,sizes = learner(),[]
+    class Sizes(Callback):
+        order = 70
+        def before_train(self): sizes.append((share(self.learn), {n:count_params(l) for n,l in factored_layers(self.model).items()}))
+    c = DecomposeCallback({1: Budget(macs=.7), 2: Budget(macs=.4), 3: Budget(macs=.25)}, ft_lr=3e-3)
+    quiet_fit(learn, 5, [c, Sizes()])
+    for got,most in zip(sizes[1:4], (.7, .4, .25)): assert most-.1 < got[0] <= most
+    for (_,a),(_,b) in zip(sizes[1:3], sizes[2:4]):
+        assert set(a) <= set(b) and all(b[n] <= a[n] for n in a)  # nothing comes back, nothing grows
+    assert not any('.' in n for n in sizes[-1][1])                # no chain inside a chain
+    assert c.done and [h['epoch'] for h in c.history] == [1, 2, 3] == [d['epoch'] for d in learn.recorder.decomposed]
+    ids = {id(p) for p in learn.model.parameters()}
+    assert ids == {id(p) for l in learn.opt.param_lists for p in l}
+    assert learn.validate()[1] > .8
+
+@pytest.mark.parametrize('opt_func', [SGD, partial(OptimWrapper, opt=torch.optim.AdamW)])
+def test_the_guard_restores_model_and_optimizer(opt_func):
+    def run(cbs):
+        set_seed(1)
+        learn = learner(opt_func=opt_func)
+        quiet_fit(learn, 5, cbs)
+        return learn
+    guarded,dense = run(DecomposeCallback(3, [FC_Decomposer(1), ConvDecomposer('spatial', 1)], max_drop=.01)),run([])
+    rec, = guarded.recorder.decomposed
+    assert rec['decomposed'] == 0 and rec['metric'][0] - rec['metric'][1] > .01 and rec['params_after'] == count_params(net())
+    assert not factored_layers(guarded.model) and not hasattr(guarded.model, 'low_rank_plan')
+    for (n,a),b in zip(guarded.model.state_dict().items(), dense.model.state_dict().values()): assert torch.equal(a, b), n
+
+def test_the_guard_lets_pass_what_is_good_enough():
+    learn = learner()
+    quiet_fit(learn, 4, DecomposeCallback(3, Budget(macs=.8), max_drop=.1))
+    assert factored_layers(learn.model) and learn.recorder.decomposed[0]['metric'][1] > 0
+
+def test_calibration_sees_no_augmentation_and_leaves_no_trace():
+    Noise.seen = 0
+    learn = learner([Noise()])
+    learn.dls.train.one_batch()
+    assert Noise.seen > 0
+    Noise.seen = 0
+    state = torch.get_rng_state(),np.random.get_state()[1].copy()
+    bs = calibration_batches(learn, 150)
+    assert torch.equal(state[0], torch.get_rng_state()) and (state[1] == np.random.get_state()[1]).all()
+    x = torch.cat([b[0] for b in bs])
+    assert len(x) == 150 and x.max() <= 1 and type(x) is torch.Tensor and all(len(b) == 1 for b in bs)
+    assert all((X[:800] == row).flatten(1).all(1).any() for row in x) # training items
+    assert torch.equal(x, torch.cat([b[0] for b in calibration_batches(learn, 150)]))
+
+def test_the_teacher_shapes_the_loss_and_is_freed():
+    losses = {}
+    for distill in (0., 10.):
+        learn,c = learner(),DecomposeCallback(0, Budget(macs=.3), distill=distill, ft_lr=1e-9) # no step to speak of
+        class Grad(Callback):
+            def after_loss(self): 
+                if self.training: losses.setdefault(distill, []).append(float(self.loss_grad) - float(self.loss))
+            order = 80
+        quiet_fit(learn, 1, [c, Grad()])
+        assert c.teacher is None
+    assert max(map(abs, losses[0.])) < 1e-6 < min(losses[10.])
+
+def test_a_plan_in_the_callback():
+    learn = learner()
+    plan = make_plan(net().eval(), X[:200], Budget(params=.4))
+    quiet_fit(learn, 2, DecomposeCallback(1, plan))
+    assert {n: l.rank for n,l in factored_layers(learn.model).items()} == {n: r for n,(_,r) in plan.choices.items()}
+    other = copy.deepcopy(plan)
+    other.layers['0']['type'] = 'Linear'
+    other.set('0', 'svd', 2)
+    learn = learner()
+    with pytest.raises(ValueError, match="layer '0' is Conv2d, not Linear"): quiet_fit(learn, 2, DecomposeCallback(1, other))
+    assert not factored_layers(learn.model)
+
+def test_accuracy_as_a_budget():
+    learn = learner()
+    quiet_fit(learn, 4, [])
+    dense = learn.validate()[1]
+    learn.decompose(Budget(max_drop=.02))
+    assert learn.validate()[1] >= dense - .02 - 1e-6 and share(learn) < .8
+    assert learn.model.low_rank_plan['budget'] == {'max_drop': .02}
+
+def test_the_metric_is_that_of_validate():
+    learn = learner()
+    assert abs(metric_value(learn) - learn.validate()[1]) < 1e-6
+    learn.metrics = []
+    assert abs(metric_value(learn) + learn.validate()[0]) < 1e-5 # means of means of float32 losses
+
+@pytest.mark.parametrize('kw,match', [(dict(at_epoch={}), 'empty schedule'), (dict(at_epoch={-1: None}), '-1 is not the number of an epoch'), (dict(at_epoch={1: None}, what=Budget(macs=.5)), 'beside a schedule'),
+    (dict(at_epoch=1, max_drop='x'), 'max_drop'), (dict(at_epoch=1, distill=-1), 'distill')])
+def test_bad_arguments(kw, match):
+    with pytest.raises(ValueError, match=match): DecomposeCallback(**kw)
