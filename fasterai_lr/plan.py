@@ -265,16 +265,16 @@ def _fresh(layer, scheme, rank):
     if w.dim()==4 and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous(): res = res.to(memory_format=torch.channels_last)
     return res.train(layer.training)
 
-# %% ../nbs/07_plan.ipynb #559629a0
+# %% ../nbs/07_plan.ipynb #dee61397
 class Planner:
     "What is known about a model before a budget is chosen"
-    def __init__(self, model, data, metric='fisher', schemes=('svd', 'spatial'), loss=classification, moments=None, seed=0, progress=None):
+    def __init__(self, model, data, metric='fisher', schemes=('svd', 'spatial'), loss=classification, moments=None, sample=None, seed=0, progress=None):
         for s in schemes:
             if s not in known_schemes: raise ValueError(f"schemes: {s!r} is not one of {', '.join(map(repr, known_schemes))}")
         self.model,self.metric,self.schemes = model,metric,schemes
         self.batches = Batches(data, next(iter(devices_of(model)), None))
         self.moments = calibrate(model, self.batches, loss, seed=seed, progress=progress) if moments is None else moments
-        self.sample = next(iter(self.batches))
+        self.sample = next(iter(self.batches if sample is None else Batches([sample], self.batches.device)))
         self.found = find_layers(model, layer_types)
         self.uses = trace(model, self.moments, self.sample)
         self.macs = macs_per_layer(model, self.sample)['']
@@ -410,7 +410,7 @@ def least(self:Planner, kind):
     options,total = self.all_options(),getattr(self, kind)
     return 1 - sum(getattr(o[0], kind) - min(getattr(p, kind) for p in o) for o in options.values())/total
 
-# %% ../nbs/07_plan.ipynb #2cec30e5
+# %% ../nbs/07_plan.ipynb #dba422b1
 @patch
 def make(self:Planner, budget:Budget, evaluate=None, progress=None)->Plan:
     "The plan for any budget"
@@ -427,9 +427,10 @@ def make_plan(
     loss=classification, # see `calibrate`
     evaluate=None, # for `max_drop`: a function from a model to a number, larger is better
     moments:dict|None=None, # from `calibrate`, if there are some already
+    sample=None, # a batch to count and to time with, in the memory format that counts; `None`: the first of `data`
     seed:int=0,
     progress=None # wraps each long iteration, like `fastprogress.progress_bar`
    )->Plan:
     "Scheme and rank of every layer, for the least estimated loss within the budget"
     if not isinstance(budget, Budget): raise TypeError(f"budget: {budget!r} is not a Budget; give Budget(macs=0.5), for instance")
-    return Planner(model, data, metric, schemes, loss, moments, seed, progress).make(budget, evaluate, progress)
+    return Planner(model, data, metric, schemes, loss, moments, sample, seed, progress).make(budget, evaluate, progress)
