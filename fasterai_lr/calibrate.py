@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['kinds', 'patches', 'draw', 'classification', 'regression', 'Batches', 'n_items', 'Moments', 'output_rows',
-           'n_positions', 'unbiased', 'Gram', 'InputMoments', 'calibrate', 'ridge', 'covariance', 'Metric']
+           'n_positions', 'layer_input', 'unbiased', 'Gram', 'InputMoments', 'undisturbed', 'calibrate', 'ridge',
+           'covariance', 'check_kind', 'Metric']
 
-# %% ../nbs/05_calibrate.ipynb #5a64e9bf
+# %% ../nbs/05_calibrate.ipynb #3b254aac
+import random
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
+from .linalg import check_finite
 from .layers import Geometry, devices_of, evaluating, find_layers, run_model
 
 # %% ../nbs/05_calibrate.ipynb #0b7773c7
@@ -58,10 +62,11 @@ def regression(out:Tensor, gen=None): # any shape
     "A scalar whose gradient has the covariance of a squared error's, `½(out-y)²` with `y` of unit variance around `out`"
     return (out*torch.randn(out.shape, generator=gen).to(out)).sum()
 
-# %% ../nbs/05_calibrate.ipynb #259ed046
+# %% ../nbs/05_calibrate.ipynb #4b872c9d
 def _to(x, device):
-    if isinstance(x, Tensor): return x.to(device)
-    return type(x)((k, _to(v, device)) for k,v in x.items()) if isinstance(x, dict) else x
+    if isinstance(x, Tensor): return x.detach().to(device)
+    if isinstance(x, dict): return type(x)((k, _to(v, device)) for k,v in x.items())
+    return type(x)([_to(v, device) for v in x]) if type(x) in (list, tuple) else x
 
 def _inputs(b, n_inp):
     if isinstance(b, dict): return {k:v for k,v in b.items() if k not in ('labels', 'label')}
@@ -80,20 +85,27 @@ class Batches:
         self.data,self.device = getattr(data, 'train', data),device
         if not hasattr(self.data, '__iter__') or isinstance(self.data, str):
             raise TypeError(f"data: {type(data).__name__} holds no batches; expected a tensor, a list of batches, a DataLoader or DataLoaders")
-        if iter(self.data) is self.data: raise TypeError("data: an iterator can be gone through only once; give a list of batches")
+        if isinstance(self.data, Iterator): raise TypeError("data: an iterator can be gone through only once; give a list of batches")
+
+    def __len__(self): return len(self.data)
 
     def __iter__(self):
         n_inp,n = getattr(self.data, 'n_inp', None),0
         for n,b in enumerate(self.data, 1):
             b = _inputs(b, n_inp)
-            yield tuple(_to(x, self.device) for x in b) if isinstance(b, tuple) else _to(b, self.device)
+            yield _to(b, self.device)
         if not n: raise ValueError("data: it holds no batch")
 
 def n_items(batch)->int:
-    "The number of samples in a batch"
-    return len(next(t for t in (batch.values() if isinstance(batch, dict) else batch) if isinstance(t, Tensor)))
+    "The number of samples in a batch, from its first tensor"
+    def first(x):
+        if isinstance(x, Tensor): return x
+        parts = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
+        return next((t for t in map(first, parts) if t is not None), None)
+    if (t := first(batch)) is None: raise TypeError("data: a batch holds no tensor")
+    return len(t)
 
-# %% ../nbs/05_calibrate.ipynb #a75c2309
+# %% ../nbs/05_calibrate.ipynb #039dc4b6
 @dataclass
 class Moments:
     "Second moments of one layer, `[groups, n, n]`, and means, `[groups, n]`"
@@ -113,15 +125,30 @@ def output_rows(layer, out, idx=None):
 
 def n_positions(layer, out): return out.numel()//Geometry.of(layer).out
 
+def layer_input(args, kwargs):
+    "What a layer was called with, by position or by name"
+    return (*args, *kwargs.values())[0]
+
 def unbiased(layer, rows):
     "Rows of outputs without the layer's bias"
-    return rows if layer.bias is None else rows - layer.bias.to(rows.dtype).view(rows.shape[1:])
+    return rows if layer.bias is None else rows - layer.bias.detach().to(rows.dtype).view(rows.shape[1:])
+
+def _centred(rows):
+    "The mean of rows, rounded to their dtype and not, as float64; and the rows about the first"
+    m = rows.mean(0, dtype=torch.float64)
+    m0 = m.to(rows.dtype)
+    return m0.double(), m, rows - m0
 
 class Gram:
     "Adds up products of rows, `[positions, groups, n]` with `[positions, groups, m]`, and counts them"
     def __init__(self): self.sum,self.n = 0.,0
     def add(self, a, b):
-        self.sum = self.sum + torch.einsum('pgi,pgj->gij', a, b).double()
+        a0,at,ac = _centred(a)
+        b0,bt,bc = (a0, at, ac) if b is a else _centred(b)
+        outer,products = lambda u,v: torch.einsum('gi,gj->gij', u, v),torch.einsum('pgi,pgj->gij', ac, bc).double()
+        rest = outer(a0, bt) + outer(at, b0) - outer(a0, b0) # what the centred rows lack; in float64, or the covariance of nearly constant rows would drown
+        if b is a: products = .5*(products + products.mT) # which rounding has left not quite symmetric
+        self.sum = self.sum + products + len(a)*rest
         self.n += len(a)
     @property
     def mean(self): return self.sum/self.n
@@ -151,9 +178,10 @@ class _Gather:
         self.layer,self.most,self.gen = layer,most,gen
         self.inputs,self.grads = InputMoments(layer, max_size),Gram()
 
-    def hook(self, layer, inputs, out):
-        with torch.no_grad(): self.inputs.add(layer, inputs[0].detach(), out.detach(), draw(n_positions(layer, out), self.most, self.gen))
-        if not out.requires_grad: out = out.detach().requires_grad_().clone() # no leaf, or an in-place ReLU would refuse it
+    def hook(self, layer, args, kwargs, out):
+        with torch.no_grad(): self.inputs.add(layer, layer_input(args, kwargs).detach(), out.detach(), draw(n_positions(layer, out), self.most, self.gen))
+        if not out.requires_grad:
+            with torch.enable_grad(): out = out.detach().requires_grad_().clone() # no leaf, or an in-place ReLU would refuse it
         out.register_hook(self.grad)
         return out
 
@@ -161,13 +189,25 @@ class _Gather:
         rows = output_rows(self.layer, g.detach())
         self.grads.add(rows, rows)
 
-    def moments(self, samples):
+    def moments(self, samples, name):
+        for m in (self.inputs.second.sum, self.inputs.first.sum, self.grads.sum):
+            if isinstance(m, Tensor): check_finite(m, f'data: the moment of layer {name!r}')
         W = Geometry.of(self.layer).to_blocks(self.layer.weight.detach()).double().flatten(2)
         G = self.grads.sum/samples if self.grads.n else W.new_zeros(*W.shape[:2], W.shape[1]) # no gradient reaches it
         second,mean,small = self.inputs.second.mean,self.inputs.mean,self.inputs.small
         return Moments(G, W@second@W.mT if small else second, (W@mean[...,None])[...,0], second if small else None, mean, self.inputs.second.n)
 
-# %% ../nbs/05_calibrate.ipynb #8e92e715
+# %% ../nbs/05_calibrate.ipynb #0fc75bbd
+@contextmanager
+def undisturbed():
+    "Random states of torch's CPU generator, Python and NumPy, which a data loader may draw from, are restored afterwards; inference mode is left meanwhile"
+    states = random.getstate(),np.random.get_state()
+    try:
+        with torch.random.fork_rng([]), torch.inference_mode(False): yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
 @contextmanager
 def _gathering(model, gathers):
     "Hooks on, parameters frozen, evaluation mode; everything as it was afterwards"
@@ -175,9 +215,9 @@ def _gathering(model, gathers):
     hooks,fast = [],torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        with evaluating(model), undisturbed(), torch.enable_grad():
             for p,_ in flags: p.requires_grad_(False)
-            for g in gathers.values(): hooks.append(g.layer.register_forward_hook(g.hook))
+            for g in gathers.values(): hooks.append(g.layer.register_forward_hook(g.hook, with_kwargs=True))
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -185,7 +225,10 @@ def _gathering(model, gathers):
         for p,f in flags: p.requires_grad_(f)
 
 def _scalar(loss, out, gen):
-    if loss not in (classification, regression): return loss(out)
+    if loss not in (classification, regression):
+        res = loss(out)
+        if not isinstance(res, Tensor) or res.numel() != 1: raise ValueError(f"loss: it returns {res if not isinstance(res, Tensor) else list(res.shape)}; expected a scalar tensor, summed over samples")
+        return res
     if not isinstance(out, Tensor): raise TypeError(f"loss: the model returns {type(out).__name__}, not a tensor; give a function of it that returns a scalar, summed over samples")
     if loss is classification and out.ndim < 2: raise ValueError(f"loss: an output of shape {list(out.shape)} is no batch of class scores; give loss=regression or a function")
     return loss(out, gen)
@@ -200,20 +243,20 @@ def calibrate(
     progress=None # wraps the iteration over the batches, like `fastprogress.progress_bar`
    )->dict: # {layer name: `Moments`}; a layer that the data does not reach, or that is too large, is absent
     "Second moments of every linear layer and convolution that can be decomposed, over `data`"
+    if not callable(loss): raise TypeError(f"loss: {loss!r} is no function; give classification, regression, or a function from the model's output to a scalar")
     gen = torch.Generator().manual_seed(seed)
     layers = [f for f in find_layers(model, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) if not f.reason]
-    too_large = lambda g,o,*d: min(o, prod(d)) > max_size or o > max_size
-    gathers = {f.name: _Gather(f.layer, max_size, most, gen) for f in layers if not too_large(*Geometry.of(f.layer).block_shape)}
+    gathers = {f.name: _Gather(f.layer, max_size, most, gen) for f in layers if Geometry.of(f.layer).block_shape[1] <= max_size}
     device,samples = next(iter(devices_of(model)), None),0
     with _gathering(model, gathers):
         all_batches = Batches(data, device)
-        for b in progress(list(all_batches)) if progress else all_batches:
+        for b in (progress or iter)(all_batches):
             scalar = _scalar(loss, run_model(model, b), gen)
             if scalar.requires_grad: scalar.backward()
             samples += n_items(b)
-    return {n:g.moments(samples) for n,g in gathers.items() if g.inputs.second.n}
+    return {n:g.moments(samples, n) for n,g in gathers.items() if g.inputs.second.n}
 
-# %% ../nbs/05_calibrate.ipynb #51d3a178
+# %% ../nbs/05_calibrate.ipynb #67e2e3d0
 def _mean_diag(M): # one where nothing depends on the layer or nothing reaches it
     d = M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     return torch.where(d > 0, d, 1.)
@@ -230,6 +273,10 @@ def covariance(M, m): # `[..., n, n]` and `[..., n]`
 
 kinds = ('fisher', 'activation')
 
+def check_kind(kind):
+    "A `ValueError` where there is no such metric"
+    if kind not in kinds: raise ValueError(f"metric: {kind!r} is not one of {', '.join(map(repr, kinds))}; without data, errors are plain ones of the weight")
+
 class Metric:
     "What an error of one layer's weight costs"
     def __init__(self,
@@ -238,7 +285,7 @@ class Metric:
         weight:Tensor, # in blocks `[groups, o, i, *k]`
         kind:str='fisher', # or 'activation', which takes all outputs to be equally important
         centre:bool=True): # is the mean of an error corrected?
-        if kind not in kinds: raise ValueError(f"metric: {kind!r} is not one of 'fisher', 'activation', 'plain'")
+        check_kind(kind)
         g,o,self.i,*self.k = geometry.block_shape
         cov = covariance if centre else lambda M,m: M
         self.inputs,self.weight = cov(moments.inputs, moments.input_mean),weight.double().flatten(2)

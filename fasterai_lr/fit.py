@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Use', 'trace', 'Stats', 'fit', 'flip_and_crop', 'output_loss', 'distill']
 
-# %% ../nbs/07_fit.ipynb #6093c405
-import copy
+# %% ../nbs/07_fit.ipynb #27123835
+import weakref
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -16,11 +17,12 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from .layers import Geometry, devices_of, evaluating, fill, replace_layers_, run_model
-from .calibrate import Batches, Gram, InputMoments, Metric, Moments, calibrate, classification, covariance, draw, n_positions, output_rows, ridge, unbiased
+from .layers import Geometry, devices_of, evaluating, replace_layers, replace_layers_, run_model
+from .calibrate import (Batches, Gram, InputMoments, Metric, Moments, calibrate, check_kind, classification, covariance, draw, layer_input, n_positions,
+    output_rows, ridge, unbiased, undisturbed)
 from .schemes import schemes
 
-# %% ../nbs/07_fit.ipynb #288ecc07
+# %% ../nbs/07_fit.ipynb #82ea90db
 @dataclass
 class Use:
     "How a layer is used in one run of the model"
@@ -35,13 +37,13 @@ class Use:
 _additions = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
 
 class _Additions(TorchFunctionMode):
-    "Calls `see(i, a, b)` before the i-th addition of two tensors of one shape"
+    "Calls `see(i, a, b)` before the i-th addition of two tensors if they have one shape; all are counted, so that `i` does not depend on the size of a batch"
     def __init__(self, see):
         super().__init__()
         self.see,self.n = see,0
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in _additions and len(args) == 2 and not kwargs and all(isinstance(a, Tensor) for a in args) and args[0].shape == args[1].shape:
-            self.see(self.n, *args)
+        if func in _additions and len(args) == 2 and not kwargs and all(isinstance(a, Tensor) for a in args):
+            if args[0].shape == args[1].shape: self.see(self.n, *args)
             self.n += 1
         return func(*args, **(kwargs or {}))
 
@@ -51,39 +53,41 @@ def trace(
     batch # what the model is called with
    )->dict: # {name: `Use`} in the order of the last calls; a layer that is not reached is absent
     "The use of each of the layers `names` in the model"
-    modules,uses,outs = dict(model.named_modules()),{},[]
+    modules,uses,outs,norm_calls = dict(model.named_modules()),{},[],Counter()
     meta = lambda t: torch.empty_like(t, device='meta')
+    def made(name, out): outs.append((name, weakref.ref(out), out._version)) # keeps no activation alive
     def called(name, x, out):
         use = uses[name] = uses.pop(name, None) or Use([], [])
         use.inputs.append(meta(x))
         use.outputs.append(meta(out))
-        outs.append((name, out, out._version))
-    def source(t): return next((n for n,o,v in outs if o is t and o._version == v), None)
+        made(name, out)
+    def source(t): return next((n for n,o,v in outs if o() is t and t._version == v), None)
     def normed(norm, x, out):
+        norm_calls[norm] += 1
         if (name := source(x)) is None: return
         uses[name].norm = norm
-        outs.append((name, out, out._version))
+        made(name, out)
     def added(i, a, b):
         for t in (a, b):
             if (name := source(t)) is not None: uses[name].add = i
-    hooks = [modules[n].register_forward_hook(lambda m,i,o,n=n: called(n, i[0], o)) for n in names]
-    hooks += [m.register_forward_hook(lambda m,i,o,n=n: normed(n, i[0], o)) for n,m in modules.items() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    hooks = [modules[n].register_forward_hook(lambda m,a,k,o,n=n: called(n, layer_input(a, k), o), with_kwargs=True) for n in names]
+    hooks += [m.register_forward_hook(lambda m,a,k,o,n=n: normed(n, layer_input(a, k), o), with_kwargs=True) for n,m in modules.items() if isinstance(m, _BatchNorm) and m.track_running_stats]
     try:
         with _Additions(added): _run(model, batch)
     finally:
         for h in hooks: h.remove()
     for u in uses.values():
-        if u.calls > 1: u.norm = u.add = None # what follows one call does not follow them all
+        if u.calls > 1 or norm_calls[u.norm] > 1: u.norm = u.add = None # what follows one call does not follow them all
     return uses
 
 def _run(model, batch):
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with evaluating(model), torch.no_grad(): return run_model(model, batch)
+        with evaluating(model), torch.inference_mode(False), torch.no_grad(): return run_model(model, batch)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../nbs/07_fit.ipynb #6ab486aa
+# %% ../nbs/07_fit.ipynb #9c7ae00b
 class _Stop(Exception): pass
 
 class _Seen:
@@ -91,7 +95,7 @@ class _Seen:
     def __init__(self, model, uses, batch):
         self.calls,self.sums,self.left = {n:[] for n in uses},{},sum(u.calls + (u.add is not None) for u in uses.values())
         self.adds = {u.add: n for n,u in uses.items() if u.add is not None}
-        handles = [model.get_submodule(n).register_forward_hook(lambda m,i,o,n=n: self._call(n, i[0], o)) for n in uses]
+        handles = [model.get_submodule(n).register_forward_hook(lambda m,a,k,o,n=n: self._call(n, layer_input(a, k), o), with_kwargs=True) for n in uses]
         try:
             with _Additions(self._add): _run(model, batch)
         except _Stop: pass
@@ -99,7 +103,7 @@ class _Seen:
             for h in handles: h.remove()
 
     def _call(self, name, x, out):
-        self.calls[name].append((x, out.clone())) # what comes after may change it in place
+        self.calls[name].append((x.clone(), out.clone())) # what comes after may change them in place
         self._done()
 
     def _add(self, i, a, b):
@@ -170,7 +174,7 @@ def _gather(dense, other, uses, batches, most, max_size, seed):
             for d,o in zip(was.calls[n], now.calls[n], strict=True): p.add(d, o, lost, most, gen)
     return {n:p.stats() for n,p in pairs.items()}
 
-# %% ../nbs/07_fit.ipynb #39870c38
+# %% ../nbs/07_fit.ipynb #08203d00
 def _covariances(s, z, centre): # `z`: mean of what `s.xx` is the moment of
     return (covariance(s.xx, z), s.yx - s.y[...,None]*z[...,None,:]) if centre else (s.xx, s.yx)
 
@@ -194,10 +198,13 @@ def _fit_layer(layer, choice, s, grads, kind, centre, name):
     W = geom.to_blocks(layer.weight.detach()).double()
     best,moments = _fitted(W.flatten(2), s, centre)
     best = best.reshape(W.shape)
-    if choice is None: new = fill(geom.dense(), geom.from_blocks(best), layer.bias, layer.weight, layer.training)
+    if choice is None:
+        new = layer
+        with torch.no_grad(): new.weight.copy_(geom.from_blocks(best))
     else:
         moments.grads = grads
         scheme = schemes[choice[0]](geom, geom.from_blocks(best), name, Metric(geom, moments, best, kind, centre))
+        if why := scheme.misfit(choice[1]): raise ValueError(f"choices: layer {name!r}: {why}")
         new = scheme.build(choice[1], layer, scheme.refined(choice[1]))
     left = geom.to_blocks(new.weight.detach()).double().flatten(2)@s.x[...,None]
     return new, s.y.flatten() - left.flatten()
@@ -209,7 +216,15 @@ def _correct_mean(new, norm, missing):
         if holder.bias is not None: holder.bias += missing.to(holder.bias)
         elif norm is not None: norm.running_mean -= missing.to(norm.running_mean)
 
-# %% ../nbs/07_fit.ipynb #4883fb18
+# %% ../nbs/07_fit.ipynb #f2888042
+def _check(choices, passes, metric):
+    check_kind(metric)
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1: raise ValueError(f"passes: {passes!r} is not an int of at least 1")
+    for n,(s,_) in choices.items():
+        if s not in schemes: raise ValueError(f"choices: layer {n!r}: no scheme {s!r}; there are {', '.join(map(repr, schemes))}")
+
+@undisturbed()
+@torch.no_grad()
 def fit(
     model:nn.Module, # left untouched
     choices:dict, # {layer name: (scheme, rank)}
@@ -227,12 +242,13 @@ def fit(
     progress=None # wraps the iteration over the passes, like `fastprogress.progress_bar`
    )->nn.Module:
     "A copy of `model` with the layers of `choices` factored and all layers fitted to what `model` computes on `data`"
+    _check(choices, passes, metric)
     batches = Batches(data, next(iter(devices_of(model)), None))
     if moments is None: moments = calibrate(model, batches, loss, max_size, seed=seed)
     first = next(iter(batches))
     uses = trace(model, moments, first)
     if missed := [n for n in choices if n not in uses]: raise ValueError(f"choices: no data reaches {', '.join(map(repr, missed))}, or it is too large to be fitted")
-    res,size = copy.deepcopy(model),ceil(len(uses)/passes)
+    res,size = replace_layers(model, {}),ceil(len(uses)/passes)
     names = list(uses)
     groups = [names[i:i+size] for i in range(0, len(names), size)]
     for group in (progress or iter)(groups):
@@ -250,7 +266,7 @@ def _flat(model, name):
     layer = model.get_submodule(name)
     return Geometry.of(layer).to_blocks(layer.weight.detach()).double().flatten(2)
 
-# %% ../nbs/07_fit.ipynb #45fc8f3a
+# %% ../nbs/07_fit.ipynb #e0c9f230
 def flip_and_crop(
     x:Tensor, # images `[n, channels, h, w]`
     gen:torch.Generator, # for the draws
@@ -270,6 +286,10 @@ class _Features:
     def remove(self):
         for h in self.handles: h.remove()
 
+def _relative(out, want):
+    "Squared error relative to the variance, or where there is hardly any, as in a batch of one, to the square"
+    return F.mse_loss(out, want)/(want.var(correction=0) + 1e-3*want.square().mean()).clamp_min(1e-12)
+
 def output_loss(
     out:Tensor, # of the student: class scores `[n, classes, ...]`, or anything
     want:Tensor, # of the teacher
@@ -277,16 +297,17 @@ def output_loss(
     temperature:float=2.
    )->Tensor: # scalar
     "How far the student's outputs are from the teacher's: Kullback-Leibler divergence, or squared error relative to the variance"
-    if loss is not classification: return F.mse_loss(out, want)/want.var().clamp_min(1e-12)
+    if loss is not classification: return _relative(out, want)
     t = temperature
     return t*t*F.kl_div((out/t).log_softmax(1), (want/t).log_softmax(1), log_target=True, reduction='batchmean')*len(out)/(out.numel()/out.shape[1])
 
 def _feature_loss(a, b):
     pairs = [(a[n], w) for n,w in b.items() if isinstance(w, Tensor) and w.is_floating_point()]
-    return sum(F.mse_loss(o, w)/w.var().clamp_min(1e-12) for o,w in pairs)/max(1, len(pairs))
+    return sum(_relative(o, w) for o,w in pairs)/max(1, len(pairs))
 
 def _parents(names): return sorted({n.rpartition('.')[0] for n in names} - {''})
 
+@undisturbed()
 def distill(
     model:nn.Module, # left untouched; a decomposed copy of `teacher`
     teacher:nn.Module,
@@ -299,7 +320,7 @@ def distill(
     progress=None # wraps the iteration over the steps, like `fastprogress.progress_bar`
    )->nn.Module:
     "A copy of `model` whose layers are trained to do on `data` what `teacher` does"
-    res,gen = copy.deepcopy(model),torch.Generator().manual_seed(seed)
+    res,gen = replace_layers(model, {}),torch.Generator().manual_seed(seed)
     names = _parents(n for n,m in res.named_modules() if hasattr(m, 'geometry'))
     params = list(dict.fromkeys(p for m in res.modules() if not list(m.children()) for p in m.parameters()))
     flags = [p.requires_grad for p in params]
@@ -308,10 +329,11 @@ def distill(
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     feats = _Features(res, names),_Features(teacher, names)
     try:
-        with evaluating(res, teacher), torch.inference_mode(False), torch.enable_grad():
+        with evaluating(res, teacher), torch.enable_grad():
             for _,b in zip((progress or iter)(range(steps)), _forever(Batches(data, next(iter(devices_of(model)), None)))):
                 if augment: b = (augment(b[0], gen), *b[1:])
                 with torch.no_grad(): want = run_model(teacher, b)
+                if not isinstance(want, Tensor): raise TypeError(f"distill: the model returns {type(want).__name__}; only a tensor can be learned from")
                 l = output_loss(run_model(res, b), want, loss) + _feature_loss(feats[0].outs, feats[1].outs)
                 opt.zero_grad()
                 l.backward()

@@ -6,10 +6,10 @@
 __all__ = ['layer_types', 'Record', 'dense_record', 'known_records', 'merged_records', 'Budget', 'Option', 'chain_macs',
            'layer_options', 'choose', 'Plan', 'Planner', 'time_options', 'measured_ratio', 'make_plan']
 
-# %% ../nbs/07_plan.ipynb #9f6cf61e
+# %% ../nbs/07_plan.ipynb #4dadbdc7
 import copy, json
 from dataclasses import asdict, dataclass, field, replace
-from math import prod
+from math import ceil, prod
 from numbers import Real
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from .layers import Geometry, devices_of, factored_layers, find_layers, replace_layers
 from .schemes import exceeds, schemes as known_schemes
-from .calibrate import Batches, Metric, calibrate, classification
+from .calibrate import Batches, Metric, calibrate, check_kind, classification, undisturbed
 from .cost import count_params, macs_per_layer, measure_latency
 from .fit import fit, trace
 
@@ -161,7 +161,7 @@ def choose(
         left -= costs[n][j] - costs[n][chosen[n]]
         chosen[n] = j
 
-# %% ../nbs/07_plan.ipynb #416b57d6
+# %% ../nbs/07_plan.ipynb #5180582d
 @dataclass
 class Plan:
     "Which layer becomes what"
@@ -178,8 +178,10 @@ class Plan:
     def set(self, name, scheme=None, rank=None):
         "Let the layer `name` become something else; dense without a scheme"
         if name not in self.layers: raise ValueError(f"name: {name!r} is not in the plan; it has {', '.join(map(repr, self.layers))}")
-        self.layers[name] |= dict(scheme=scheme, rank=list(rank) if isinstance(rank, tuple) else rank, status='factored' if scheme else 'dense',
-                                  reason='' if scheme else 'set by hand')
+        rec = self.layers[name]
+        rec |= dict(scheme=scheme, rank=list(rank) if isinstance(rank, tuple) else rank, status='factored' if scheme else 'dense', reason='' if scheme else 'set by hand')
+        if not scheme: rec |= dict(full_rank=None, params_after=rec.get('params_before', 0))
+        self.predicted,self.measured = {},{} # they were another plan's
         return self
 
     def check(self, model:nn.Module):
@@ -189,6 +191,8 @@ class Plan:
             if name not in found: raise ValueError(f"plan: the model has no layer {name!r} that could be decomposed")
             f,rec = found[name],self.layers[name]
             if f.reason: raise ValueError(f"plan: layer {name!r} cannot be replaced: {f.reason}")
+            n = sum(p.numel() for p in f.layer.parameters())
+            if rec.get('params_before') not in (None, n): raise ValueError(f"plan: layer {name!r} has {n:,} parameters, not {rec['params_before']:,}: the plan is one for another model")
             if type(f.layer).__name__ != rec['type']: raise ValueError(f"plan: layer {name!r} is {type(f.layer).__name__}, not {rec['type']}")
             if scheme not in known_schemes: raise ValueError(f"plan: layer {name!r}: no scheme {scheme!r}; there are {', '.join(map(repr, known_schemes))}")
             s = known_schemes[scheme](Geometry.of(f.layer))
@@ -265,10 +269,12 @@ def _fresh(layer, scheme, rank):
     if w.dim()==4 and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous(): res = res.to(memory_format=torch.channels_last)
     return res.train(layer.training)
 
-# %% ../nbs/07_plan.ipynb #dee61397
+# %% ../nbs/07_plan.ipynb #bfe5fdb2
 class Planner:
     "What is known about a model before a budget is chosen"
+    @undisturbed()
     def __init__(self, model, data, metric='fisher', schemes=('svd', 'spatial'), loss=classification, moments=None, sample=None, seed=0, progress=None):
+        check_kind(metric)
         for s in schemes:
             if s not in known_schemes: raise ValueError(f"schemes: {s!r} is not one of {', '.join(map(repr, known_schemes))}")
         self.model,self.metric,self.schemes = model,metric,schemes
@@ -282,6 +288,7 @@ class Planner:
 
     def _reason(self, f):
         if f.reason: return f.reason
+        if Geometry.of(f.layer).transposed: return 'no metric is known for a transposed convolution'
         if f.name not in self.uses: return 'no data reaches it, or its moments would be too large'
 
     def all_options(self, step=1):
@@ -302,7 +309,7 @@ class Planner:
         total = total or getattr(self, kind)
         rest = total - sum(getattr(o[0], kind) for o in options.values())
         try: chosen = choose(options, budget.value*total - rest, kind)
-        except ValueError as e: raise ValueError(f"{kind}: {budget.value} cannot be reached; the smallest is {(float(str(e))+rest)/total:.3f}") from None
+        except ValueError as e: raise ValueError(f"{kind}: {budget.value} cannot be reached; the smallest is {ceil((float(str(e))+rest)/total*1e4)/1e4}") from None
         left = budget.value - (rest + sum(getattr(o, kind) for o in chosen.values()))/total
         return self._as_plan(chosen, budget, left)
 
@@ -322,7 +329,7 @@ class Planner:
         rec.params_after = option.params
         return rec
 
-# %% ../nbs/07_plan.ipynb #1e2e9128
+# %% ../nbs/07_plan.ipynb #bdbacef7
 def _step(full): return 8 if full >= 64 else 4 if full >= 16 else 1
 
 def _knots(n, most=5): return sorted({round(i) for i in np.linspace(0, n-1, min(n, most))})
@@ -360,7 +367,7 @@ def timed_options(self:Planner, progress=None):
     found = {f.name:f.layer for f in self.found}
     for n in (progress or iter)(list(self.uses)):
         options = layer_options(found[n], n, self.uses[n], self.metric_of(n), self.schemes, _step(min(Geometry.of(found[n]).out, Geometry.of(found[n]).inp)))
-        key = Geometry.of(found[n]), found[n].weight.stride(), tuple((tuple(x.shape), x.stride()) for x in self.uses[n].inputs), tuple((o.scheme, o.rank) for o in options)
+        key = Geometry.of(found[n]), found[n].weight.stride(), tuple((tuple(x.shape), x.stride(), x.dtype) for x in self.uses[n].inputs), tuple((o.scheme, o.rank) for o in options)
         if key not in known: known[key] = {(o.scheme, o.rank): o.latency for o in time_options(found[n], options, self.uses[n].inputs)}
         res[n] = [replace(o, latency=known[key][o.scheme, o.rank]) for o in options if (o.scheme, o.rank) in known[key]]
     return res
@@ -388,16 +395,16 @@ def latency_plan(self:Planner, budget:Budget, tries=4, progress=None)->Plan:
     best.budget = {'latency': budget.value}
     return best
 
-# %% ../nbs/07_plan.ipynb #34bc05f3
+# %% ../nbs/07_plan.ipynb #c630bfb6
 @patch
 def drop_plan(self:Planner, budget:Budget, evaluate, steps=6, progress=None, **kwargs)->Plan:
     "The plan of least MACs whose value of `evaluate` is at most `budget.max_drop` below that of the dense model"
     if evaluate is None: raise ValueError("evaluate: a budget of max_drop needs a function from a model to a number, larger is better")
-    want,low,high,best = evaluate(self.model) - budget.value,self.least('macs'),1.,None
+    want,low,high,best = float(evaluate(self.model)) - budget.value,self.least('macs'),1.,None
     for _ in (progress or iter)(range(steps)):
         mid = (low*high)**.5
         plan = self.plan(Budget(macs=mid))
-        value = evaluate(plan.apply(self.model, self.batches, moments=self.moments, metric=self.metric, **kwargs))
+        value = float(evaluate(plan.apply(self.model, self.batches, moments=self.moments, metric=self.metric, **kwargs)))
         if value >= want: high,best = mid,plan; plan.measured |= dict(metric=value, dense_metric=want+budget.value)
         else: low = mid
     if best is None: best = self.plan(Budget(macs=1.))

@@ -184,8 +184,11 @@ class _Matrix(Scheme):
         root = S.sqrt()
         return U.mul_(root[:,None,:]), Vh.mul_(root[:,:,None])
 
-# %% ../nbs/04_schemes.ipynb #3aad63af
-def _jitter(M): return M + torch.diag_embed(1e-8*M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(M.shape[:-1]))
+# %% ../nbs/04_schemes.ipynb #3fede72c
+def _jitter(M):
+    "`M` with a little on its diagonal, so that it is not singular, not even where it is zero"
+    d = M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    return M + torch.diag_embed(torch.where(d > 0, 1e-8*d, 1.).expand(M.shape[:-1]))
 
 def _last_factor(W, A, F):
     "The `L` that minimises the error of `L F` for `W` `[g,o,d]` in the metric `A` `[g,d,d]`, for `F` `[g,r,d]`"
