@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['FactoredLayer', 'factored_layers', 'recompose', 'Energy', 'EVBMF', 'schemes', 'register', 'count_macs',
-           'count_params', 'measure_latency', 'size_on_disk', 'FC_Decomposer', 'ConvDecomposer', 'decompose',
-           'project_', 'DecomposeCallback', 'summarize', 'format_summary', 'plot_training']
+           'count_params', 'measure_latency', 'size_on_disk', 'calibrate', 'classification', 'regression', 'Budget',
+           'Plan', 'make_plan', 'FC_Decomposer', 'ConvDecomposer', 'decompose', 'project_', 'DecomposeCallback',
+           'summarize', 'format_summary', 'plot_training']
 
-# %% ../nbs/14_all.ipynb #5d2ed46a
+# %% ../nbs/14_all.ipynb #7a593394
 from .layers import FactoredLayer, factored_layers, recompose
 from .rank import Energy, EVBMF
 from .schemes import schemes, register
 from .cost import count_macs, count_params, measure_latency, size_on_disk
+from .calibrate import calibrate, classification, regression
+from .plan import Budget, Plan, make_plan
 from .decomposer import FC_Decomposer, ConvDecomposer, decompose, project_
 from .callback import DecomposeCallback
 from .report import summarize, format_summary, plot_training
 import fasterai_lr.learner
 
 _all_ = ['FactoredLayer', 'factored_layers', 'recompose', 'Energy', 'EVBMF', 'schemes', 'register', 'count_macs', 'count_params', 'measure_latency',
-         'size_on_disk', 'FC_Decomposer', 'ConvDecomposer', 'decompose', 'project_', 'DecomposeCallback', 'summarize', 'format_summary', 'plot_training']
+         'size_on_disk', 'calibrate', 'classification', 'regression', 'Budget', 'Plan', 'make_plan', 'FC_Decomposer', 'ConvDecomposer', 'decompose', 'project_', 'DecomposeCallback', 'summarize', 'format_summary', 'plot_training']
