@@ -5,14 +5,20 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/13_learner.ipynb #8054ff3e
+# %% ../nbs/13_learner.ipynb #9dc2f181
+from pathlib import Path
+from warnings import warn
+
 import pandas as pd
 from torch import Tensor
 from fastcore.basics import patch
 from fastai.learner import Learner
-from fastai.torch_core import apply, cast, get_model, to_device
+from fastai.torch_core import apply, cast, distrib_barrier, get_model, rank_distrib, to_device
+from .distributed import check_wrapper
+from .optimizer import check_opt, check_opt_state, load_opt_state, opt_state, swap_layers
 from .callback import decompose_learner
 from .report import summarize
+from .export import as_file, changed_layers, export_onnx, read_low_rank, rebuild, save_low_rank
 
 # %% ../nbs/13_learner.ipynb #fccb59c3
 @patch
@@ -25,14 +31,76 @@ def decompose(self:Learner,
     decompose_learner(self, what, data, **kwargs)
     return self
 
-# %% ../nbs/13_learner.ipynb #5aa0bbca
+# %% ../nbs/13_learner.ipynb #4d9d9177
+def _inputs(learn, dl, n=None):
+    "The inputs of a batch of `dl`, or its first `n` items, as plain tensors on the model's device"
+    xb = dl.one_batch()[:getattr(dl, 'n_inp', 1)]
+    return to_device(tuple(apply(lambda t: cast(t[:n], Tensor), xb)), next(get_model(learn.model).parameters()).device)
+
 @patch
 def low_rank_summary(self:Learner,
     sample=None # an input, a tuple or a dict of inputs to count MACs for; `None`: the first item of a training batch
    )->pd.DataFrame:
     "The table of `summarize`: what became of each layer, what it costs, and why it stayed as it was"
     model = get_model(self.model)
-    if sample is None and len(self.dls.train) > 0:
-        xb = self.dls.train.one_batch()[:getattr(self.dls.train, 'n_inp', 1)]
-        sample = to_device(tuple(apply(lambda t: cast(t[:1], Tensor), xb)), next(model.parameters()).device)
+    if sample is None and len(self.dls.train) > 0: sample = _inputs(self, self.dls.train, 1)
     return summarize(model, sample)
+
+# %% ../nbs/13_learner.ipynb #2dfecd39
+def _low_rank_file(learn, file): return as_file(learn.path/learn.model_dir/file, '.pth')
+
+@patch
+def save_low_rank(self:Learner,
+    file, # in `self.path/self.model_dir`, or an absolute path; `.pth` is added where there is no suffix
+    with_opt:bool=True # with the state of the optimizer, if there is one?
+   )->Path: # the file
+    "Save the plan, the weights and the optimizer's state, without any code"
+    file,model = _low_rank_file(self, file),get_model(self.model)
+    if rank_distrib(): return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return save_low_rank(model, file, opt_state(self.opt, model) if with_opt and self.opt is not None else None)
+
+# %% ../nbs/13_learner.ipynb #71ae0296
+def _check_opt_of(learn, opt, new):
+    "Raise where the optimizer of `learn` cannot take new layers, or not the state `opt`; it is made where there is none yet"
+    had = learn.opt
+    try:
+        if opt is not None and had is None: learn.create_opt()
+        if learn.opt is not None: check_opt(learn.opt)
+        if opt is not None: check_opt_state(opt, learn.opt, get_model(learn.model), new)
+    except Exception:
+        learn.opt = had
+        raise
+
+@patch
+def load_low_rank(self:Learner,
+    file, # as for `save_low_rank`
+    with_opt:bool=True # with the state of the optimizer?
+   )->Learner: # the same learner
+    "Take over structure, weights and optimizer state from a file of `save_low_rank`; an error leaves the learner as it was"
+    file = _low_rank_file(self, file)
+    label = f"file: {str(file)!r}"
+    distrib_barrier()
+    check_wrapper(self.model)
+    saved,model = read_low_rank(file),get_model(self.model)
+    opt,res = saved.get('opt') if with_opt else None,rebuild(model, saved, label)
+    new = changed_layers(model, res)
+    try: _check_opt_of(self, opt, new)
+    except ValueError as e: raise ValueError(f"{label} does not fit: {e}; `with_opt=False` loads the model alone") from None
+    if with_opt and opt is None: warn(f"{label} holds no optimizer state")
+    swap_layers(self, new)
+    model = get_model(self.model)
+    model.load_state_dict(saved['model'])
+    model.low_rank_plan = res.low_rank_plan
+    if opt is not None: load_opt_state(self.opt, opt)
+    return self
+
+# %% ../nbs/13_learner.ipynb #8951ed46
+@patch
+def export_onnx(self:Learner,
+    file, # in `self.path`, or an absolute path; `.onnx` is added where there is no suffix
+    sample=None # inputs as the model takes them; `None`: a batch of the validation set
+   )->Path: # the file
+    "Write the model as ONNX, for batches of any size, and compare it with the model on real inputs; see `export_onnx`"
+    if sample is None: sample = _inputs(self, self.dls.valid)
+    return export_onnx(get_model(self.model), sample, self.path/file)
