@@ -266,7 +266,7 @@ def _flat(model, name):
     layer = model.get_submodule(name)
     return Geometry.of(layer).to_blocks(layer.weight.detach()).double().flatten(2)
 
-# %% ../nbs/07_fit.ipynb #e0c9f230
+# %% ../nbs/07_fit.ipynb #2e47f9e2
 def flip_and_crop(
     x:Tensor, # images `[n, channels, h, w]`
     gen:torch.Generator, # for the draws
@@ -288,7 +288,8 @@ class _Features:
 
 def _relative(out, want):
     "Squared error relative to the variance, or where there is hardly any, as in a batch of one, to the square"
-    return F.mse_loss(out, want)/(want.var(correction=0) + 1e-3*want.square().mean()).clamp_min(1e-12)
+    var,square = want.var(correction=0),want.square().mean()
+    return F.mse_loss(out, want)/torch.where(var > 1e-3*square, var, square).clamp_min(1e-12)
 
 def output_loss(
     out:Tensor, # of the student: class scores `[n, classes, ...]`, or anything
