@@ -15,7 +15,7 @@ setup(
     project_urls={'Documentation': cfg['doc_url'], 'Source': cfg['git_url']},
     long_description=(root/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=[cfg['lib_path']], python_requires=f">={cfg['min_python']}",
-    install_requires=cfg['requirements'].split(), extras_require={o: cfg[f'{o}_requirements'].split() for o in ('dev', 'docs')},
+    install_requires=cfg['requirements'].split(), extras_require={o: cfg[f'{o}_requirements'].split() for o in ('dev', 'docs', 'onnx')},
     classifiers=[f"Development Status :: {cfg['status']} - {statuses[cfg['status']]}", 'Intended Audience :: Developers',
                  'Programming Language :: Python :: 3 :: Only', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     entry_points={'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]}, zip_safe=False)

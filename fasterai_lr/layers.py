@@ -7,16 +7,17 @@ __all__ = ['Geometry', 'ChannelShuffle', 'product', 'FactoredLayer', 'fill', 'Fa
            'evaluating', 'Found', 'find_layers', 'check_loaded', 'matches', 'check_patterns', 'select',
            'replace_layers_', 'replace_layers', 'factored_layers', 'recompose']
 
-# %% ../nbs/02_layers.ipynb #b6f224a8
+# %% ../nbs/02_layers.ipynb #cb2d4141
 import copy, fnmatch
 from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 # %% ../nbs/02_layers.ipynb #45521a24
 _linear, _conv = (nn.Linear,), (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -141,7 +142,7 @@ def product(
     for f in rest: blocks = _compose(blocks, f, groups)
     return blocks
 
-# %% ../nbs/02_layers.ipynb #b4bf149a
+# %% ../nbs/02_layers.ipynb #429e7399
 class FactoredLayer(nn.Sequential):
     "A layer as a chain of thinner ones that still answers to what code asks of the layer it replaces"
     __jit_unused_properties__ = ['weight', 'bias']
@@ -173,7 +174,7 @@ class FactoredLayer(nn.Sequential):
     def recompose(self)->nn.Module:
         "The dense layer with the product of the factors as its weight"
         bias = self.bias
-        with torch.no_grad(): return fill(self.geometry.dense(), self.weight, bias, self[-1].weight, self.training, bias is not None and bias.requires_grad)
+        with torch.no_grad(): return fill(replace(self.geometry, bias=bias is not None).dense(), self.weight, bias, self[-1].weight, self.training, bias is not None and bias.requires_grad)
 
 # %% ../nbs/02_layers.ipynb #25b0b6b6
 def fill(layer:nn.Module, # on the meta device
@@ -341,7 +342,7 @@ def _sync_fast_path(model):
         if isinstance(m, nn.TransformerEncoderLayer): _switch(m, 'activation_relu_or_gelu', factored(m))
         if isinstance(m, nn.TransformerEncoder): _switch(m, 'use_nested_tensor', any(map(factored, m.layers)))
 
-# %% ../nbs/02_layers.ipynb #5b36c98e
+# %% ../nbs/02_layers.ipynb #b5bc7a47
 def _renew(obj, old):
     "`obj` with the modules that `old` maps by id replaced: a module, or a list, dict or tuple that holds some"
     if isinstance(obj, nn.Module): return old.get(id(obj), obj)
@@ -366,13 +367,19 @@ def replace_layers_(model:nn.Module, # changed in place
     _sync_fast_path(model)
     return model
 
+def _computed(model):
+    "Tensors with a history in the modules and in the objects whose methods are their hooks: torch would refuse to copy them"
+    owners = (getattr(h, '__self__', None) for m in model.modules() for h in m._forward_hooks.values())
+    held = (t for o in (*model.modules(), *owners) for t in tree_leaves(list(getattr(o, '__dict__', {}).values())))
+    return [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
+
 def replace_layers(model:nn.Module, # left untouched
                    new:dict # {name: module}
                   )->nn.Module:
     "A copy of `model` with each module of `new` in every place of the module that its name stands for"
     memo = {id(model.get_submodule(n)): m for n,m in new.items()}
-    memo |= {id(t): t.detach().clone() for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf}
-    res = copy.deepcopy(model, memo)                               # a weight computed by a hook is no leaf and could not be copied
+    memo |= {id(t): t.detach().clone() for t in _computed(model)}
+    res = copy.deepcopy(model, memo)
     there = {id(m) for m in res.modules()}
     missed = {n:m for n,m in new.items() if id(m) not in there}    # by a `__deepcopy__` of the model's own
     return replace_layers_(res, missed)

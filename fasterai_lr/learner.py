@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/13_learner.ipynb #9dc2f181
+# %% ../nbs/13_learner.ipynb #de6b7606
 from pathlib import Path
 from warnings import warn
 
 import pandas as pd
-from torch import Tensor
+from torch import Tensor, nn
 from fastcore.basics import patch
+from fastai.layers import ToTensorBase
 from fastai.learner import Learner
 from fastai.torch_core import apply, cast, distrib_barrier, get_model, rank_distrib, to_device
 from .distributed import check_wrapper
+from .layers import replace_layers
 from .optimizer import check_opt, check_opt_state, load_opt_state, opt_state, swap_layers
 from .callback import decompose_learner
 from .report import summarize
@@ -95,12 +97,14 @@ def load_low_rank(self:Learner,
     if opt is not None: load_opt_state(self.opt, opt)
     return self
 
-# %% ../nbs/13_learner.ipynb #8951ed46
+# %% ../nbs/13_learner.ipynb #498de26d
 @patch
 def export_onnx(self:Learner,
     file, # in `self.path`, or an absolute path; `.onnx` is added where there is no suffix
     sample=None # inputs as the model takes them; `None`: a batch of the validation set
    )->Path: # the file
     "Write the model as ONNX, for batches of any size, and compare it with the model on real inputs; see `export_onnx`"
+    model = get_model(self.model)
     if sample is None: sample = _inputs(self, self.dls.valid)
-    return export_onnx(get_model(self.model), sample, self.path/file)
+    untyped = {n: nn.Identity() for n,m in model.named_modules() if isinstance(m, ToTensorBase)}       # at the end of a U-Net; ONNX has no tensor classes
+    return export_onnx(replace_layers(model, untyped), sample, self.path/file)

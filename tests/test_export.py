@@ -15,7 +15,7 @@ from fasterai_lr import export
 from fasterai_lr.all import ConvDecomposer, FC_Decomposer, decompose, factored_layers, schemes
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.export import export_onnx, load_low_rank, read_low_rank, save_low_rank
-from fasterai_lr.layers import replace_layers
+from fasterai_lr.layers import recompose, replace_layers
 
 torch.set_num_threads(1)
 small = FC_Decomposer(rank={'0': 2, '3': 3})
@@ -311,6 +311,29 @@ def test_a_file_without_optimizer_state(tmp_path):
         if kw:
             with pytest.warns(UserWarning, match='holds no optimizer state'): mk_learn().load_low_rank(file)
 
+def unet(path):
+    path.mkdir(exist_ok=True)
+    seed()
+    return quiet(unet_learner(mask_dls(path), tiny_xresnet, pretrained=False), path)
+
+def test_a_unet_with_its_hooks(tmp_path):
+    "Right after training its hooks keep outputs that torch refuses to copy"
+    import onnxruntime
+    learn = unet(tmp_path/'a').decompose(what)
+    learn.fit(1, 1e-2)
+    file = learn.save_low_rank(tmp_path/'u')
+    other = unet(tmp_path/'b')
+    other.fit(1, 1e-2)
+    other.load_low_rank(file)
+    x = learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor)
+    want = out(learn.model.eval(), x).as_subclass(torch.Tensor)
+    assert n_fact(other) == n_fact(learn) == 33 and torch.equal(out(other.model.eval(), x).as_subclass(torch.Tensor), want)
+    session = onnxruntime.InferenceSession(other.export_onnx(tmp_path/'u'))
+    assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), want, rtol=1e-4, atol=1e-4)     # float32, through forty layers
+    before = snapshot(other.model)
+    other.fit(1, 1e-2)
+    assert all(moved(before, other.model))
+
 # ONNX
 
 @pytest.mark.parametrize('method', list(schemes))
@@ -352,11 +375,27 @@ def test_onnx_of_learners(tmp_path):
     "Compared on a batch of the validation set, in the learner's folder"
     import onnxruntime
     learn = mk(tmp_path).decompose(what)
-    assert learn.export_onnx('m') == tmp_path/'m.onnx' and learn.export_onnx(tmp_path/'models.v2') == tmp_path/'models.v2'
+    assert learn.export_onnx('m') == tmp_path/'m.onnx'
     session = onnxruntime.InferenceSession(tmp_path/'m.onnx')
     x,_ = learn.dls.valid.one_batch()
     got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.cpu().numpy()})[0])
     assert_close(got.softmax(-1), out(learn.model.eval(), x).softmax(-1).as_subclass(torch.Tensor), rtol=1e-4, atol=1e-5)
+
+def test_onnx_file_and_sample_as_given(tmp_path):
+    learn = mk_learn().decompose(small)
+    assert learn.export_onnx(tmp_path/'a.v2', torch.ones(1, 8)) == tmp_path/'a.v2' and os.listdir(tmp_path) == ['a.v2']
+
+def test_what_cannot_be_exported_leaves_the_learner_trainable(tmp_path):
+    class Remembering(nn.Linear):
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last if x.sum() > 0 else -self.last
+    learn = mk_learn(model=Remembering(8, 4), splitter=lambda m: list(m.parameters()), path=tmp_path)
+    learn.fit(1, 1e-2)
+    with pytest.raises(RuntimeError, match='^model: torch cannot export this Remembering'): learn.export_onnx('m')
+    before = snapshot(learn.model)
+    learn.fit(1, 1e-2)
+    assert type(learn.model.last) is torch.Tensor and all(moved(before, learn.model)) and not os.listdir(tmp_path)
 
 class Branches(nn.Linear):
     "What cannot be traced"
@@ -421,11 +460,12 @@ def test_batchnorm_folds_into_the_last_factor(method, bias):
     new = folded(model)
     assert [isinstance(new[i], nn.Identity) for i in (1,4,7,11)] == [True, True, method != 'slice', True] and list(factored_layers(new)) == list(factored_layers(model))
     assert_close(out(new, batch()), out(model, batch()), rtol=1e-4, atol=1e-5)           # float32: scaled before instead of after the sum
+    assert_close(out(recompose(new), batch()), out(new, batch()), rtol=1e-3, atol=1e-4)  # one layer's sums instead of two's
     assert all(m.bias is not None for n,m in factored_layers(new).items() if n != '6' or method != 'slice')
 
 def test_dynamic_int8():
     model,x = decompose(net(), small).eval(),torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-    new = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    new = pytest.importorskip('torch.ao.quantization').quantize_dynamic(model, {nn.Linear}, torch.qint8)
     assert list(factored_layers(new)) == ['0', '3'] and all('.quantized' in type(m).__module__ for l in factored_layers(new).values() for m in l)
     want,got = out(model, x),out(new, x)
     error = (got-want).norm()/want.norm()
