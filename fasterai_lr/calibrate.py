@@ -256,7 +256,7 @@ def calibrate(
             samples += n_items(b)
     return {n:g.moments(samples, n) for n,g in gathers.items() if g.inputs.second.n}
 
-# %% ../nbs/05_calibrate.ipynb #67e2e3d0
+# %% ../nbs/05_calibrate.ipynb #f16152c5
 def _mean_diag(M): # one where nothing depends on the layer or nothing reaches it
     d = M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     return torch.where(d > 0, d, 1.)
@@ -302,6 +302,10 @@ class Metric:
             return C + torch.diag_embed((1e-12*_mean_diag(C)).expand(C.shape[:-1]))
         WW = W@W.mT
         return C + 1e-3*(_mean_diag(C)/_mean_diag(WW))[...,None]*WW
+
+    @property
+    def total(self): # what it costs to do without the layer
+        return max(.5*float((self.G*self.outputs).sum()), 1e-300)
 
     def side(self, joined:int): # kernel axes joined with the input channels
         "Cholesky factor of the moment of the columns"

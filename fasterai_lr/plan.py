@@ -83,7 +83,7 @@ class Budget:
     def value(self): return getattr(self, self.kind)
     def __repr__(self): return f'Budget({self.kind}={self.value})'
 
-# %% ../nbs/07_plan.ipynb #1cf4b309
+# %% ../nbs/07_plan.ipynb #7d28dee2
 @dataclass
 class Option:
     "One thing that a layer may become"
@@ -93,6 +93,7 @@ class Option:
     params:int
     macs:int # of the sample
     latency:float = 0. # milliseconds
+    error:float|None = None # relative, of the weight in the metric
 
 def _ranks(full, step=1, most=128):
     "Ranks to look at: all of them, or so many at equal distances"
@@ -124,7 +125,7 @@ def layer_options(layer, name, use, metric, schemes, step=1)->list:
         s = known_schemes[n](geom, layer.weight, name, metric)
         if s.misfit(): continue
         ranks = [r for r in _ranks(s.full(), step) if s.n_params(r) < geom.n_params]
-        opts = [Option(n, r, l, s.n_params(r), chain_macs(s, r, use.inputs, use.outputs)) for r,l in zip(ranks, s.costs(ranks))]
+        opts = [Option(n, r, l, s.n_params(r), chain_macs(s, r, use.inputs, use.outputs), error=(l/metric.total)**.5) for r,l in zip(ranks, s.costs(ranks))]
         res += [o for o in opts if o.macs < res[0].macs]
     return res
 
@@ -269,7 +270,7 @@ def _fresh(layer, scheme, rank):
     if w.dim()==4 and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous(): res = res.to(memory_format=torch.channels_last)
     return res.train(layer.training)
 
-# %% ../nbs/07_plan.ipynb #bfe5fdb2
+# %% ../nbs/07_plan.ipynb #1c7aae5e
 class Planner:
     "What is known about a model before a budget is chosen"
     @undisturbed()
@@ -326,7 +327,7 @@ class Planner:
         rank = list(option.rank) if isinstance(option.rank, tuple) else option.rank
         full = known_schemes[option.scheme](Geometry.of(f.layer)).full()
         rec.scheme,rec.rank,rec.full_rank,rec.status,rec.reason = option.scheme,rank,list(full) if isinstance(full, tuple) else full,'factored',''
-        rec.params_after = option.params
+        rec.params_after,rec.error = option.params,option.error
         return rec
 
 # %% ../nbs/07_plan.ipynb #bdbacef7

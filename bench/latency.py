@@ -1,0 +1,69 @@
+"""Measured time of VGG-16-BN and ResNet-50 at 224×224, decomposed to a budget of latency.
+
+    pip install --no-deps --target peer fasterai==0.4.1 torch-pruning einops
+    PYTHONPATH=peer python bench/latency.py
+
+For batches of 1 and 16, in channels_last and in torch's default format: the plan's prediction, the time of the decomposed model as a fraction of the dense one's, both measured in turns, and beside it
+fasterai's Tucker with about as many MACs. Weights do not matter for time, so these are random. The machine has to be idle.
+"""
+import argparse, time, warnings
+from pathlib import Path
+
+import pandas as pd, torch, torchvision
+
+from fasterai_lr.calibrate import calibrate
+from fasterai_lr.cost import count_macs, count_params
+from fasterai_lr.plan import Budget, Planner, measured_ratio
+
+formats = {'channels_last': torch.channels_last, 'default': torch.contiguous_format}
+
+def build(name, fmt):
+    torch.manual_seed(0)
+    return getattr(torchvision.models, name)().eval().to(memory_format=formats[fmt])
+
+def peer(dense, macs, x):
+    "fasterai's Tucker with at most the share `macs`, and that share"
+    from fasterai.misc.conv_decomposer import Conv_Decomposer
+    total = count_macs(dense, x[:1])
+    for p in (i/20 for i in range(1, 20)):
+        try: model = Conv_Decomposer().decompose(dense, percent_removed=p, method='tucker')
+        except RuntimeError: continue
+        got = count_macs(model, x[:1])/total
+        if got <= macs: return model,got
+
+def row(name, fmt, bs, budget, moments, images, with_peer):
+    dense,x = build(name, fmt),torch.randn(bs, 3, 224, 224, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=formats[fmt])
+    start = time.perf_counter()
+    planner = Planner(dense, images, moments=moments, sample=x)
+    plan = planner.make(Budget(latency=budget))
+    planning = time.perf_counter()-start
+    small = plan.apply(dense)
+    res = dict(model=name, format=fmt, batch=bs, budget=budget, predicted=plan.predicted['latency'], measured=measured_ratio(dense, small, x, 15),
+               macs=count_macs(small, x[:1])/count_macs(dense, x[:1]), params=count_params(small)/count_params(dense), planning_s=planning)
+    if with_peer and (found := peer(dense, res['macs'], x)): res |= dict(fasterai=measured_ratio(dense, found[0], x, 15), fasterai_macs=found[1])
+    return res
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--models', nargs='+', default=['vgg16_bn', 'resnet50'])
+    parser.add_argument('--batches', type=int, nargs='+', default=[1, 16])
+    parser.add_argument('--formats', nargs='+', default=list(formats))
+    parser.add_argument('--budgets', type=float, nargs='+', default=[.5])
+    parser.add_argument('--no-peer', action='store_true')
+    parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'latency.csv')
+    args = parser.parse_args()
+    warnings.filterwarnings('ignore', category=FutureWarning)
+    rows,images = [],[torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))]
+    for name in args.models:
+        start = time.perf_counter()
+        moments = calibrate(build(name, 'default'), images)
+        print(f'{name}: moments in {time.perf_counter()-start:.0f} s')
+        for fmt in args.formats:
+            for bs in args.batches:
+                for b in args.budgets:
+                    rows.append(row(name, fmt, bs, b, moments, images, not args.no_peer))
+                    print({k: round(v, 3) if isinstance(v, float) else v for k,v in rows[-1].items()}, flush=True)
+                    pd.DataFrame(rows).to_csv(args.out, index=False)
+    print(pd.DataFrame(rows).round(3).to_string(index=False))
+
+if __name__ == '__main__': main()
