@@ -1,0 +1,411 @@
+"The fit of a decomposed model to what the dense one computes: exact at full rank, better than the parts, and without a trace in the model given"
+import weakref
+from collections import Counter
+
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fasterai_lr.fit as fit_module
+from fasterai_lr.calibrate import calibrate, regression
+from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
+from fasterai_lr.fit import distill, fit, flip_and_crop, output_loss, trace
+from fasterai_lr.layers import FactoredLayer, factored_layers
+from fasterai_lr.plan import Plan
+
+torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def seed(): torch.manual_seed(0)
+
+def miss(model, dense, x): # relative error of the outputs
+    with torch.no_grad(): return float((model(x) - dense(x)).norm()/dense(x).norm())
+
+def with_statistics(net, x):
+    "`net` in evaluation mode with BatchNorm statistics and affine parameters of its own"
+    for m in net.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.momentum = None; nn.init.uniform_(m.weight, .5, 1.5); nn.init.normal_(m.bias, 0, .3)
+    with torch.no_grad(): net.train()(x)
+    return net.eval()
+
+class Block(nn.Module):
+    "A residual block; `how` the branch is added"
+    def __init__(self, c, how='+', relu=False):
+        super().__init__()
+        self.conv1,self.bn1,self.conv2,self.bn2,self.how,self.relu = nn.Conv2d(c, c, 3, padding=1, bias=False),nn.BatchNorm2d(c),nn.Conv2d(c, c, 3, padding=1, bias=False),nn.BatchNorm2d(c),how,relu
+    def forward(self, x):
+        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
+        if self.relu: h = F.relu(h, inplace=True)
+        if self.how == '+': h = h + x
+        elif self.how == 'x +': h = x + h
+        elif self.how == '+=': h += x
+        elif self.how == 'add_': h.add_(x)
+        elif self.how == 'torch.add': h = torch.add(x, h)
+        return F.relu(h, inplace=True)
+
+def res_net(how='+', relu=False): return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), Block(8, how, relu), Block(8, how, relu), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
+
+class Attention(nn.Module):
+    "A transformer block with separate projections"
+    def __init__(self, d=12, heads=3):
+        super().__init__()
+        self.n1,self.n2,self.qkv,self.proj,self.up,self.down,self.heads = nn.LayerNorm(d),nn.LayerNorm(d),nn.Linear(d, 3*d),nn.Linear(d, d),nn.Linear(d, 2*d),nn.Linear(2*d, d),heads
+    def forward(self, x):
+        q,k,v = self.qkv(self.n1(x)).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-2, -3)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.n2(x))))
+
+class ViT(nn.Module):
+    def __init__(self, tokens=6, d=12):
+        super().__init__()
+        self.pos,self.embed,self.blocks,self.head = nn.Parameter(.3*torch.randn(1, tokens, d)),nn.Linear(8, d),nn.Sequential(Attention(d), Attention(d)),nn.Linear(d, 5)
+    def forward(self, x): return self.head(self.blocks(self.embed(x) + self.pos).mean(1))
+
+def plain_net(bias=True): return nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=bias), nn.BatchNorm2d(12), nn.ReLU(inplace=True), nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=2, bias=bias),
+    nn.ReLU(), nn.Conv2d(12, 16, 3, stride=2, padding='valid', bias=bias), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 5, bias=bias))
+
+images = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+tokens = torch.randn(97, 6, 8, generator=torch.Generator().manual_seed(1)) # in batches of 64 and 33
+
+# --- what follows a layer
+
+def test_the_order_and_the_norms_of_layers():
+    net = with_statistics(plain_net(), images)
+    uses = trace(net, ['10', '5', '0', '3'], (images[:2],))
+    assert [(n, u.norm, u.add, u.calls) for n,u in uses.items()] == [('0', '1', None, 1), ('3', None, None, 1), ('5', '6', None, 1), ('10', None, None, 1)]
+    assert uses['5'].inputs[0].shape == (2, 12, 8, 8) and uses['5'].outputs[0].is_meta
+
+@pytest.mark.parametrize('how', ['+', 'x +', '+=', 'add_', 'torch.add'])
+def test_additions_are_found_however_they_are_written(how):
+    uses = trace(with_statistics(res_net(how), images), ['0', '2.conv1', '2.conv2', '3.conv1', '3.conv2', '6'], (images[:2],))
+    assert {n:u.add for n,u in uses.items()} == {'0': None, '2.conv1': None, '2.conv2': 0, '3.conv1': None, '3.conv2': 1, '6': None}
+    assert {n:u.norm for n,u in uses.items()} == {'0': None, '2.conv1': '2.bn1', '2.conv2': '2.bn2', '3.conv1': '3.bn1', '3.conv2': '3.bn2', '6': None}
+
+def test_an_activation_in_between_even_in_place_is_no_addition_of_the_layer():
+    uses = trace(with_statistics(res_net('+', relu=True), images), ['2.conv2', '3.conv2'], (images[:2],))
+    assert [(u.norm, u.add) for u in uses.values()] == [('2.bn2', None), ('3.bn2', None)]
+
+def test_projections_of_a_transformer_go_into_its_residual_sums():
+    names = ['embed', *(f'blocks.{i}.{n}' for i in (0,1) for n in ('qkv', 'proj', 'up', 'down')), 'head']
+    for n in (1, 4): # with one sample, the position embedding has the shape of the tokens; the sums are counted alike
+        uses = trace(ViT(), names, (tokens[:n],))
+        assert list(uses) == names
+        assert [uses[f'blocks.{i}.{n}'].add for i in (0,1) for n in ('proj', 'down')] == [1, 2, 3, 4]
+        assert all(uses[n].add is None for n in names if n.rpartition('.')[2] in ('qkv', 'up', 'head'))
+
+def test_shared_modules_have_nothing_that_follows_all_of_their_calls():
+    class Shared(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b,self.c,self.bn = (*(nn.Conv2d(3, 3, 1, bias=False) for _ in 'abc'), nn.BatchNorm2d(3))
+        def forward(self, x): x = self.bn(self.a(x)).relu(); return self.bn(self.b(x)) + self.c(self.c(x))
+    net = with_statistics(Shared(), images)
+    assert {n:(u.calls, u.norm, u.add) for n,u in trace(net, 'abc', (images,)).items()} == {'a': (1, None, None), 'b': (1, None, None), 'c': (2, None, None)}
+    assert miss(fit(net, {n:('svd', 3) for n in 'abc'}, images), net, images) < 1e-5 # float32
+
+def test_tracing_keeps_no_activation():
+    seen,alive = [],[]
+    class Spy(nn.Module):
+        def forward(self, x): seen.append(weakref.ref(x)); alive.append(sum(r() is not None for r in seen)); return x*2
+    net = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(4, 4), Spy())))
+    trace(net, [str(2*i) for i in range(6)], (torch.randn(2, 4),))
+    assert alive == [1]*6
+
+# --- exact at full rank
+
+full = {'plain': lambda: (plain_net(), {'0': ('spatial', 9), '3': ('tucker', (6, 6)), '5': ('svd', 16), '10': ('svd', 5)}, images),
+        'without bias': lambda: (plain_net(False), {'0': ('tucker', (12, 3)), '3': ('spatial', 18), '5': ('slice', 3), '10': ('svd', 5)}, images),
+        'residual': lambda: (res_net('+='), {'0': ('svd', 8), '2.conv1': ('spatial', 24), '2.conv2': ('spatial', 24), '3.conv2': ('svd', 8), '6': ('svd', 5)}, images),
+        'transformer': lambda: (ViT(), {'embed': ('svd', 8), 'blocks.0.qkv': ('svd', 12), 'blocks.0.proj': ('svd', 12), 'blocks.1.up': ('svd', 12), 'blocks.1.down': ('svd', 12)}, tokens)}
+
+@pytest.mark.parametrize('name', full)
+@pytest.mark.parametrize('args', [{}, dict(sequential=False), dict(passes=2), dict(metric='activation')], ids=['sequential', 'closed', 'two passes', 'activation'])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_at_full_rank_nothing_is_lost(name, args, dtype):
+    net,choices,x = full[name]()
+    net,x = with_statistics(net, x).to(dtype),x.to(dtype)
+    res = fit(net, choices, x, **args)
+    assert set(factored_layers(res)) == set(choices)
+    assert miss(res, net, x.flip(-1)) < 1e-4 # what the jitter in the solves, 10⁻⁸, does in directions that the inputs hardly have, in either precision
+
+def test_patches_beyond_the_limit_are_fitted_through_the_outputs():
+    net,x = nn.Sequential(nn.Linear(40, 6), nn.Tanh(), nn.Linear(6, 4)).double(),torch.randn(400, 40).double()
+    assert miss(fit(net, {'0': ('svd', 6)}, x, max_size=20), net, x) < 1e-6
+    small,large = (fit(net, {'0': ('svd', 3)}, x, max_size=m) for m in (20, 8192))
+    assert miss(small, net, x) < 1.05*miss(large, net, x) # the ridge pulls otherwise, and the damping is another one
+
+# --- better than the parts
+
+def divergence(model, dense, x): # of the predictions
+    with torch.no_grad(): return float(output_loss(model(x), dense(x), temperature=1.))
+
+@pytest.fixture(scope='module')
+def trained():
+    "A small network that has learned to tell where a blob is, and data it has not seen"
+    gen = torch.Generator().manual_seed(0)
+    def sample(n):
+        y = torch.randint(4, (n,), generator=gen)
+        x = .7*torch.randn(n, 3, 10, 10, generator=gen)
+        for i,c in enumerate(y): x[i,:,5*(c//2)+1:5*(c//2)+4,5*(c%2)+1:5*(c%2)+4] += 1.2*torch.rand(3, 1, 1, generator=gen)
+        return x,y
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), Block(16), Block(16), nn.Conv2d(16, 24, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96, 4))
+    opt = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(60):
+        x,y = sample(64)
+        opt.zero_grad(); F.cross_entropy(net(x), y).backward(); opt.step()
+    return net.eval(),sample(300)[0],sample(600)
+
+low = {'3.conv1': ('spatial', 4), '3.conv2': ('spatial', 4), '4.conv1': ('svd', 5), '4.conv2': ('spatial', 4), '5': ('svd', 8)}
+
+def test_each_ingredient_helps_on_data_not_seen(trained):
+    net,x,(other,y) = trained
+    with torch.no_grad(): assert (net(other).argmax(1) == y).float().mean() > .9 # it has learned
+    svds,spatials = ({n:r for n,(s,r) in low.items() if s == k} for k in ('svd', 'spatial'))
+    weights = decompose(net, [ConvDecomposer('svd', svds), ConvDecomposer('spatial', spatials)])
+    assert {n:(l.scheme, l.rank) for n,l in factored_layers(weights).items()} == low
+    models = [weights, fit(net, low, x, sequential=False), fit(net, low, x)]
+    models.append(distill(models[-1], net, x, steps=60))
+    errors = [divergence(m, net, other) for m in models]
+    # each ingredient takes off at least a twentieth here; the whole fit more than half
+    assert all(b < .95*a for a,b in zip(errors, errors[1:])), errors
+    assert errors[2] < .5*errors[0], errors
+
+def test_a_residual_sum_makes_up_for_the_other_branch(trained, monkeypatch):
+    net,x,(other,_) = trained
+    found = divergence(fit(net, low, x), net, other)
+    blind = fit_module.trace
+    def no_sums(*args):
+        uses = blind(*args)
+        for u in uses.values(): u.add = None
+        return uses
+    monkeypatch.setattr(fit_module, 'trace', no_sums)
+    assert found < .98*divergence(fit(net, low, x), net, other)
+
+def test_layers_that_stay_dense_are_fitted_too(trained):
+    net,x,(other,_) = trained
+    first = {'3.conv1': ('spatial', 4)}
+    res = fit(net, first, x)
+    only = decompose(res, Plan({})) # a copy
+    for n in ('3.conv2', '4.conv1', '4.conv2', '5', '9'): only.get_submodule(n).load_state_dict(net.get_submodule(n).state_dict())
+    assert miss(res, net, other) < .9*miss(only, net, other)
+    assert type(res[5]) is nn.Conv2d and not torch.equal(res[5].weight, net[5].weight)
+
+def test_the_means_of_outputs_are_right_with_and_without_a_bias():
+    for bias in (True, False):
+        net = with_statistics(plain_net(bias), images)
+        layers = {'0': ('spatial', 3), '5': ('svd', 4)}
+        res = fit(net, layers, images, most=10**6)
+        for first,norm in (('0', 1), ('5', 6)): # at the output of the BatchNorm that follows, mean by channel
+            a,b = (m[:norm+1](images).mean((0, 2, 3)).detach() for m in (net, res))
+            assert (a - b).abs().max() < 2e-4*net[:norm+1](images).std() # float32 sums of 6,144 positions
+        assert [hasattr(m, 'bias') and m.bias is not None for m in res if isinstance(m, (nn.Conv2d, nn.Linear, FactoredLayer))] == [bias]*4
+        if not bias: assert not torch.equal(res[1].running_mean, net[1].running_mean) and torch.equal(res[1].running_var, net[1].running_var)
+
+# --- leaves no trace
+
+def state_of(net):
+    return ({k:(v.clone(), id(v)) for k,v in net.state_dict(keep_vars=True).items()}, [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m))) for m in net.modules()],
+            [(p.requires_grad, p.grad) for p in net.parameters()], torch.get_rng_state(), torch.is_grad_enabled())
+
+def same(a, b):
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, dict): return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+@pytest.mark.parametrize('caller', [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_model_given_is_untouched(caller):
+    net = with_statistics(res_net(), images).train()
+    net[2].bn1.eval()
+    net[0].weight.requires_grad_(False)
+    data = DataLoader(TensorDataset(images, torch.zeros(96)), 32, shuffle=True)
+    with caller():
+        before = state_of(net)
+        res = fit(net, {'0': ('svd', 3), '2.conv2': ('spatial', 9)}, data, distill_steps=3)
+        assert same(before, state_of(net))
+    assert [m.training for m in res.modules() if not list(m.children())] == [m.training for n,m in net.named_modules() for _ in range(2 if n in ('0', '2.conv2') else 1) if not list(m.children())]
+    assert not any(p.requires_grad for p in res[0][0].parameters()) and res[0].bias.requires_grad # the flags of what is replaced
+    assert not any(m._forward_hooks for m in res.modules()) and not any(p.is_inference() or p.grad is not None for p in res.parameters())
+    res.train()(images).sum().backward()                                                          # it can be trained on
+    assert res[2].conv2[0].weight.grad is not None
+
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize('call', [5, 9, 13]) # while calibrating, tracing and fitting, distilling
+def test_nor_after_an_interrupt(error, call):
+    calls = []
+    class Net(nn.Sequential):
+        armed = False
+        def forward(self, x):
+            if Net.armed:
+                calls.append(1)
+                if len(calls) == call: raise error('now')
+            return super().forward(x)
+    net = with_statistics(Net(*plain_net()), images)
+    Net.armed,before = True,state_of(net)
+    with pytest.raises(error, match='now'): fit(net, {'5': ('svd', 3)}, images[:20].split(4), passes=1, distill_steps=20)
+    assert same(before, state_of(net)) and len(calls) == call
+
+def test_dense_layers_keep_what_they_are():
+    net = with_statistics(plain_net(), images)
+    net[0].note,flags = 'mine',dict(weight=False, bias=True)
+    net[0].weight.requires_grad_(False)
+    net[3].to(memory_format=torch.channels_last)
+    res = fit(net, {'5': ('svd', 4)}, images)
+    assert res[0].note == 'mine' and {n:p.requires_grad for n,p in res[0].named_parameters()} == flags
+    assert res[3].weight.stride() == net[3].weight.stride()
+
+def test_seeds():
+    net = with_statistics(plain_net(), images)
+    a,b,c = (fit(net, {'0': ('spatial', 3), '5': ('svd', 4)}, images, most=500, seed=s, distill_steps=4).state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
+
+@pytest.mark.parametrize('passes, groups', [(1, 1), (3, 3), (24, 8)])
+def test_passes_are_bounded(passes, groups):
+    calls = Counter()
+    class Net(nn.Sequential):
+        def forward(self, x): calls[len(x)] += 1; return super().forward(x)
+    net,x = Net(*(m for _ in range(8) for m in (nn.Linear(6, 6), nn.Tanh()))),torch.randn(50, 6)
+    bars = []
+    fit(net, {'0': ('svd', 2)}, x.split(25), calibrate(net, x), passes=passes, loss=regression, progress=lambda it: bars.append(len(it)) or it)
+    assert bars == [groups]
+    assert calls[25] == 1 + 2*2*groups # one to trace; two batches, in the dense and the other model, for each group
+
+def test_every_pass_ends_where_it_has_seen_enough():
+    reached = Counter()
+    class Spy(nn.Module):
+        def __init__(self, i): super().__init__(); self.i = i
+        def forward(self, x): reached[self.i] += 1; return x
+    net = nn.Sequential(*(m for i in range(4) for m in (nn.Linear(4, 4), Spy(i))))
+    fit(net, {'0': ('svd', 1)}, torch.randn(20, 4), calibrate(net, torch.randn(20, 4)))
+    # calls after layer i: calibration and trace, and two for every later layer
+    assert [reached[i] for i in range(4)] == [2+2*3, 2+2*2, 2+2*1, 2]
+
+def test_no_activation_or_graph_is_kept(monkeypatch):
+    stats,fit_layer = [],fit_module._fit_layer
+    monkeypatch.setattr(fit_module, '_fit_layer', lambda *a: stats.append(a[2]) or fit_layer(*a))
+    seen,alive = [],[]
+    class Spy(nn.Module):
+        def forward(self, x): alive.append(sum(r() is not None for r in seen)); seen.append(weakref.ref(x)); return x*1.
+    net = with_statistics(nn.Sequential(nn.Linear(8, 6), Spy(), nn.Linear(6, 4)), torch.randn(9, 8))
+    fit(net, {'0': ('svd', 2)}, torch.randn(40, 8).split(4), passes=1)
+    assert not any(t.requires_grad for s in stats for t in (s.xx, s.yx, s.x, s.y))
+    assert max(alive[1:]) <= 2 # of the batch that is in hand, in the two models
+
+# --- models of all kinds
+
+def test_layers_without_data_and_models_without_a_choice():
+    class Half(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.never,self.b = nn.Linear(6, 6),nn.Linear(6, 6),nn.Linear(6, 3)
+        def forward(self, x): return self.b(self.a(x).relu())
+    net,x = Half(),torch.randn(30, 6)
+    res = fit(net, {'a': ('svd', 2)}, x)
+    assert torch.equal(res.never.weight, net.never.weight) and isinstance(res.a, FactoredLayer)
+    assert miss(fit(net, {}, x), net, x) < 1e-5
+    with pytest.raises(ValueError, match="choices: no data reaches 'never'"): fit(net, {'never': ('svd', 2)}, x)
+    by_weight = decompose(net, FC_Decomposer(2), x)
+    assert isinstance(by_weight.never, FactoredLayer) and 'no data reaches it' in by_weight.low_rank_plan['layers']['never']['reason']
+
+def test_shared_layers_stay_shared():
+    shared = nn.Linear(8, 8)
+    net,x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), shared, nn.ReLU(), shared, nn.Linear(8, 3)),torch.randn(200, 8)
+    res = fit(net, {'0': ('svd', 3), '2': ('svd', 5)}, x)
+    assert res[2] is res[4] and isinstance(res[2], FactoredLayer)
+    plain = decompose(net, [FC_Decomposer({'0': 3, '2': 5})])
+    assert miss(res, net, x) < miss(plain, net, x)
+
+@pytest.mark.parametrize('args', [dict(memory_format=torch.channels_last), dict(dtype=torch.bfloat16)], ids=['channels_last', 'bf16'])
+def test_memory_format_and_dtype_are_kept(args):
+    net,x = with_statistics(plain_net(), images).to(**args),images.to(**args)
+    choices = {'0': ('spatial', 4), '5': ('svd', 12), '10': ('svd', 4)}
+    res,usual = fit(net, choices, x),fit(net.float().to(memory_format=torch.contiguous_format), choices, x.float().contiguous())
+    net = net.to(**args)
+    assert {p.dtype for p in res.parameters()} == {p.dtype for p in net.parameters()} and {b.dtype for b in res.buffers()} == {b.dtype for b in net.buffers()}
+    for m in res.modules():
+        if isinstance(m, nn.Conv2d) and 'memory_format' in args: assert m.weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(): assert (res(x).float() - usual(x.float())).norm() < (.05 if 'dtype' in args else 1e-3)*usual(x.float()).norm() # a few roundings of 2⁻⁹; of 2⁻²⁴, amplified by solves
+
+def test_a_last_batch_of_one_changes_little():
+    net = ViT()
+    choices = {'blocks.0.proj': ('svd', 4), 'blocks.1.down': ('svd', 5)}
+    a,b = (fit(net, choices, tokens[:n]) for n in (64, 65))
+    assert abs(miss(a, net, tokens) - miss(b, net, tokens)) < .1*miss(a, net, tokens)
+
+def test_inputs_that_are_changed_in_place_afterwards():
+    class Fork(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b,self.head = nn.Linear(6, 8),nn.Linear(6, 8),nn.Linear(8, 3)
+        def forward(self, x): x = x*1; a = self.a(x); x.relu_(); return self.head(a*self.b(x))
+    net,x = Fork().double(),torch.randn(300, 6).double()
+    for passes in (1, 24): assert miss(fit(net, {'a': ('svd', 6), 'b': ('svd', 6)}, x, passes=passes), net, x) < 1e-5 # as above; inputs seen too late would be wrong by tenths
+
+def test_dictionaries_in_and_out():
+    class Named(nn.Module):
+        def __init__(self): super().__init__(); self.fc,self.head = nn.Linear(6, 6),nn.Linear(6, 3)
+        def forward(self, pixels): return {'logits': self.head(self.fc(input=pixels).relu())}
+    net,data,loss = Named(),[dict(pixels=torch.randn(40, 6), labels=torch.zeros(40))],lambda o: o['logits'].square().sum()
+    assert isinstance(fit(net, {'fc': ('svd', 2)}, data, loss=loss).fc, FactoredLayer)
+    with pytest.raises(TypeError, match='distill: the model returns dict'): fit(net, {'fc': ('svd', 2)}, data, loss=loss, distill_steps=2)
+
+def test_weights_that_hooks_compute_stay_as_they_are():
+    with pytest.warns(FutureWarning): net = nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3))
+    x = torch.randn(50, 6)
+    net(x) # whose weight is now no leaf, and cannot be copied by itself
+    res = fit(net, {'2': ('svd', 2)}, x, distill_steps=2)
+    assert hasattr(res[0], 'weight_g') and res(x).shape == (50, 3)
+
+@pytest.mark.parametrize('args, match', [(dict(passes=0), 'passes: 0 is not'), (dict(passes=2.), 'passes: 2.0 is not'), (dict(metric='plain'), "metric: 'plain' is not one of"),
+    (dict(choices={'0': ('qr', 3)}), "choices: layer '0': no scheme 'qr'"), (dict(choices={'0': ('spatial', 2)}), "choices: layer '0': Linear has no two spatial axes"),
+    (dict(choices={'no': ('svd', 3)}), "choices: no data reaches 'no'")])
+def test_what_is_wrong_is_said(args, match):
+    with pytest.raises(ValueError, match=match): fit(nn.Sequential(nn.Linear(4, 4)), **(dict(choices={'0': ('svd', 2)}, data=torch.randn(5, 4)) | args))
+
+# --- self-distillation
+
+def test_distillation_leaves_flags_hooks_and_modes(trained):
+    net,x,_ = trained
+    small = fit(net, low, x[:64])
+    small.train(); small[1].eval(); small[0].weight.requires_grad_(False)
+    small[3].register_forward_hook(hook := lambda *a: None)
+    before,teacher = state_of(small),state_of(net)
+    res = distill(small, net, x[:64], steps=5, augment=flip_and_crop)
+    assert same(before, state_of(small)) and same(teacher, state_of(net))
+    assert [p.requires_grad for p in res.parameters()] == [p.requires_grad for p in small.parameters()]
+    assert [m.training for m in res.modules()] == [m.training for m in small.modules()] and all(p.grad is None for p in res.parameters())
+    assert [len(m._forward_hooks) for m in res.modules()] == [len(m._forward_hooks) for m in small.modules()]
+    assert all(torch.equal(b, dict(small.named_buffers())[n]) for n,b in res.named_buffers()) # BatchNorm in evaluation mode
+    assert not all(torch.equal(p, q) for p,q in zip(res.parameters(), small.parameters()))
+
+def test_hooks_are_gone_after_an_interrupted_distillation():
+    net = with_statistics(res_net(), images)
+    small = fit(net, {'2.conv1': ('svd', 3)}, images)
+    def bar(it):
+        for i in it:
+            if i == 2: raise KeyboardInterrupt
+            yield i
+    before = state_of(net)
+    with pytest.raises(KeyboardInterrupt): distill(small, net, images, steps=5, progress=bar)
+    assert same(before, state_of(net)) and not any(m._forward_hooks for m in small.modules())
+
+@pytest.mark.parametrize('steps', [1, 2, 3])
+def test_a_few_steps(steps):
+    net = with_statistics(res_net(), images)
+    assert distill(fit(net, {'2.conv1': ('svd', 3)}, images), net, images, steps=steps)(images).isfinite().all()
+
+def test_regression_of_one_value_with_a_last_batch_of_one():
+    net,x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)),torch.randn(65, 8)
+    small = fit(net, {'0': ('svd', 3)}, x, loss=regression)
+    assert miss(distill(small, net, x, steps=40, loss=regression), net, x) < miss(small, net, x)
+
+def test_the_loss_of_class_scores_is_the_divergence_per_sample_and_position():
+    a,b = torch.randn(3, 4, dtype=torch.float64),torch.randn(3, 4, dtype=torch.float64)
+    p,q = (b/2).softmax(1),(a/2).softmax(1)
+    want = 4*(p*(p/q).log()).sum(1).mean()                                       # the squared temperature
+    assert abs(output_loss(a, b) - want) < 1e-12
+    wide = lambda t: t[:,:,None,None].expand(3, 4, 2, 5)
+    assert abs(output_loss(wide(a), wide(b)) - want) < 1e-12
+
+def test_flips_and_crops():
+    x,gen = torch.arange(2*3*6*6.).view(2, 3, 6, 6),torch.Generator().manual_seed(0)
+    outs = [flip_and_crop(x, gen, pad=2) for _ in range(30)]
+    assert all(o.shape == x.shape for o in outs)
+    inside = {tuple(o[0,0,2:4,2:4].flatten().tolist()) for o in outs}
+    assert len(inside) > 10                                                       # of 25 shifts and two directions
