@@ -435,8 +435,15 @@ def test_torch_export_with_any_batch_size(tmp_path):
     back = torch.export.load(tmp_path/'m.pt2').module()
     for n in (1, 5): assert_close(back(batch(n)), model(batch(n)), rtol=1e-5, atol=1e-6)        # the same kernels
 
+@pytest.fixture
+def fresh_compiler():
+    "torch counts how often `nn.Sequential.forward` was compiled in a process"
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
 @pytest.mark.parametrize('method', list(schemes))
-def test_gradients_of_a_compiled_model(method):
+def test_gradients_of_a_compiled_model(method, fresh_compiler):
     model,x = low(method).train(),batch(4)
     want,got = (torch.autograd.grad(f(x).square().sum(), list(model.parameters())) for f in (model, torch.compile(model, backend='aot_eager', fullgraph=True)))
     for a,b in zip(want, got, strict=True): assert_close(a, b, rtol=1e-4, atol=1e-4*a.abs().max().item())     # float32, sums in another order
