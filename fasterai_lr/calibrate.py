@@ -256,7 +256,7 @@ def calibrate(
             samples += n_items(b)
     return {n:g.moments(samples, n) for n,g in gathers.items() if g.inputs.second.n}
 
-# %% ../nbs/05_calibrate.ipynb #f16152c5
+# %% ../nbs/05_calibrate.ipynb #55bdc58a
 def _mean_diag(M): # one where nothing depends on the layer or nothing reaches it
     d = M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     return torch.where(d > 0, d, 1.)
@@ -297,11 +297,10 @@ class Metric:
 
     def _outputs(self, C):
         W = self.weight
-        if self.inputs is not None: # what lets weights of low rank have a Cholesky factor is far below what the ridge adds to others
-            C = W@self.inputs@W.mT
-            return C + torch.diag_embed((1e-12*_mean_diag(C)).expand(C.shape[:-1]))
+        add = lambda C,part: C + torch.diag_embed((part*C.shape[-1]*_mean_diag(C)).expand(C.shape[:-1])) # above the rounding in C, whose rank may be low
+        if self.inputs is not None: return add(W@self.inputs@W.mT, 1e-12)
         WW = W@W.mT
-        return C + 1e-3*(_mean_diag(C)/_mean_diag(WW))[...,None]*WW
+        return add(C + 1e-3*(_mean_diag(C)/_mean_diag(WW))[...,None]*WW, 1e-6)
 
     @property
     def total(self): # what it costs to do without the layer
