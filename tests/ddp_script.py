@@ -119,6 +119,22 @@ def run_before(path):
     with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, 1e-2, cbs=w)
     return dict(state=state(learn.model), trains=w.trains, grads=w.grads)
 
+def run_saved(path):
+    "A file that the first process has written, in fresh learners of both, and more training; the last one is wrapped all the time"
+    def ctx(learn):
+        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, 1e-2)
+        return state(learn.model)
+    fresh = lambda *args, **kw: mk_learn(*args, path=path, shuffle=False, **kw)
+    learn = fresh()
+    learn.decompose(what)
+    saved = ctx(learn)
+    learn.save_low_rank('m')
+    wrapped = fresh(DDP(net()), loader=partial(DistributedDL, device='cpu'), splitter=lambda m: split(get_model(m)))
+    others = [o.load_low_rank('m') for o in (fresh(), wrapped)]
+    loaded = [state(o.model) for o in others]
+    wrapped.fit(1, 1e-2)
+    return dict(saved=saved, loaded=loaded, after=ctx(learn), trained=[ctx(others[0]), state(wrapped.model)])
+
 def conv_net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Unflatten(1, (2,2,2)), nn.Conv2d(2,8,3,padding=1), nn.ReLU(), nn.Conv2d(8,8,3,padding=1), nn.Flatten(),

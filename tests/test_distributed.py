@@ -16,7 +16,7 @@ here,scripts = Path(__file__).resolve().parent,Path(sys.executable).parent
 launchers = dict(accelerate=['accelerate', 'launch', '--multi_gpu', '--num_machines=1', '--num_processes=2', '--mixed_precision=no', '--dynamo_backend=no', '--main_process_port'],
                  bf16=['accelerate', 'launch', '--multi_gpu', '--num_machines=1', '--num_processes=2', '--mixed_precision=bf16', '--dynamo_backend=no', '--main_process_port'],
                  torchrun=['torchrun', '--nnodes=1', '--nproc-per-node=2', '--master-port'])
-fast = ['ctx', 'equal', 'frozen', 'diverged', 'before', 'plain', 'root', 'error', 'wrong_name', 'refused']
+fast = ['ctx', 'equal', 'frozen', 'diverged', 'before', 'saved', 'plain', 'root', 'error', 'wrong_name', 'refused']
 
 def free_port():
     with socket.socket() as s:
@@ -69,6 +69,12 @@ def test_fine_tune_and_the_callbacks_that_save(runs):
     check_both(a, b)
     assert identical(a['trained'], b['trained']) and not identical(a['trained'], a['state'])
     assert a['metric'] == b['metric'] and a['trains'] == [0,3,3] and [h['epoch'] for h in a['history']] == [1]
+
+def test_a_file_in_fresh_learners(runs):
+    for o in runs['saved']:
+        for loaded,trained in zip(o['loaded'], o['trained'], strict=True):
+            assert identical(o['saved'], loaded) and identical(o['after'], trained) and not identical(loaded, trained)
+    assert all(identical(a, b) for a,b in zip(*(o['trained'] for o in runs['saved']), strict=True))
 
 def test_the_first_process_computes_for_all(runs):
     a,b = runs['diverged']
