@@ -129,7 +129,7 @@ def layer_options(layer, name, use, metric, schemes, step=1)->list:
         res += [o for o in opts if o.macs < res[0].macs]
     return res
 
-# %% ../nbs/07_plan.ipynb #acb9c402
+# %% ../nbs/07_plan.ipynb #0c680968
 def choose(
     options:dict, # {layer name: list of `Option`s, the dense one among them}
     limit:float, # the most that the chosen options may cost together
@@ -139,7 +139,7 @@ def choose(
     costs = {n: np.array([getattr(o, kind) for o in os], float) for n,os in options.items()}
     losses = {n: np.array([o.loss for o in os]) for n,os in options.items()}
     least = sum(c.min() for c in costs.values())
-    if least > limit*(1+1e-12): raise ValueError(f"{least}")
+    if least > limit*(1+1e-12): raise ValueError(f"limit: {limit} cannot be kept to; the cheapest options cost {least}")
     pick = lambda price: {n: int(np.lexsort((costs[n], losses[n] + price*costs[n]))[0]) for n in options}
     cost = lambda ch: sum(costs[n][i] for n,i in ch.items())
     low,high = 1e-30,1e30
@@ -162,7 +162,7 @@ def choose(
         left -= costs[n][j] - costs[n][chosen[n]]
         chosen[n] = j
 
-# %% ../nbs/07_plan.ipynb #5180582d
+# %% ../nbs/07_plan.ipynb #0f786fcd
 @dataclass
 class Plan:
     "Which layer becomes what"
@@ -197,6 +197,7 @@ class Plan:
             if type(f.layer).__name__ != rec['type']: raise ValueError(f"plan: layer {name!r} is {type(f.layer).__name__}, not {rec['type']}")
             if scheme not in known_schemes: raise ValueError(f"plan: layer {name!r}: no scheme {scheme!r}; there are {', '.join(map(repr, known_schemes))}")
             s = known_schemes[scheme](Geometry.of(f.layer))
+            if why := s.misfit(): raise ValueError(f"plan: layer {name!r}: {why}")
             pair = isinstance(s.full(), tuple)
             ok = lambda r: isinstance(r, int) and not isinstance(r, bool) and r >= 1
             if pair != isinstance(rank, tuple) or not all(map(ok, rank if pair else (rank,))) or exceeds(rank, s.most()):
@@ -259,7 +260,7 @@ class Plan:
     def __str__(self):
         head = f"Plan for {self.budget}: {len(self.choices)} of {len(self.layers)} layers factored"
         num = lambda d: ', '.join(f'{k} {v:.3g}' for k,v in d.items())
-        return '\n'.join([head, *(f'{n}: {num(d)}' for n,d in (('predicted', self.predicted), ('measured', self.measured)) if d), self.summary().fillna('').to_string()])
+        return '\n'.join([head, *(f'{n}: {num(d)}' for n,d in (('predicted', self.predicted), ('measured', self.measured)) if d), self.summary().astype(object).fillna('').to_string()])
 
 def _fresh(layer, scheme, rank):
     "A chain of the right structure with new random weights, placed and typed like `layer`"
@@ -270,7 +271,7 @@ def _fresh(layer, scheme, rank):
     if w.dim()==4 and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous(): res = res.to(memory_format=torch.channels_last)
     return res.train(layer.training)
 
-# %% ../nbs/07_plan.ipynb #1c7aae5e
+# %% ../nbs/07_plan.ipynb #ddfdab5a
 class Planner:
     "What is known about a model before a budget is chosen"
     @undisturbed()
@@ -309,8 +310,9 @@ class Planner:
         options,kind = options or self.all_options(),budget.kind
         total = total or getattr(self, kind)
         rest = total - sum(getattr(o[0], kind) for o in options.values())
+        least = sum(min(getattr(p, kind) for p in o) for o in options.values())
         try: chosen = choose(options, budget.value*total - rest, kind)
-        except ValueError as e: raise ValueError(f"{kind}: {budget.value} cannot be reached; the smallest is {ceil((float(str(e))+rest)/total*1e4)/1e4}") from None
+        except ValueError: raise ValueError(f"{kind}: {budget.value} cannot be reached; the smallest is {ceil((least+rest)/total*1e4)/1e4}") from None
         left = budget.value - (rest + sum(getattr(o, kind) for o in chosen.values()))/total
         return self._as_plan(chosen, budget, left)
 
