@@ -1,0 +1,347 @@
+"Budgets that hold as counted, plans as data, and what is refused"
+import copy, json
+from contextlib import contextmanager
+
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+import fasterai_lr.plan as plan_module
+from fasterai_lr.calibrate import calibrate
+from fasterai_lr.cost import Latency, count_macs, count_params
+from fasterai_lr.decomposer import decompose
+from fasterai_lr.layers import FactoredLayer, factored_layers
+from fasterai_lr.plan import Budget, Option, Plan, Planner, choose, make_plan
+from fasterai_lr.schemes import schemes
+from test_fit import ViT, images, miss, plain_net, res_net, tokens, with_statistics
+
+torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def seed(): torch.manual_seed(0)
+
+# --- budgets
+
+@pytest.mark.parametrize('kind', ['params', 'macs', 'latency', 'max_drop'])
+def test_a_budget_is_one_fraction(kind):
+    b = Budget(**{kind: .5})
+    assert (b.kind, b.value, repr(b)) == (kind, .5, f'Budget({kind}=0.5)') and b == Budget(**{kind: .5})
+    assert Budget(**{kind: 1}).value == 1
+    for bad in (0, -.1, 1.01, 50, float('nan'), float('inf'), True, '.5', [.5]):
+        with pytest.raises(ValueError, match=f'{kind}: .* is not a fraction above 0 and at most 1'): Budget(**{kind: bad})
+
+def test_a_budget_is_of_one_kind():
+    with pytest.raises(ValueError, match='nothing given; expected one of'): Budget()
+    with pytest.raises(ValueError, match=r"\{'params': 0.5, 'macs': 0.4\} given"): Budget(params=.5, macs=.4)
+
+# --- the choice
+
+def options(draw_costs): # {layer: [(cost, loss), …]}, dense first
+    return {n: [Option(None, None, 0., d, d)] + [Option('svd', i+1, l, c, c) for i,(c,l) in enumerate(rest)] for n,(d,rest) in draw_costs.items()}
+
+layer = st.tuples(st.integers(20, 40), st.lists(st.tuples(st.integers(1, 19), st.floats(1e-6, 10)), max_size=4))
+
+@given(st.dictionaries(st.sampled_from('abcd'), layer, min_size=1), st.floats(.05, 1))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_the_choice_fits_and_is_near_the_best(layers, fraction):
+    from itertools import product
+    opts = options(layers)
+    total,least = sum(o[0].macs for o in opts.values()),sum(min(p.macs for p in o) for o in opts.values())
+    limit = fraction*total
+    if least > limit:
+        with pytest.raises(ValueError, match=str(float(least))): choose(opts, limit, 'macs')
+        return
+    got = choose(opts, limit, 'macs')
+    loss,cost = sum(o.loss for o in got.values()),sum(o.macs for o in got.values())
+    every = [c for c in product(*opts.values()) if sum(o.macs for o in c) <= limit]
+    assert cost <= limit and list(got) == list(opts)
+    # relaxed by one option of one layer: the classical bound of the Lagrangian
+    assert loss <= min(sum(o.loss for o in c) for c in every) + max(max(o.loss for o in os) for os in opts.values()) + 1e-9
+    for n,os in opts.items(): # nothing that would cost no more and lose less
+        assert not any(o.loss < got[n].loss and cost - got[n].macs + o.macs <= limit for o in os)
+    if limit == total: assert loss == 0
+
+# --- budgets hold as counted
+
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, groups=24, padding=1), nn.Conv2d(24, 48, 1), nn.ReLU(),
+                                  nn.Conv2d(48, 48, 3, groups=4, stride=2, dilation=2, padding=1), nn.ReLU(), nn.ConvTranspose2d(48, 16, 2, stride=2), nn.Conv2d(16, 16, (1, 5)), nn.Flatten())
+        self.head = nn.Linear(16*6*2, 6)
+    def forward(self, x): return self.head(self.body(x))
+
+def conv1d(): return nn.Sequential(nn.Conv1d(4, 32, 5, padding='same'), nn.ReLU(), nn.Conv1d(32, 32, 3, stride=2, padding_mode='circular', padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32*8, 6))
+def conv3d(): return nn.Sequential(nn.Conv3d(2, 12, 3), nn.ReLU(), nn.Conv3d(12, 16, (1, 3, 3)), nn.ReLU(), nn.AdaptiveAvgPool3d(2), nn.Flatten(), nn.Linear(128, 6))
+def shared():
+    l = nn.Linear(16, 16)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), l, nn.ReLU(), l, nn.ReLU(), l, nn.Linear(16, 5))
+def encoder(): return nn.Sequential(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 32, batch_first=True), 2), nn.Flatten(), nn.Linear(48, 5))
+
+nets = {'plain': (plain_net, images), 'residual': (res_net, images), 'grouped': (Grouped, images), '1d': (conv1d, torch.randn(40, 4, 16)), '3d': (conv3d, torch.randn(20, 2, 5, 6, 6)),
+        'transformer': (ViT, tokens), 'encoder': (encoder, tokens), 'shared': (shared, torch.randn(60, 8))}
+
+@pytest.mark.parametrize('name', nets)
+@pytest.mark.parametrize('kind', ['params', 'macs'])
+def test_the_budget_holds_as_counted_and_is_used(name, kind):
+    make,x = nets[name]
+    net = with_statistics(make(), x)
+    planner = Planner(net, x, schemes=('svd', 'spatial', 'tucker'))
+    count = dict(params=count_params, macs=lambda m: count_macs(m, x[:8]))
+    dense,least,last = {k:c(net) for k,c in count.items()},planner.least(kind),float('inf')
+    for share in (0, .15, .4, .8, 1):
+        value = min(1., least + share*(1-least) + 1e-9)
+        plan = planner.make(Budget(**{kind: value}))
+        small = plan.skeleton(net)
+        got = {k: c(small)/dense[k] for k,c in count.items()}
+        assert got[kind] <= value + 1e-9
+        for k in got: assert abs(got[k] - plan.predicted[k]) < 1e-12              # as predicted, of both kinds
+        for n,l in factored_layers(small).items():                                # never a layer that is larger
+            assert count_params(l) == plan.layers[n]['params_after'] < plan.layers[n]['params_before'] == count_params(net.get_submodule(n))
+            assert l(torch.zeros(1, *planner.uses[n].inputs[0].shape[1:])).shape[1:] == planner.uses[n].outputs[0].shape[1:]
+        assert plan.predicted['loss'] <= 1.02*last                                # the Lagrangian's gap
+        last = plan.predicted['loss']
+    assert not plan.choices and last == 0 and got[kind] == 1                      # dense is a choice
+
+@pytest.mark.parametrize('name', nets)
+def test_planned_and_fitted_models_run_and_keep_their_size(name):
+    make,x = nets[name]
+    net = with_statistics(make(), x)
+    planner = Planner(net, x)
+    plan = planner.make(Budget(macs=min(1., .3+.7*planner.least('macs'))))
+    small = plan.apply(net, planner.batches, moments=planner.moments)
+    assert abs(count_macs(small, x[:8])/count_macs(net, x[:8]) - plan.predicted['macs']) < 1e-12 and plan.predicted['macs'] <= plan.budget['macs']
+    assert miss(small, net, x) < .8 and plan.choices.keys() == factored_layers(small).keys()
+    assert small.low_rank_plan['layers'].keys() == {n for n,m in net.named_modules() if isinstance(m, plan_module.layer_types) and n in plan.layers}
+    json.dumps(small.low_rank_plan)
+
+def test_what_stays_dense_is_listed_with_the_reason():
+    net = Grouped()
+    net.never = nn.Linear(5, 5)
+    layers = make_plan(net, images, Budget(macs=.8)).layers
+    assert layers['body.7']['reason'] == 'no metric is known for a transposed convolution'
+    assert 'no data reaches it' in layers['never']['reason']
+    assert layers['body.2']['reason'] == 'best left dense' and all((r['status'] == 'factored') == (r['scheme'] is not None) == (not r['reason']) for r in layers.values())
+
+def test_decompose_takes_a_budget():
+    net = with_statistics(plain_net(), images)
+    small = decompose(net, Budget(params=.6), images)
+    assert count_params(small) <= .6*count_params(net) and small.low_rank_plan['budget'] == {'params': .6}
+    assert count_macs(decompose(net, data=images), images[:1]) <= .5*count_macs(net, images[:1]) # the default
+    with pytest.raises(ValueError, match='data: Budget'): decompose(net, Budget(params=.5))
+
+@pytest.mark.parametrize('kind', ['params', 'macs'])
+@pytest.mark.parametrize('name', nets)
+def test_the_smallest_value_named_can_be_reached(name, kind):
+    make,x = nets[name]
+    planner = Planner(make().eval(), x)
+    with pytest.raises(ValueError, match=f'{kind}: 1e-06 cannot be reached; the smallest is') as e: planner.make(Budget(**{kind: 1e-6}))
+    smallest = float(str(e.value).split()[-1])
+    assert planner.least(kind) <= smallest <= planner.least(kind) + 1.01e-4 # rounded up to four digits
+    assert planner.make(Budget(**{kind: smallest})).predicted[kind] <= smallest
+
+def test_a_model_without_anything_to_decompose():
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match='the smallest is 1.0'): make_plan(net, images, Budget(macs=.5))
+    assert not make_plan(net, images, Budget(macs=1.)).choices
+
+def test_the_estimate_of_the_loss_sums_what_the_options_say():
+    net = with_statistics(plain_net(), images)
+    planner = Planner(net, images, schemes=('svd', 'spatial', 'slice')) # what 'cp' and 'tucker' find depends on where they start
+    plan = planner.make(Budget(macs=.5))
+    want = 0
+    for n,(s,r) in plan.choices.items():
+        scheme = schemes[s](plan_module.Geometry.of(net.get_submodule(n)), net.get_submodule(n).weight, n, planner.metric_of(n))
+        want += scheme.metric.cost(scheme.blocks - scheme.approximation(r))
+    assert abs(plan.predicted['loss'] - want) < 1e-6*want # float64 costs of float32 factors
+
+def test_more_schemes_and_larger_budgets_never_lose_more():
+    net = with_statistics(plain_net(), images)
+    mo = calibrate(net, images)
+    loss = lambda s, b: make_plan(net, images, Budget(macs=b), schemes=s, moments=mo).predicted['loss']
+    losses = [loss(('svd', 'spatial'), b) for b in (.3, .45, .6, .75, .9)]
+    assert all(a > b for a,b in zip(losses, losses[1:]))
+    for b in (.4, .6): assert loss(('svd', 'spatial', 'tucker'), b) <= 1.02*min(loss(('svd',), b), loss(('spatial', 'svd'), b)) # the Lagrangian's gap
+
+# --- a plan is data
+
+@pytest.fixture(scope='module')
+def planned():
+    torch.manual_seed(0)
+    net = with_statistics(plain_net(), images)
+    return net,make_plan(net, images, Budget(macs=.5), schemes=('svd', 'spatial', 'tucker'))
+
+@pytest.fixture
+def plan(planned): return copy.deepcopy(planned[1])
+
+def test_round_trips(planned, plan, tmp_path):
+    net = planned[0]
+    plan.set('3', 'tucker', (3, 2))
+    plan.save(tmp_path/'plan.json')
+    back = Plan.load(tmp_path/'plan.json')
+    assert back == plan and back.choices == plan.choices and back.choices['3'] == ('tucker', (3, 2))
+    assert str(back) == str(plan) and '3' in str(plan) and len(plan.summary()) == len(plan.layers)
+    assert Plan.of(plan.apply(net).low_rank_plan).choices == plan.choices
+
+def test_the_skeleton_takes_the_state_dict(planned, plan):
+    net = planned[0]
+    small,empty = plan.apply(net, images),plan.skeleton(net)
+    assert not torch.equal(small(images), empty(images))
+    empty.load_state_dict(small.state_dict())
+    with torch.no_grad(): assert torch.equal(small(images), empty(images))
+    assert {n:(l.scheme, l.rank) for n,l in factored_layers(empty).items()} == plan.choices
+
+@pytest.mark.parametrize('args', [dict(dtype=torch.float64), dict(memory_format=torch.channels_last)])
+def test_the_skeleton_is_typed_like_the_model(plan, args):
+    net = plain_net().to(**args).train()
+    empty = plan.skeleton(net)
+    assert {p.dtype for p in empty.parameters()} == {p.dtype for p in net.parameters()} and all(m.training for m in empty.modules())
+    if 'memory_format' in args: assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in empty.modules() if isinstance(m, nn.Conv2d))
+
+def test_edits(planned, plan):
+    net = planned[0]
+    name = next(iter(plan.choices))
+    before = plan.layers[name]['params_before']
+    assert type(plan.set(name).apply(net).get_submodule(name)) is type(net.get_submodule(name))
+    assert plan.layers[name] == dict(plan.layers[name], status='dense', scheme=None, rank=None, full_rank=None, params_after=before, reason='set by hand')
+    assert not plan.predicted # it was another plan's
+    small = plan.set(name, 'svd', 2).apply(net)
+    assert small.get_submodule(name).rank == 2 and small.low_rank_plan['layers'][name]['params_after'] == count_params(small.get_submodule(name))
+    with pytest.raises(ValueError, match="name: 'no' is not in the plan; it has '0'"): plan.set('no', 'svd', 2)
+
+@contextmanager
+def unchanged(model):
+    before,modules = {k:v.clone() for k,v in model.state_dict().items()},[(n, id(m), sorted(vars(m))) for n,m in model.named_modules()]
+    yield
+    assert modules == [(n, id(m), sorted(vars(m))) for n,m in model.named_modules()] and all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
+
+def wider():
+    net = plain_net()
+    net[5] = nn.Conv2d(12, 20, 3)
+    return net
+def tied():
+    net = plain_net()
+    net.other = nn.Linear(64, 5)
+    net.other.weight = net[10].weight
+    return net
+
+@pytest.mark.parametrize('model, edit, match', [
+    (lambda: nn.Sequential(nn.Linear(3, 4)), ('5', 'svd', 3), "the model has no layer '"),
+    (wider, ('5', 'svd', 3), r"layer '5' has 2,180 parameters, not 1,744: the plan is one for another model"),
+    (lambda: nn.Sequential(*(nn.Linear(3, 3) for _ in range(11))), ('5', 'svd', 3), 'the plan is one for another model'),
+    (tied, ('10', 'svd', 2), "layer '10' cannot be replaced: its parameters are tied"),
+    (plain_net, ('5', 'qr', 3), "layer '5': no scheme 'qr'"),
+    *[(plain_net, ('5', 'svd', r), r"layer '5': rank .* is not one of svd here, whose full rank is 16") for r in (17, 0, -1, 2.5, True, None, (2, 3), '3')],
+    *[(plain_net, ('5', 'tucker', r), r"layer '5': rank .* is not one of tucker here") for r in (4, (17, 3), (3, 0), (2.5, 3))],
+    (plain_net, ('10', 'spatial', 2), "layer '10': Linear has no two spatial axes")])
+def test_a_plan_that_does_not_fit_is_refused_before_anything_happens(plan, model, edit, match):
+    net = model()
+    plan.set(*edit)
+    for use in (plan.check, plan.skeleton, plan.apply, lambda m: plan.apply(m, images), lambda m: decompose(m, plan)):
+        with unchanged(net), pytest.raises(ValueError, match=match): use(net)
+
+@pytest.mark.parametrize('text', ['', 'PK\x03', '[]', '{}', '{"layers": []}', '{"layers": {"a": 3}}', '{"layers": {"a": {"type": "Linear"}}}'])
+def test_files_that_hold_no_plan(text, tmp_path):
+    (tmp_path/'p.json').write_text(text)
+    with pytest.raises(ValueError, match='p.json.* is not a plan'): Plan.load(tmp_path/'p.json')
+
+def test_what_else_is_refused():
+    net = plain_net()
+    with pytest.raises(TypeError, match='budget: 0.5 is not a Budget'): make_plan(net, images, .5)
+    with pytest.raises(ValueError, match="schemes: 'qr' is not one of 'svd'"): make_plan(net, images, Budget(macs=.5), schemes=('qr',))
+    with pytest.raises(ValueError, match="metric: 'plain' is not one of"): make_plan(net, images, Budget(macs=.5), metric='plain')
+    with pytest.raises(ValueError, match='evaluate: a budget of max_drop needs'): make_plan(net, images, Budget(max_drop=.1))
+
+def test_planning_leaves_the_model_and_random_states_alone():
+    net,state = with_statistics(res_net(), images).train(),torch.get_rng_state()
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, images), 32, shuffle=True)
+    with unchanged(net), torch.inference_mode(): make_plan(net, data, Budget(macs=.6))
+    assert net.training and torch.equal(state, torch.get_rng_state()) and not any(m._forward_hooks for m in net.modules())
+
+# --- a budget of accuracy
+
+@pytest.mark.parametrize('drop, want', [(.1, .55), (.3, .4), (.001, .9)]) # and the share of MACs from which on the metric is kept
+def test_the_smallest_model_that_keeps_the_metric(drop, want, planned):
+    net,calls = planned[0],[]
+    dense = count_macs(net, images[:2])
+    def evaluate(m): # falls below what is allowed at a known size
+        share = count_macs(m, images[:2])/dense
+        calls.append(share)
+        return 1. if share >= want else 1 - 2*drop
+    plan = make_plan(net, images, Budget(max_drop=drop), evaluate=evaluate)
+    assert calls[0] == 1 and len(calls) <= 7                                      # the dense model and a handful
+    assert want <= plan.predicted['macs'] < 1.08*want                            # a 64th of the range, 1 to 1/20, and a step of a rank
+    assert plan.budget == {'max_drop': drop} and plan.measured['metric'] >= plan.measured['dense_metric'] - drop
+    inside = [c for c in calls[1:] if c >= want]
+    assert plan.predicted['macs'] == pytest.approx(min(inside), abs=1e-12)        # the smallest of those that passed
+    json.dumps(plan.layers), json.dumps(plan.measured)
+
+def test_a_looser_budget_of_accuracy_never_gives_a_larger_model(planned):
+    net = planned[0]
+    with torch.no_grad(): want = net(images)
+    def evaluate(m):
+        with torch.no_grad(): return -(m(images) - want).norm()/want.norm()       # a tensor
+    sizes = [make_plan(net, images, Budget(max_drop=d), evaluate=evaluate).predicted['macs'] for d in (.02, .1, .3, 1.)]
+    assert all(a >= b for a,b in zip(sizes, sizes[1:])) and sizes[0] > sizes[-1]
+
+def test_where_nothing_may_be_lost_the_model_stays_dense(planned):
+    plan = make_plan(planned[0], images, Budget(max_drop=.01), evaluate=lambda m: 1. if not factored_layers(m) else 0.)
+    assert not plan.choices and plan.predicted['macs'] == 1
+
+# --- a budget of time
+
+class Clock:
+    "Stands for `measure_latency`: a model takes the milliseconds of its layers, by a made-up rule"
+    def __init__(self, of_layer): self.of_layer,self.calls = of_layer,0
+    def ms(self, model): return sum(self.of_layer(m) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    def __call__(self, models, sample, *args, **kwargs):
+        self.calls += 1
+        if isinstance(models, nn.Module): return Latency(self.ms(models), 0.)
+        items = models.items() if isinstance(models, dict) else enumerate(models)
+        res = {k: Latency(self.ms(m), 0.) for k,m in items}
+        return res if isinstance(models, dict) else list(res.values())
+
+def by_size(m): return .01 + m.weight.numel()*1e-3                                # and an overhead for each call
+def costly_spatial(m): return by_size(m)*(20 if isinstance(m, nn.Conv2d) and (m.kernel_size[0] == 1) != (m.kernel_size[1] == 1) else 1)
+
+def timed_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
+
+@pytest.mark.parametrize('rule', [by_size, costly_spatial])
+@pytest.mark.parametrize('value', [.5, .8])
+def test_no_layer_of_a_plan_for_latency_is_slower_than_dense(monkeypatch, rule, value):
+    clock,net = Clock(rule),timed_net()
+    monkeypatch.setattr(plan_module, 'measure_latency', clock)
+    plan = make_plan(net, images, Budget(latency=value))
+    small = plan.skeleton(net)
+    assert plan.choices
+    for n,l in factored_layers(small).items(): assert clock.ms(l) < clock.ms(net.get_submodule(n))
+    if rule is costly_spatial: assert {s for s,_ in plan.choices.values()} == {'svd'}
+    ratio = clock.ms(small)/clock.ms(net)
+    assert plan.measured['latency'] == pytest.approx(ratio) and ratio <= value    # as measured in the end
+    assert abs(plan.predicted['latency'] - ratio) < .02                           # straight lines between five ranks of an affine rule
+    assert plan.budget == {'latency': value} and plan.predicted['macs'] == pytest.approx(count_macs(small, images[:4])/count_macs(net, images[:4]))
+    for s,r in plan.choices.values(): assert r % 4 == 0 or r < 16
+
+def test_where_factors_are_slower_no_latency_can_be_saved(monkeypatch):
+    monkeypatch.setattr(plan_module, 'measure_latency', Clock(lambda m: 1.))      # every call takes as long
+    with pytest.raises(ValueError, match='latency: 0.5 cannot be reached; the smallest is 1.0'): make_plan(timed_net(), images, Budget(latency=.5))
+    assert not make_plan(timed_net(), images, Budget(latency=1.)).choices
+
+def test_where_the_model_is_slower_than_its_layers_the_plan_is_made_again(monkeypatch):
+    clock = Clock(by_size)
+    monkeypatch.setattr(plan_module, 'measure_latency', clock)
+    monkeypatch.setattr(plan_module, 'measured_ratio', lambda dense, other, sample: min(1., 1.15*clock.ms(other)/clock.ms(dense)))
+    plan = make_plan(timed_net(), images, Budget(latency=.6))
+    assert plan.measured['latency'] <= .6 and plan.predicted['latency'] < .6/1.1 and plan.budget == {'latency': .6}
+
+def test_layers_of_one_shape_are_timed_once(monkeypatch):
+    clock = Clock(by_size)
+    monkeypatch.setattr(plan_module, 'measure_latency', clock)
+    net = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(64, 64), nn.ReLU())))
+    planner = Planner(net, torch.randn(50, 64))
+    options = planner.timed_options()
+    assert clock.calls == 2 and len(options) == 6                                 # once for the number of repeats
+    assert [[(o.scheme, o.rank, o.latency) for o in os] for os in options.values()] == [[(o.scheme, o.rank, o.latency) for o in options['0']]]*6
+    assert len({o.loss for os in options.values() for o in os if o.rank == 8}) == 6 # but each has losses of its own
