@@ -12,7 +12,7 @@ from small_data import mask_dls, seed, tiny_xresnet
 from test_after_fit import mk, n_fact, quiet, same, train_on, what
 from tiny import flat, ids, mk_learn, net, snapshot, moved
 from fasterai_lr import export
-from fasterai_lr.all import ConvDecomposer, FC_Decomposer, decompose, factored_layers, schemes
+from fasterai_lr.all import Budget, ConvDecomposer, FC_Decomposer, decompose, factored_layers, schemes
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.export import export_onnx, load_low_rank, read_low_rank, save_low_rank
 from fasterai_lr.layers import recompose, replace_layers
@@ -71,6 +71,14 @@ def test_roots_shared_layers_and_layers_without_a_record(tmp_path):
     new = load_low_rank(low('tucker'), save_low_rank(by_parts, tmp_path/'parts'))
     assert torch.equal(out(new, batch()), out(by_parts, batch())) and list(factored_layers(new)) == ['10']
     assert new.low_rank_plan['layers']['10'] == by_parts[10].low_rank_plan['layers']['']
+
+def test_a_budget_through_a_file(tmp_path):
+    "What was predicted comes back too"
+    data = [torch.randn(8, 6, 9, 9, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    model = decompose(conv_net(False), Budget(macs=.6), data)
+    new = load_low_rank(conv_net(False), save_low_rank(model, tmp_path/'m'))
+    assert len(factored_layers(new)) >= 2 and torch.equal(out(new, batch()), out(model, batch()))
+    assert new.low_rank_plan == model.low_rank_plan and new.low_rank_plan['budget'] == {'macs': .6} and new.low_rank_plan['predicted']
 
 def test_a_dense_model_through_a_file(tmp_path):
     model = conv_net()
