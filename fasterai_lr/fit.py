@@ -22,7 +22,7 @@ from .calibrate import (Batches, Gram, InputMoments, Metric, Moments, calibrate,
     output_rows, ridge, unbiased, undisturbed)
 from .schemes import schemes
 
-# %% ../nbs/07_fit.ipynb #82ea90db
+# %% ../nbs/07_fit.ipynb #ffc0990f
 @dataclass
 class Use:
     "How a layer is used in one run of the model"
@@ -55,21 +55,25 @@ def trace(
     "The use of each of the layers `names` in the model"
     modules,uses,outs,norm_calls = dict(model.named_modules()),{},[],Counter()
     meta = lambda t: torch.empty_like(t, device='meta')
-    def made(name, out): outs.append((name, weakref.ref(out), out._version)) # keeps no activation alive
+    def made(name, out, own): outs.append((name, own, weakref.ref(out), out._version)) # keeps no activation alive
     def called(name, x, out):
         use = uses[name] = uses.pop(name, None) or Use([], [])
         use.inputs.append(meta(x))
         use.outputs.append(meta(out))
-        made(name, out)
-    def source(t): return next((n for n,o,v in outs if o() is t and t._version == v), None)
+        made(name, out, True)
+    def source(t): return next(((n, own) for n,own,o,v in outs if o() is t and t._version == v), (None, False)) # a layer, and whether it made `t` itself
     def normed(norm, x, out):
         norm_calls[norm] += 1
-        if (name := source(x)) is None: return
+        name,own = source(x)
+        if not own or uses[name].add is not None: return
         uses[name].norm = norm
-        made(name, out)
+        made(name, out, False)
     def added(i, a, b):
         for t in (a, b):
-            if (name := source(t)) is not None: uses[name].add = i
+            name,own = source(t)
+            if name is None: continue
+            uses[name].add = i
+            if own: uses[name].norm = None # a mean corrected there would be wrong here
     hooks = [modules[n].register_forward_hook(lambda m,a,k,o,n=n: called(n, layer_input(a, k), o), with_kwargs=True) for n in names]
     hooks += [m.register_forward_hook(lambda m,a,k,o,n=n: normed(n, layer_input(a, k), o), with_kwargs=True) for n,m in modules.items() if isinstance(m, _BatchNorm) and m.track_running_stats]
     try:
