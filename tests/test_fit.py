@@ -409,3 +409,17 @@ def test_flips_and_crops():
     assert all(o.shape == x.shape for o in outs)
     inside = {tuple(o[0,0,2:4,2:4].flatten().tolist()) for o in outs}
     assert len(inside) > 10                                                       # of 25 shifts and two directions
+
+class PreActivation(nn.Module):
+    "A residual block whose BatchNorm comes first, so that what makes its input goes into the sum as well"
+    def __init__(self, c):
+        super().__init__()
+        self.bn1,self.conv1,self.bn2,self.conv2 = nn.BatchNorm2d(c),nn.Conv2d(c, c, 3, padding=1, bias=False),nn.BatchNorm2d(c),nn.Conv2d(c, c, 3, padding=1, bias=False)
+    def forward(self, x): return x + self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+
+def test_a_mean_is_corrected_in_a_norm_only_if_nothing_is_added_to_its_input():
+    net = with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), PreActivation(8), PreActivation(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)), images)
+    uses = trace(net, ['0', '1.conv1', '1.conv2', '2.conv1', '2.conv2'], (images[:2],))
+    assert [(u.norm, u.add) for u in uses.values()] == [(None, 0), ('1.bn2', None), (None, 0), ('2.bn2', None), (None, 1)]
+    res = fit(net, {'0': ('spatial', 3)}, images)
+    assert torch.equal(res[1].bn1.running_mean, net[1].bn1.running_mean)
