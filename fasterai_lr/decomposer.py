@@ -6,7 +6,7 @@
 __all__ = ['Decomposer', 'FC_Decomposer', 'ConvDecomposer', 'as_decomposers', 'changed_modules', 'factorize', 'decompose',
            'project_']
 
-# %% ../nbs/08_decomposer.ipynb #e57fe764
+# %% ../nbs/08_decomposer.ipynb #055e8f45
 from dataclasses import asdict
 from numbers import Real
 
@@ -17,6 +17,7 @@ from .layers import FactoredLayer, Geometry, check_loaded, check_patterns, find_
 from .rank import check_rank
 from .schemes import Svd, exceeds, schemes
 from .calibrate import classification
+from .cost import count_macs, count_params
 from .fit import fit
 from .plan import Budget, Plan, Planner, dense_record, merged_records
 
@@ -196,7 +197,7 @@ class ConvDecomposer(Decomposer):
         cls = Svd if all(k == 1 for k in geom.kernel) or metric is not None and metric.inputs is None else schemes[self.method]
         return cls(geom, found.layer.weight, found.name, metric)
 
-# %% ../nbs/08_decomposer.ipynb #2e41ddb2
+# %% ../nbs/08_decomposer.ipynb #830318f2
 def as_decomposers(what):
     "`what` as a list of decomposers"
     if what is None: return [FC_Decomposer(), ConvDecomposer('spatial', rank=0.25)]
@@ -239,7 +240,9 @@ def _planned(model, budget, data, metric='fisher', loss=classification, schemes=
     "The plan for a budget, carried out"
     planner = Planner(model, data, metric, schemes, loss, seed=seed, progress=progress)
     plan = planner.make(budget, evaluate, progress)
-    return plan.apply(model, planner.batches, moments=planner.moments, metric=metric, loss=loss, seed=seed, progress=progress, **kwargs)
+    res = plan.apply(model, planner.batches, moments=planner.moments, metric=metric, loss=loss, seed=seed, progress=progress, **kwargs)
+    res.low_rank_plan['measured'] |= dict(params=count_params(res)/planner.params, macs=count_macs(res, planner.sample)/planner.macs)
+    return res
 
 def factorize(
     model:nn.Module, # left untouched

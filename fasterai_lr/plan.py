@@ -83,7 +83,7 @@ class Budget:
     def value(self): return getattr(self, self.kind)
     def __repr__(self): return f'Budget({self.kind}={self.value})'
 
-# %% ../nbs/07_plan.ipynb #7d28dee2
+# %% ../nbs/07_plan.ipynb #eca91f50
 @dataclass
 class Option:
     "One thing that a layer may become"
@@ -125,7 +125,7 @@ def layer_options(layer, name, use, metric, schemes, step=1)->list:
         s = known_schemes[n](geom, layer.weight, name, metric)
         if s.misfit(): continue
         ranks = [r for r in _ranks(s.full(), step) if s.n_params(r) < geom.n_params]
-        opts = [Option(n, r, l, s.n_params(r), chain_macs(s, r, use.inputs, use.outputs), error=(l/metric.total)**.5) for r,l in zip(ranks, s.costs(ranks))]
+        opts = [Option(n, r, l, s.n_params(r), chain_macs(s, r, use.inputs, use.outputs), error=(max(l, 0.)/metric.total)**.5) for r,l in zip(ranks, s.costs(ranks))]
         res += [o for o in opts if o.macs < res[0].macs]
     return res
 

@@ -10,7 +10,7 @@ import fasterai_lr.plan as plan_module
 from fasterai_lr.calibrate import calibrate
 from fasterai_lr.cost import Latency, count_macs, count_params
 from fasterai_lr.decomposer import decompose
-from fasterai_lr.layers import FactoredLayer, factored_layers
+from fasterai_lr.layers import FactoredLayer, Geometry, factored_layers
 from fasterai_lr.plan import Budget, Option, Plan, Planner, choose, make_plan
 from fasterai_lr.schemes import schemes
 from test_fit import ViT, images, miss, plain_net, res_net, tokens, with_statistics
@@ -345,3 +345,17 @@ def test_layers_of_one_shape_are_timed_once(monkeypatch):
     assert clock.calls == 2 and len(options) == 6                                 # once for the number of repeats
     assert [[(o.scheme, o.rank, o.latency) for o in os] for os in options.values()] == [[(o.scheme, o.rank, o.latency) for o in options['0']]]*6
     assert len({o.loss for os in options.values() for o in os if o.rank == 8}) == 6 # but each has losses of its own
+
+def test_records_hold_the_error_in_the_metric():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10)).eval()
+    planner = Planner(net, torch.randn(64, 3, 8, 8))
+    plan = planner.plan(Budget(macs=.4))
+    assert plan.choices
+    for n,(scheme,rank) in plan.choices.items():
+        layer,metric = net.get_submodule(n),planner.metric_of(n)
+        W = Geometry.of(layer).to_blocks(layer.weight.detach()).double()
+        s = schemes[scheme](Geometry.of(layer), layer.weight, n, metric)
+        want = (metric.cost(W - s.approximation(rank))/metric.cost(W))**.5
+        assert abs(plan.layers[n]['error'] - want) < 1e-6 # the jitter in the moment of the outputs
+        assert 0 < want < 1
