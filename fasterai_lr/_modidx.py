@@ -95,6 +95,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterai_lr.callback._Before.__init__': ( 'callback.html#_before.__init__',
                                                                                  'fasterai_lr/callback.py'),
                                       'fasterai_lr.callback._Before.judge': ('callback.html#_before.judge', 'fasterai_lr/callback.py'),
+                                      'fasterai_lr.callback._Inputs': ('callback.html#_inputs', 'fasterai_lr/callback.py'),
                                       'fasterai_lr.callback._again': ('callback.html#_again', 'fasterai_lr/callback.py'),
                                       'fasterai_lr.callback._check': ('callback.html#_check', 'fasterai_lr/callback.py'),
                                       'fasterai_lr.callback._check_held': ('callback.html#_check_held', 'fasterai_lr/callback.py'),

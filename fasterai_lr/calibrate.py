@@ -62,9 +62,9 @@ def regression(out:Tensor, gen=None): # any shape
     "A scalar whose gradient has the covariance of a squared error's, `½(out-y)²` with `y` of unit variance around `out`"
     return (out*torch.randn(out.shape, generator=gen).to(out)).sum()
 
-# %% ../nbs/05_calibrate.ipynb #4b872c9d
+# %% ../nbs/05_calibrate.ipynb #3035a955
 def _to(x, device):
-    if isinstance(x, Tensor): return x.detach().to(device)
+    if isinstance(x, Tensor): return x.detach().to(device).as_subclass(Tensor) # fastai's typed tensors are plain ones here
     if isinstance(x, dict): return type(x)((k, _to(v, device)) for k,v in x.items())
     return type(x)([_to(v, device) for v in x]) if type(x) in (list, tuple) else x
 

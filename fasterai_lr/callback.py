@@ -35,14 +35,16 @@ from .layers import FactoredLayer, evaluating, factored_layers, find_layers, rec
 from .optimizer import check_opt, swap_layers
 from .plan import Budget, Plan, known_records, layer_types
 
-# %% ../nbs/10_callback.ipynb #9c533b99
+# %% ../nbs/10_callback.ipynb #86f92268
+class _Inputs(list): "Batches of inputs alone, of which each has `n_inp`"
+
 def calibration_batches(
     learn, # a `Learner`
     n:int=2000, # items
     seed:int=0 # of the draw
    )->list: # of tuples of inputs
     "Inputs of training items drawn at random, without random augmentation; random states are left alone"
-    dls,res,left = learn.dls,[],n
+    dls,res,left = learn.dls,_Inputs(),n
     with no_random(seed):
         dl = dls.train
         if type(dls.valid) is TfmdDL and len(dls.train_ds):
@@ -52,7 +54,7 @@ def calibration_batches(
             if left <= 0: break
             xb = b[:getattr(dls.train, 'n_inp', None) or max(1, len(b)-1)]
             res.append(tuple(apply(lambda t: cast(t[:left], Tensor), xb)))
-            left -= n_items(res[-1])
+            res.n_inp,left = len(xb),left - n_items(res[-1])
     return res
 
 # %% ../nbs/10_callback.ipynb #7df088e1
@@ -86,7 +88,7 @@ def metric_value(
             n += bs
     return float(metric.value) if metric else -total/n
 
-# %% ../nbs/10_callback.ipynb #5de21112
+# %% ../nbs/10_callback.ipynb #933bf353
 def _again(model, new, plan):
     "Of what a second decomposition came to, what makes a layer smaller than it is already; with a plan that says so"
     now,known = factored_layers(model),known_records(model)
@@ -94,7 +96,7 @@ def _again(model, new, plan):
     plan['layers'] |= {n: known[n] for n in keep if n in known}
     return {n:m for n,m in new.items() if n not in keep},plan
 
-def _needs_data(what): return what is None or isinstance(what, (Budget,Plan))
+def _needs_data(what): return isinstance(what, (Budget,Plan))
 
 def _factorize(learn, what, data, bar, **kwargs):
     "What `factorize` makes of the learner's model; of what its factored layers stand for, if it has some"
@@ -109,7 +111,7 @@ def _factorize(learn, what, data, bar, **kwargs):
 
 def decompose_learner(
     learn, # a `Learner`; its model is changed in place, its optimizer, if it has one yet, re-pointed
-    what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: `Budget(macs=0.5)`
+    what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
     data=None, # see `decompose`; `None`: 2,000 training items for a budget or a plan, none for decomposers
     mbar=None, # the fit's `master_bar`, if one is running
     **kwargs # for `decompose`
@@ -196,14 +198,14 @@ class _Before:
         if self.plan is not None: model.low_rank_plan = self.plan
         return rec | dict(decomposed=0, params_after=count_params(model))
 
-# %% ../nbs/10_callback.ipynb #0e42c196
+# %% ../nbs/10_callback.ipynb #96bcffa9
 class DecomposeCallback(Callback):
     "Decompose the model at the start of an epoch, and go on at a low learning rate"
     order,name = 61,'decompose_cb'              # after `ParamScheduler`; `learn.decompose` is a method
     run_valid,_only_train_loop = False,True
     def __init__(self,
         at_epoch, # epoch at whose start to decompose, the first is 0; or a schedule `{epoch: what}`
-        what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: `Budget(macs=0.5)`
+        what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
         ft_lr:float=1e-4, # learning rate from then on, of the last parameter group
         tail:str='cosine', # how it goes on to the end of the fit: 'cosine' (to zero) or 'constant'
         data=None, # see `decompose`; `None`: 2,000 training items for a budget or a plan, none for decomposers

@@ -22,10 +22,10 @@ from .callback import decompose_learner
 from .report import summarize
 from .export import as_file, changed_layers, export_onnx, read_low_rank, rebuild, save_low_rank
 
-# %% ../nbs/13_learner.ipynb #fccb59c3
+# %% ../nbs/13_learner.ipynb #bca03f52
 @patch
 def decompose(self:Learner,
-    what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: `Budget(macs=0.5)`
+    what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
     data=None, # see `decompose`; `None`: 2,000 training items for a budget or a plan, none for decomposers
     **kwargs # for `decompose`
    )->Learner: # the same learner

@@ -271,7 +271,7 @@ def _fresh(layer, scheme, rank):
     if w.dim()==4 and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous(): res = res.to(memory_format=torch.channels_last)
     return res.train(layer.training)
 
-# %% ../nbs/07_plan.ipynb #ddfdab5a
+# %% ../nbs/07_plan.ipynb #76ca0471
 class Planner:
     "What is known about a model before a budget is chosen"
     @undisturbed()
@@ -309,6 +309,7 @@ class Planner:
         "The plan for a budget of parameters or MACs"
         options,kind = options or self.all_options(),budget.kind
         total = total or getattr(self, kind)
+        if not total: raise ValueError(f"{kind}: {budget.value} of nothing; the model has no {kind} to save on")
         rest = total - sum(getattr(o[0], kind) for o in options.values())
         least = sum(min(getattr(p, kind) for p in o) for o in options.values())
         try: chosen = choose(options, budget.value*total - rest, kind)

@@ -2,7 +2,7 @@
 import copy
 import numpy as np, pytest, torch
 from torch import nn
-from fastai.vision.all import (accuracy, Callback, CrossEntropyLossFlat, Datasets, Learner, OptimWrapper, SGD, set_seed, Transform)
+from fastai.vision.all import (accuracy, Callback, CrossEntropyLossFlat, Datasets, Learner, OptimWrapper, SGD, set_seed, TensorImage, Transform)
 from functools import partial
 from sklearn.datasets import load_digits
 from fasterai_lr.callback import DecomposeCallback, calibration_batches, decompose_learner, metric_value
@@ -36,9 +36,9 @@ def quiet_fit(learn, n, cbs, lr=1e-2):
 
 def share(learn): return count_macs(learn.model, X[:1])/count_macs(net(), X[:1])
 
-def test_by_default_half_of_the_macs():
+def test_half_of_the_macs():
     learn = learner()
-    quiet_fit(learn, 4, DecomposeCallback(2, ft_lr=3e-3))
+    quiet_fit(learn, 4, DecomposeCallback(2, Budget(macs=.5), ft_lr=3e-3))
     assert .4 < share(learn) <= .5 and learn.validate()[1] > .8
     assert learn.model.low_rank_plan['budget'] == {'macs': .5}
 
@@ -128,7 +128,27 @@ def test_the_metric_is_that_of_validate():
     learn.metrics = []
     assert abs(metric_value(learn) + learn.validate()[0]) < 1e-5 # means of means of float32 losses
 
-@pytest.mark.parametrize('kw,match', [(dict(at_epoch={}), 'empty schedule'), (dict(at_epoch={-1: None}), '-1 is not the number of an epoch'), (dict(at_epoch={1: None}, what=Budget(macs=.5)), 'beside a schedule'),
+@pytest.mark.parametrize('kw,match', [(dict(at_epoch={}), 'empty schedule'), (dict(at_epoch={-1: None}), '-1 is not the number of an epoch'), (dict(at_epoch={1: FC_Decomposer()}, what=Budget(macs=.5)), 'beside a schedule'),
     (dict(at_epoch=1, max_drop='x'), 'max_drop'), (dict(at_epoch=1, distill=-1), 'distill')])
 def test_bad_arguments(kw, match):
     with pytest.raises(ValueError, match=match): DecomposeCallback(**kw)
+
+def test_a_model_with_two_inputs_and_typed_tensors():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a,self.b,self.head = nn.Linear(32, 64),nn.Linear(32, 64),nn.Linear(128, 10)
+        def forward(self, a, b): return self.head(torch.cat([self.a(a), self.b(b)], 1).relu())
+    left,right = (lambda i: TensorImage(X[i].flatten()[:32])),(lambda i: TensorImage(X[i].flatten()[32:]))
+    dls = Datasets(range(500), [[left], [right], [Y.__getitem__]], splits=[range(400), range(400, 500)], n_inp=2).dataloaders(bs=50, device='cpu')
+    learn = Learner(dls, Two(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    quiet_fit(learn, 2, DecomposeCallback(1, Budget(params=.7)))
+    assert factored_layers(learn.model) and count_params(learn.model) <= .7*count_params(Two())
+
+def test_nothing_to_save_is_said_before_anything_changes():
+    learn = learner()
+    learn.model = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    learn.model(X[:2])
+    with pytest.raises(ValueError, match='macs: 0.1 cannot be reached; the smallest is'): learn.decompose(Budget(macs=.1))
+    assert not factored_layers(learn.model)
