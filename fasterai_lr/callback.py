@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['calibration_batches', 'output_kind', 'metric_value', 'decompose_learner', 'DecomposeCallback']
 
-# %% ../nbs/10_callback.ipynb #04ff958d
+# %% ../nbs/10_callback.ipynb #654af62c
 import copy, math
 from functools import partial
 from numbers import Integral, Real
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from warnings import warn
 
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 from torch.utils.data import Subset
 
 from fastcore.foundation import L
@@ -28,7 +28,7 @@ from fastai.callback.tracker import TrackerCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from .calibrate import classification, n_items, regression
 from .cost import count_params
-from .decomposer import Decomposer, as_decomposers, factorize
+from .decomposer import as_decomposers, factorize
 from .distributed import check_wrapper, on_first_rank
 from .fit import output_loss
 from .layers import FactoredLayer, evaluating, factored_layers, find_layers, recompose

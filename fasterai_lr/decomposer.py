@@ -6,14 +6,14 @@
 __all__ = ['Decomposer', 'FC_Decomposer', 'ConvDecomposer', 'as_decomposers', 'changed_modules', 'factorize', 'decompose',
            'project_']
 
-# %% ../nbs/08_decomposer.ipynb #055e8f45
+# %% ../nbs/08_decomposer.ipynb #52c4ce14
 from dataclasses import asdict
 from numbers import Real
 
 import torch
 from torch import nn
 
-from .layers import FactoredLayer, Geometry, check_loaded, check_patterns, find_layers, matches, replace_layers, replace_layers_, select
+from .layers import FactoredLayer, Geometry, check_loaded, check_patterns, find_layers, matches, replace_layers, select
 from .rank import check_rank
 from .schemes import Svd, exceeds, schemes
 from .calibrate import classification

@@ -271,7 +271,7 @@ def _fresh(layer, scheme, rank):
     if w.dim()==4 and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous(): res = res.to(memory_format=torch.channels_last)
     return res.train(layer.training)
 
-# %% ../nbs/07_plan.ipynb #76ca0471
+# %% ../nbs/07_plan.ipynb #56cec375
 class Planner:
     "What is known about a model before a budget is chosen"
     @undisturbed()
@@ -315,11 +315,11 @@ class Planner:
         try: chosen = choose(options, budget.value*total - rest, kind)
         except ValueError: raise ValueError(f"{kind}: {budget.value} cannot be reached; the smallest is {ceil((least+rest)/total*1e4)/1e4}") from None
         left = budget.value - (rest + sum(getattr(o, kind) for o in chosen.values()))/total
-        return self._as_plan(chosen, budget, left)
+        return self._as_plan(chosen, options, budget, left)
 
-    def _as_plan(self, chosen, budget, left):
+    def _as_plan(self, chosen, options, budget, left):
         layers = {f.name: asdict(self._record(f, chosen.get(f.name))) for f in self.found}
-        part = lambda kind,total: 1 - sum(getattr(self.all_options()[n][0], kind) - getattr(o, kind) for n,o in chosen.items())/total
+        part = lambda kind,total: 1 - sum(getattr(options[n][0], kind) - getattr(o, kind) for n,o in chosen.items())/total
         predicted = dict(loss=sum(o.loss for o in chosen.values()), params=part('params', self.params), macs=part('macs', self.macs))
         if budget.kind == 'latency': predicted['latency'] = budget.value - left
         return Plan(layers, {budget.kind: budget.value}, predicted)
