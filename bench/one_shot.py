@@ -1,22 +1,28 @@
-"""Decomposition without training: accuracy against the share of MACs, of a ResNet-20 trained on CIFAR-10, with unlabelled images only.
+"""Decomposition without training: accuracy against the share of MACs, parameters and time that is kept, with unlabelled images only.
 
     pip install --no-deps --target peer fasterai==0.4.1 torch-pruning einops
-    PYTHONPATH=peer python bench/one_shot.py WEIGHTS
+    PYTHONPATH=peer python bench/one_shot.py WEIGHTS            # a ResNet-20 on CIFAR-10
+    PYTHONPATH=peer python bench/one_shot.py --net resnet18     # torchvision's on Imagenette at 128 pixels
 
-WEIGHTS is a state dict with the keys of `bench/cifar.py`'s `ResNet20`. Every method gets the same images; fasterai's, and those that use the weights alone, need none.
-Each is brought to at most the share of MACs asked for. Differences are of the same test images, with the standard error of the paired difference.
+WEIGHTS is a state dict with the keys of `bench/cifar.py`'s `ResNet20`; `bench/imagenette.py` finds or trains its own. Every method gets the same images; fasterai's, and those that use the weights
+alone, need none and are run once. Images and models are in channels_last. Each is brought to at most the share of MACs asked for. All differences are over the same test images: `drop` is to the dense network with its standard error `se`, `behind`
+to fasterai_lr without distillation at the same budget and seed (the first seed for what has none), with its 95 % interval `low` to `high`. Rows that are in the file of results are not computed again. Latency wants
+an idle machine; `seconds` are without those of `calibrate`, and for distillation without those of the decomposition.
 """
 import argparse, time, warnings
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pandas as pd, torch
 
-from cifar import images, predictions, resnet20
+import cifar, imagenette
 from fasterai_lr.cost import count_macs, count_params, measure_latency
-from fasterai_lr.decomposer import ConvDecomposer, decompose
+from fasterai_lr.decomposer import ConvDecomposer
 from fasterai_lr.fit import distill, fit, flip_and_crop
 from fasterai_lr.plan import Budget, Planner
+
+nets = dict(resnet20=(cifar.resnet20, cifar.images), resnet18=(imagenette.resnet18, imagenette.images))
+ours = 'fasterai_lr'
 
 def shrunk(make, macs, x, dense, fractions=[i/40 for i in range(40, 0, -1)]):
     "What `make` returns for the largest of the fractions that leaves at most the share `macs`"
@@ -26,70 +32,101 @@ def shrunk(make, macs, x, dense, fractions=[i/40 for i in range(40, 0, -1)]):
         except RuntimeError: continue # fasterai's tucker at some ranks
         if count_macs(model, x) <= macs*total: return model
 
-def peers():
+def peer(dense, f, method):
     from fasterai.misc.conv_decomposer import Conv_Decomposer
-    methods = 'tucker','svd','spatial','cp'
-    return {f'fasterai {m}': (lambda dense,f,m=m: Conv_Decomposer().decompose(dense, percent_removed=1-f, method=m)) for m in methods}
+    return Conv_Decomposer().decompose(dense, percent_removed=1-f, method=method)
 
-def uniform(dense, f, method='spatial', **kw): return ConvDecomposer(method, rank=f).decompose(dense, **kw)
+def uniform(dense, f, method='spatial'): return ConvDecomposer(method, rank=f).decompose(dense)
 
-def methods(dense, planner, x, macs, batches, steps, with_peers, seed):
-    "yields (name, model, seconds) for one share of MACs"
-    def timed(name, f):
-        start = time.perf_counter()
-        return name,f(),time.perf_counter()-start
-    if with_peers:
-        for name,make in peers().items(): yield timed(name, lambda: shrunk(partial(make, dense), macs, x, dense))
-        yield timed('plain SVD, one fraction', lambda: shrunk(partial(uniform, dense, method='svd'), macs, x, dense))
-        yield timed('plain spatial, one fraction', lambda: shrunk(partial(uniform, dense), macs, x, dense))
+def blind(dense, x, macs):
+    "{name: what makes the model} of the methods that see no data"
+    makes = {f'fasterai {m}': partial(peer, method=m) for m in ('tucker', 'svd', 'spatial', 'cp')}
+    makes |= {f'plain {label}, one fraction': partial(uniform, method=m) for label,m in (('SVD', 'svd'), ('spatial', 'spatial'))}
+    return {n: partial(shrunk, partial(f, dense), macs, x, dense) for n,f in makes.items()}
+
+def seeing(dense, x, macs, batches, planner, steps, seed):
+    "{name: what makes the model} of the methods that see `batches`"
     def planned(metric, **kw):
-        planner.metric,planner.options = metric,{}
-        return planner.plan(Budget(macs=macs)).apply(dense, batches, moments=planner.moments, metric=metric, seed=seed, **kw)
-    yield timed('activations, ranks by budget', lambda: planned('activation', sequential=False))
-    yield timed('Fisher, ranks by budget', lambda: planned('fisher', sequential=False))
+        p = planner()
+        p.metric,p.options = metric,{}
+        return p.plan(Budget(macs=macs)).apply(dense, batches, moments=p.moments, metric=metric, seed=seed, **kw)
     def one_fraction():
-        model = shrunk(partial(uniform, dense), macs, x, dense)
-        return fit(dense, {n: (l['scheme'], l['rank']) for n,l in model.low_rank_plan['layers'].items() if l['scheme']}, batches, planner.moments, seed=seed)
-    yield timed('one fraction, sequential fit', one_fraction)
-    name,closed,seconds = timed('fasterai_lr', lambda: planned('fisher'))
-    yield name,closed,seconds
-    if steps:
-        name,model,more = timed('fasterai_lr, distilled', lambda: distill(closed, dense, batches, steps, augment=flip_and_crop, seed=seed))
-        yield name,model,seconds+more
+        layers = shrunk(partial(uniform, dense), macs, x, dense).low_rank_plan['layers']
+        return fit(dense, {n: (l['scheme'], l['rank']) for n,l in layers.items() if l['scheme']}, batches, planner().moments, seed=seed)
+    closed = cache(lambda: planned('fisher'))
+    makes = {ours: closed}
+    if steps: makes[f'{ours}, distilled'] = lambda: distill(closed(), dense, batches, steps, augment=flip_and_crop, seed=seed)
+    return makes | {'Fisher, ranks by budget': lambda: planned('fisher', sequential=False), 'activations, ranks by budget': lambda: planned('activation', sequential=False),
+                    'one fraction, sequential fit': one_fraction}
+
+@torch.no_grad()
+def is_right(model, x, y, bs=250):
+    "Which of the images get their label, as booleans"
+    return torch.cat([model.eval()(b).argmax(1) for b in x.split(bs)]) == y
+
+def mean_and_se(a, b):
+    "Percentage points by which `b` is below `a` on the same images, and the standard error"
+    d = 100*(a.float() - b.float())
+    return d.mean().item(), (d.std()/len(d)**.5).item()
+
+def row(model, dense, x, right, right_dense):
+    "What is measured of one model"
+    ms,(drop,se) = measure_latency([dense, model], x[:16], 7),mean_and_se(right_dense, right)
+    kept = {k: count(model)/count(dense) for k,count in (('macs', lambda m: count_macs(m, x[:1])), ('params', count_params))}
+    return kept | dict(latency=ms[1].ms/ms[0].ms, accuracy=100*right.float().mean().item(), drop=drop, se=se)
+
+def load_images(images, *args):
+    x,y = images(*args)
+    return x.contiguous(memory_format=torch.channels_last),y
+
+def with_intervals(rows, right):
+    "The rows as a table, each with the 95 % interval of how far it is behind ours"
+    def interval(r):
+        same = (ours, r.budget, r.seed)
+        if same not in right: return [None]*3
+        behind,se = mean_and_se(right[same], right[r.method, r.budget, r.seed])
+        return behind, behind-1.96*se, behind+1.96*se
+    table = pd.DataFrame(rows)
+    return table.assign(**dict(zip(('behind', 'low', 'high'), zip(*(interval(r) for r in table.itertuples())))))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('weights')
-    parser.add_argument('--macs', type=float, nargs='+', default=[.64, .5, .37, .25])
-    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('weights', nargs='?')
+    parser.add_argument('--net', choices=nets, default='resnet20')
+    parser.add_argument('--macs', type=float, nargs='+', default=[.5, .37, .25])
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the draw of images; methods without one are run with the first')
     parser.add_argument('--images', type=int, default=2000, help='unlabelled training images')
     parser.add_argument('--steps', type=int, default=350, help='of self-distillation; 0: none')
-    parser.add_argument('--test', type=int, default=None, help='test images; all of them by default')
-    parser.add_argument('--no-peers', action='store_true')
-    parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'one_shot.csv')
+    parser.add_argument('--methods', nargs='+', help='only these')
+    parser.add_argument('--out', type=Path)
     args = parser.parse_args()
     warnings.filterwarnings('ignore', category=FutureWarning)
-    dense,(test,labels),rows = resnet20(args.weights),images('test', args.test),[]
-    right = predictions(dense, test) == labels
-    print(f'dense: {right.float().mean():.2%} of {len(test):,} images')
-    for seed in range(args.seeds):
-        x,_ = images('train', args.images, seed)
+    load,images = nets[args.net]
+    dense,test = load(args.weights).to(memory_format=torch.channels_last),load_images(images, 'test')
+    out = args.out or Path(__file__).parent/'results'/f'one_shot_{args.net}.csv'
+    bits = out.with_suffix('.pth') # which test images each model got right, for the intervals
+    rows,right = (pd.read_csv(out).to_dict('records'),torch.load(bits)) if bits.exists() else ([],{})
+    right['dense'] = is_right(dense, *test)
+    print(f'dense: {right["dense"].float().mean():.2%} of {len(test[0]):,} images')
+    for seed in args.seeds:
+        x,_ = load_images(images, 'train', args.images, seed)
         batches = list(x.split(128))
-        start = time.perf_counter()
-        planner = Planner(dense, batches, seed=seed)
-        setup = time.perf_counter()-start
+        planner = cache(lambda: Planner(dense, batches, seed=seed))
         for macs in args.macs:
-            for name,model,seconds in methods(dense, planner, x[:1], macs, batches, args.steps, not args.no_peers and seed==0, seed):
-                if model is None: continue
-                ok = predictions(model, test) == labels
-                drop = 100*(right.float() - ok.float())
-                ms = measure_latency([dense, model], x[:16], 7)
-                rows.append(dict(method=name, budget=macs, seed=seed, macs=count_macs(model, x[:1])/count_macs(dense, x[:1]), params=count_params(model)/count_params(dense),
-                                 latency=ms[1].ms/ms[0].ms, accuracy=100*ok.float().mean().item(), drop=drop.mean().item(), se=(drop.std()/len(drop)**.5).item(), seconds=seconds + (setup if name.startswith('fasterai_lr') else 0)))
+            sees,blinds = seeing(dense, x[:1], macs, batches, planner, args.steps, seed),blind(dense, x[:1], macs) if seed == args.seeds[0] else {}
+            for name,make in (sees | blinds).items():
+                key = name,macs,seed
+                if key in right or name not in (args.methods or [name]): continue
+                if name in sees: planner()
+                start = time.perf_counter()
+                if (model := make()) is None: continue
+                seconds,right[key] = time.perf_counter()-start,is_right(model, *test)
+                rows.append(dict(method=name, budget=macs, seed=seed, **row(model, dense, x, right[key], right['dense']), seconds=seconds))
                 print({k: round(v, 3) if isinstance(v, float) else v for k,v in rows[-1].items()}, flush=True)
-                args.out.parent.mkdir(exist_ok=True)
-                pd.DataFrame(rows).to_csv(args.out, index=False)
-    table = pd.DataFrame(rows).groupby(['method', 'budget'], sort=False)[['macs', 'drop']].agg(['mean', 'std', 'count'])
+                out.parent.mkdir(exist_ok=True)
+                with_intervals(rows, right).to_csv(out, index=False)
+                torch.save(right, bits)
+    table = pd.read_csv(out).groupby(['method', 'budget'], sort=False)[['macs', 'params', 'latency', 'drop', 'behind']].agg(['mean', 'std', 'count'])
     print(table.round(2).to_string())
 
 if __name__ == '__main__': main()
