@@ -6,20 +6,19 @@
 __all__ = ['Decomposer', 'FC_Decomposer', 'ConvDecomposer', 'as_decomposers', 'changed_modules', 'factorize', 'decompose',
            'project_']
 
-# %% ../nbs/08_decomposer.ipynb #52c4ce14
+# %% ../nbs/08_decomposer.ipynb #f5ee2aba
 from dataclasses import asdict
 from numbers import Real
 
 import torch
 from torch import nn
 
-from .layers import FactoredLayer, Geometry, check_loaded, check_patterns, find_layers, matches, replace_layers, select
+from .layers import FactoredLayer, Geometry, check_loaded, check_patterns, find_layers, matches, replace_layers, replace_layers_, select
 from .rank import check_rank
 from .schemes import Svd, exceeds, schemes
 from .calibrate import classification
-from .cost import count_macs, count_params
 from .fit import fit
-from .plan import Budget, Plan, Planner, dense_record, merged_records
+from .plan import Budget, Plan, Planner, dense_record, measured, merged_records
 
 # %% ../nbs/08_decomposer.ipynb #6430becd
 def _plain(rank): return list(rank) if isinstance(rank, tuple) else rank
@@ -35,7 +34,7 @@ def _fraction(percent_removed, rank_ratio):
     if percent_removed is not None: return float(1 - percent_removed)
     return None if rank_ratio is None else float(rank_ratio)
 
-# %% ../nbs/08_decomposer.ipynb #82d6dc64
+# %% ../nbs/08_decomposer.ipynb #c1a5aad7
 def _with_plan(model, new, plan):
     "A copy of `model` with the modules `new`, and the plan"
     res = replace_layers(model, new)
@@ -158,7 +157,8 @@ class Decomposer:
        )->nn.Module:
         "A copy of `model` with low-rank layers; the first arguments are those of `choices`"
         args = percent_removed,rank_ratio,layers,exclude
-        new,records = self.factorize(model, *args) if data is None else _fitted([self], model, data, args, **kwargs)
+        if data is not None: return _with_plan(model, *_fitted([self], model, data, args, **kwargs))
+        new,records = self.factorize(model, *args)
         return _with_plan(model, new, dict(layers=merged_records(model, records)))
 
 # %% ../nbs/08_decomposer.ipynb #49306218
@@ -197,7 +197,7 @@ class ConvDecomposer(Decomposer):
         cls = Svd if all(k == 1 for k in geom.kernel) or metric is not None and metric.inputs is None else schemes[self.method]
         return cls(geom, found.layer.weight, found.name, metric)
 
-# %% ../nbs/08_decomposer.ipynb #830318f2
+# %% ../nbs/08_decomposer.ipynb #1d86f036
 def as_decomposers(what):
     "`what` as a list of decomposers"
     if what is None: return [FC_Decomposer(), ConvDecomposer('spatial', rank=0.25)]
@@ -229,20 +229,19 @@ def _fitted(decomposers, model, data, args=(), metric='fisher', loss=classificat
         for f,choice,rec in d.choices(model, *args, taken=set(chosen), metric=of_layer):
             if choice:
                 chosen[f.name],rec.error = (f, *choice),choice[0].error(choice[1])
-                if f.name not in planner.uses: rec.reason = rec.reason or 'no data reaches it: decomposed by its weight alone'
+                if why := planner.why_not(f): rec.reason = '; '.join(filter(None, (rec.reason, f'{why}: decomposed by its weight alone')))
             if choice or f.name not in records: records[f.name] = asdict(rec)
-    reached = {n: (s.name, r) for n,(f,s,r) in chosen.items() if n in planner.uses}
-    res = fit(model, reached, planner.batches, planner.moments, metric, loss=loss, seed=seed, progress=progress, **kwargs)
-    new = {n: s.build(r, f.layer) for n,(f,s,r) in chosen.items() if n not in planner.uses}
-    return changed_modules(model, res) | new, records
+    reached = {n: (s, r) for n,(f,s,r) in chosen.items() if n in planner.uses}
+    predicted = planner.predicted_loss(s.costs([r])[0] for s,r in reached.values())
+    res = fit(model, {n: (s.name, r) for n,(s,r) in reached.items()}, planner.batches, planner.moments, metric, loss=loss, seed=seed, progress=progress, **kwargs)
+    res = replace_layers_(res, {n: s.build(r, f.layer) for n,(f,s,r) in chosen.items() if n not in reached})
+    return changed_modules(model, res), dict(layers=merged_records(model, records), predicted=predicted, measured=measured(model, res, planner.batches, loss))
 
 def _planned(model, budget, data, metric='fisher', loss=classification, schemes=('svd', 'spatial'), evaluate=None, seed=0, progress=None, **kwargs):
     "The plan for a budget, carried out"
     planner = Planner(model, data, metric, schemes, loss, seed=seed, progress=progress)
     plan = planner.make(budget, evaluate, progress)
-    res = plan.apply(model, planner.batches, moments=planner.moments, metric=metric, loss=loss, seed=seed, progress=progress, **kwargs)
-    res.low_rank_plan['measured'] |= dict(params=count_params(res)/planner.params, macs=count_macs(res, planner.sample)/planner.macs)
-    return res
+    return plan.apply(model, planner.batches, moments=planner.moments, metric=metric, loss=loss, seed=seed, progress=progress, **kwargs)
 
 def factorize(
     model:nn.Module, # left untouched
@@ -261,13 +260,12 @@ def factorize(
         res = what.apply(model, data, **(kwargs if data is None else dict(kwargs, progress=progress)))
         return changed_modules(model, res),res.low_rank_plan
     decomposers,new,records = as_decomposers(what),{},{}
-    if data is not None: new,records = _fitted(decomposers, model, data, progress=progress, **kwargs)
-    elif kwargs: raise TypeError(f"{', '.join(kwargs)}: only with data")
-    else:
-        for d in decomposers: # the first decomposer that factors a layer has it
-            layers,recs = d.factorize(model, progress=progress, taken=new)
-            new |= layers
-            records |= {n:r for n,r in recs.items() if n in layers or n not in records}
+    if data is not None: return _fitted(decomposers, model, data, progress=progress, **kwargs)
+    if kwargs: raise TypeError(f"{', '.join(kwargs)}: only with data")
+    for d in decomposers: # the first decomposer that factors a layer has it
+        layers,recs = d.factorize(model, progress=progress, taken=new)
+        new |= layers
+        records |= {n:r for n,r in recs.items() if n in layers or n not in records}
     return new,dict(layers=merged_records(model, records))
 
 def decompose(

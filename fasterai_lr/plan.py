@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['layer_types', 'Record', 'dense_record', 'known_records', 'merged_records', 'Budget', 'Option', 'chain_macs',
-           'layer_options', 'choose', 'Plan', 'Planner', 'time_options', 'measured_ratio', 'make_plan']
+           'layer_options', 'choose', 'measured', 'Plan', 'Planner', 'time_options', 'measured_ratio', 'make_plan']
 
-# %% ../nbs/07_plan.ipynb #4dadbdc7
+# %% ../nbs/07_plan.ipynb #0518ac96
 import copy, json
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from math import ceil, prod
 from numbers import Real
 from pathlib import Path
@@ -22,8 +23,8 @@ from torch.nn.parameter import UninitializedParameter
 from .layers import Geometry, devices_of, factored_layers, find_layers, replace_layers
 from .schemes import exceeds, schemes as known_schemes
 from .calibrate import Batches, Metric, calibrate, check_kind, classification, undisturbed
-from .cost import count_params, macs_per_layer, measure_latency
-from .fit import fit, trace
+from .cost import count_macs, count_params, macs_per_layer, measure_latency
+from .fit import fit, loss_increase, trace
 
 # %% ../nbs/07_plan.ipynb #dd007cbf
 layer_types = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
@@ -162,7 +163,20 @@ def choose(
         left -= costs[n][j] - costs[n][chosen[n]]
         chosen[n] = j
 
-# %% ../nbs/07_plan.ipynb #0f786fcd
+# %% ../nbs/07_plan.ipynb #834f3568
+def measured(
+    dense:nn.Module,
+    model:nn.Module, # a decomposed copy of it
+    data, # as `calibrate` takes it; MACs are those of the first batch
+    loss=classification # see `loss_increase`
+   )->dict: # params, macs, and loss where it is known
+    "What `model` has of the dense one, as fractions, and what it has lost"
+    batches = Batches(data, next(iter(devices_of(dense)), None))
+    counts = dict(params=count_params, macs=partial(count_macs, sample=next(iter(batches))))
+    res = {k: c(model)/max(1, c(dense)) for k,c in counts.items()} | dict(loss=loss_increase(dense, model, batches, loss))
+    return {k:v for k,v in res.items() if v is not None}
+
+# %% ../nbs/07_plan.ipynb #aa7fd5a6
 @dataclass
 class Plan:
     "Which layer becomes what"
@@ -217,7 +231,10 @@ class Plan:
        )->nn.Module:
         "A copy of `model` decomposed as planned, and fitted to `data`"
         self.check(model)
-        if data is not None: return self._with(fit(model, self.choices, data, **kwargs))
+        if data is not None:
+            res = self._with(fit(model, self.choices, data, **kwargs))
+            res.low_rank_plan['measured'] |= measured(model, res, data, kwargs.get('loss', classification))
+            return res
         new = {}
         for n,(scheme,rank) in self.choices.items():
             layer = model.get_submodule(n)
@@ -271,7 +288,7 @@ def _fresh(layer, scheme, rank):
     if w.dim()==4 and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous(): res = res.to(memory_format=torch.channels_last)
     return res.train(layer.training)
 
-# %% ../nbs/07_plan.ipynb #56cec375
+# %% ../nbs/07_plan.ipynb #ca79af47
 class Planner:
     "What is known about a model before a budget is chosen"
     @undisturbed()
@@ -288,7 +305,8 @@ class Planner:
         self.macs = macs_per_layer(model, self.sample)['']
         self.params,self.options = count_params(model),{}
 
-    def _reason(self, f):
+    def why_not(self, f): # a `Found`
+        "Why nothing is known about what a layer does, or what it may become; `None` if it is"
         if f.reason: return f.reason
         if Geometry.of(f.layer).transposed: return 'no metric is known for a transposed convolution'
         if f.name not in self.uses: return 'no data reaches it, or its moments would be too large'
@@ -296,7 +314,7 @@ class Planner:
     def all_options(self, step=1):
         "{layer name: its `Option`s}"
         if step not in self.options:
-            self.options[step] = {f.name: layer_options(f.layer, f.name, self.uses[f.name], self.metric_of(f.name), self.schemes, step) for f in self.found if not self._reason(f)}
+            self.options[step] = {f.name: layer_options(f.layer, f.name, self.uses[f.name], self.metric_of(f.name), self.schemes, step) for f in self.found if not self.why_not(f)}
         return self.options[step]
 
     def metric_of(self, name):
@@ -320,12 +338,16 @@ class Planner:
     def _as_plan(self, chosen, options, budget, left):
         layers = {f.name: asdict(self._record(f, chosen.get(f.name))) for f in self.found}
         part = lambda kind,total: 1 - sum(getattr(options[n][0], kind) - getattr(o, kind) for n,o in chosen.items())/total
-        predicted = dict(loss=sum(o.loss for o in chosen.values()), params=part('params', self.params), macs=part('macs', self.macs))
+        predicted = self.predicted_loss(o.loss for o in chosen.values()) | dict(params=part('params', self.params), macs=part('macs', self.macs))
         if budget.kind == 'latency': predicted['latency'] = budget.value - left
         return Plan(layers, {budget.kind: budget.value}, predicted)
 
+    def predicted_loss(self, losses):
+        "Their sum, where the metric is one of the loss"
+        return dict(loss=sum(losses)) if self.metric == 'fisher' else {}
+
     def _record(self, f, option):
-        rec = dense_record(f, self._reason(f) or 'best left dense')
+        rec = dense_record(f, self.why_not(f) or 'best left dense')
         if option is None or option.scheme is None: return rec
         rank = list(option.rank) if isinstance(option.rank, tuple) else option.rank
         full = known_schemes[option.scheme](Geometry.of(f.layer)).full()

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fasterai_lr.fit as fit_module
 from fasterai_lr.calibrate import calibrate, regression
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
-from fasterai_lr.fit import distill, fit, flip_and_crop, output_loss, trace
+from fasterai_lr.fit import distill, fit, flip_and_crop, loss_increase, output_loss, trace
 from fasterai_lr.layers import FactoredLayer, factored_layers
 from fasterai_lr.plan import Plan
 
@@ -423,3 +423,21 @@ def test_a_mean_is_corrected_in_a_norm_only_if_nothing_is_added_to_its_input():
     assert [(u.norm, u.add) for u in uses.values()] == [(None, 0), ('1.bn2', None), (None, 0), ('2.bn2', None), (None, 1)]
     res = fit(net, {'0': ('spatial', 3)}, images)
     assert torch.equal(res[1].bn1.running_mean, net[1].bn1.running_mean)
+
+# --- what it does to the loss
+
+def test_the_increase_of_the_loss_is_per_sample_and_summed_over_positions():
+    dense,other = (nn.Conv2d(3, 5, 1) for _ in 'ab') # a prediction at every position
+    with torch.no_grad(): p,q = (m(images).log_softmax(1) for m in (dense, other))
+    for data in (images, list(images.split([50, 46]))): assert loss_increase(dense, other, data) == pytest.approx(float((p.exp()*(p-q)).sum()/96), rel=1e-5)
+    with torch.no_grad(): assert loss_increase(dense, other, images, regression) == pytest.approx(float(.5*(dense(images)-other(images)).square().sum()/96), rel=1e-5)
+    assert loss_increase(dense, other, images, F.cross_entropy) is None
+
+def test_measuring_the_loss_leaves_everything_as_it_was():
+    net = res_net().train() # its BatchNorm would change its statistics
+    before,state = {k:v.clone() for k,v in net.state_dict().items()},torch.get_rng_state()
+    loader = DataLoader(TensorDataset(images, images), 32, shuffle=True)
+    assert loss_increase(net, net, loader) == 0
+    assert net.training and torch.equal(state, torch.get_rng_state()) and all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
+    want,half = loss_increase(res_net(), net, images),loss_increase(res_net().bfloat16(), net.bfloat16(), images.bfloat16())
+    assert half == half and type(half) is type(want) is float

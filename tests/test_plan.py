@@ -7,9 +7,10 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import fasterai_lr.plan as plan_module
-from fasterai_lr.calibrate import calibrate
+from fasterai_lr.calibrate import calibrate, regression
 from fasterai_lr.cost import Latency, count_macs, count_params
-from fasterai_lr.decomposer import decompose
+from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
+from fasterai_lr.fit import loss_increase
 from fasterai_lr.layers import FactoredLayer, Geometry, factored_layers
 from fasterai_lr.plan import Budget, Option, Plan, Planner, choose, make_plan
 from fasterai_lr.schemes import schemes
@@ -359,3 +360,73 @@ def test_records_hold_the_error_in_the_metric():
         want = (metric.cost(W - s.approximation(rank))/metric.cost(W))**.5
         assert abs(plan.layers[n]['error'] - want) < 1e-6 # the jitter in the moment of the outputs
         assert 0 < want < 1
+
+# --- what was predicted, and what was measured
+
+def noted(model): return model.low_rank_plan['predicted'],model.low_rank_plan['measured']
+
+def check_measured(dense, small, x, loss=None): # by definition, on the data that it was made with
+    found = noted(small)[1]
+    want = dict(params=count_params(small)/count_params(dense), macs=count_macs(small, x[:8])/count_macs(dense, x[:8]))
+    for k,v in want.items(): assert found[k] == pytest.approx(v, abs=1e-12)
+    assert found['loss'] == pytest.approx(loss_increase(dense, small, x, *[loss]*(loss is not None)), rel=1e-6) and found['loss'] > 0
+    json.dumps(small.low_rank_plan)
+
+@pytest.mark.parametrize('kind', ['params', 'macs', 'max_drop', 'latency'])
+def test_a_budget_predicts_and_measures(kind, monkeypatch):
+    net,clock = timed_net(),Clock(by_size)
+    monkeypatch.setattr(plan_module, 'measure_latency', clock)
+    small = decompose(net, Budget(**{kind: .6}), images, evaluate=lambda m: count_params(m)/count_params(net))
+    predicted,measured = noted(small)
+    check_measured(net, small, images)
+    for k in ('params', 'macs'): assert predicted[k] == pytest.approx(measured[k], abs=1e-12)
+    assert 0 < measured['loss'] < predicted['loss']                                # an estimate, of what the fit then makes smaller
+    assert predicted.keys() == {'loss', 'params', 'macs'} | ({'latency'} if kind == 'latency' else set())
+    assert measured.keys() == {'loss', 'params', 'macs'} | {'latency': {'latency'}, 'max_drop': {'metric', 'dense_metric'}}.get(kind, set())
+    assert (clock.calls > 0) == (kind == 'latency')                                # no other budget times anything
+
+def test_a_plan_measures_what_it_is_applied_to():
+    net = with_statistics(res_net(), images)
+    plan = make_plan(net, images, Budget(macs=.6))
+    before = copy.deepcopy(plan)
+    for small in (plan.apply(net, images[:40]), decompose(net, plan, images[:40])):
+        check_measured(net, small, images[:40])
+        assert noted(small)[0] == plan.predicted
+    assert noted(plan.apply(net)) == (plan.predicted, {}) and plan.measured == before.measured == {} # without data nothing is run
+
+def test_decomposers_with_data_measure_too():
+    net = with_statistics(plain_net(), images)
+    for small in (decompose(net, [FC_Decomposer(.3), ConvDecomposer('tucker', .4)], images), ConvDecomposer('spatial', .4).decompose(net, data=images)):
+        check_measured(net, small, images)
+        predicted,planner = noted(small)[0],Planner(net, images)
+        parts = [schemes[l.scheme](l.geometry, net.get_submodule(n).weight, n, planner.metric_of(n)).costs([l.rank])[0] for n,l in factored_layers(small).items()]
+        assert len(parts) >= 2 and predicted == {'loss': pytest.approx(sum(parts))}
+    assert set(decompose(net, FC_Decomposer(.3)).low_rank_plan) == {'layers'}      # nothing to measure on
+
+def test_other_losses_and_metrics_claim_nothing_about_the_loss():
+    net = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 6))
+    x = torch.randn(60, 8)
+    small = decompose(net, Budget(macs=.6), x, loss=regression)
+    check_measured(net, small, x, regression)
+    assert noted(small)[1]['loss'] < noted(small)[0]['loss']                       # of the fit
+    small = decompose(net, Budget(macs=.6), x, loss=lambda out: out.square().sum())
+    assert 'loss' in noted(small)[0] and 'loss' not in noted(small)[1]             # an estimate, but no labels to measure with
+    for what in (Budget(macs=.6), FC_Decomposer(.3)): assert 'loss' not in noted(decompose(net, what, x, metric='activation'))[0]
+
+def test_layers_without_data_or_metric_are_listed_by_name():
+    net = Grouped()
+    net.never = nn.Linear(30, 30)
+    by_rank,by_budget = (decompose(net, what, images).low_rank_plan['layers'] for what in ([FC_Decomposer(.3), ConvDecomposer('svd', .3)], Budget(macs=.8)))
+    for n,why in {'never': 'no data reaches it', 'body.7': 'no metric is known for a transposed convolution'}.items():
+        assert by_rank[n]['status'] == 'factored' and by_rank[n]['reason'].startswith(why) and by_rank[n]['reason'].endswith(': decomposed by its weight alone')
+        assert by_budget[n]['status'] == 'dense' and by_budget[n]['reason'].startswith(why)
+    capped = decompose(net, ConvDecomposer('tucker', (60, 4), force=True), images).low_rank_plan['layers']['body.7']
+    assert 'capped' in capped['reason'] and capped['reason'].endswith('; no metric is known for a transposed convolution: decomposed by its weight alone')
+
+def test_the_estimate_is_the_increase_where_its_assumptions_hold():
+    x = torch.randn(4000, 12)*torch.logspace(0, -1, 12) + .5
+    net = nn.Sequential(nn.Linear(12, 9))                                          # of a squared error, so that gradients do not depend on the inputs
+    for rank in (2, 4, 5):
+        small = decompose(net, FC_Decomposer(rank, force=True), x, loss=regression, sequential=False)
+        predicted,measured = (d['loss'] for d in noted(small))
+        assert measured == pytest.approx(predicted, rel=.05)                       # the gradients are drawn: their covariance is one of 4,000 samples, a little damped
