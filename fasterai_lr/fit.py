@@ -287,7 +287,7 @@ def loss_increase(
         samples += n_items(b)
     return total/samples
 
-# %% ../nbs/07_fit.ipynb #2e47f9e2
+# %% ../nbs/07_fit.ipynb #01e99079
 def flip_and_crop(
     x:Tensor, # images `[n, channels, h, w]`
     gen:torch.Generator, # for the draws
@@ -315,12 +315,13 @@ def _relative(out, want):
 def output_loss(
     out:Tensor, # of the student: class scores `[n, classes, ...]`, or anything
     want:Tensor, # of the teacher
-    loss=classification, # are the outputs class scores? Any other value: no
+    loss=classification, # class scores; or a function with an `axis`, which is that of the classes; any other value: other numbers
     temperature:float=2.
    )->Tensor: # scalar
     "How far the student's outputs are from the teacher's: Kullback-Leibler divergence, or squared error relative to the variance"
-    if loss is not classification: return _relative(out, want)
-    t = temperature
+    axis = 1 if loss is classification else getattr(loss, 'axis', None)
+    if axis is None: return _relative(out, want)
+    t,out,want = temperature,out.movedim(axis, 1),want.movedim(axis, 1)
     return t*t*F.kl_div((out/t).log_softmax(1), (want/t).log_softmax(1), log_target=True, reduction='batchmean')*len(out)/(out.numel()/out.shape[1])
 
 def _feature_loss(a, b):
@@ -337,7 +338,7 @@ def distill(
     steps:int=350,
     lr:float=1e-3, # the peak of a one-cycle schedule for Adam
     augment=None, # a function of a batch of inputs and a generator, such as `flip_and_crop`
-    loss=classification, # the model's outputs are class scores; any other value: squared error
+    loss=classification, # as for `output_loss`
     seed:int=0,
     progress=None # wraps the iteration over the steps, like `fastprogress.progress_bar`
    )->nn.Module:
