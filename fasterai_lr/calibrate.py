@@ -7,7 +7,7 @@ __all__ = ['kinds', 'patches', 'draw', 'classification', 'regression', 'Batches'
            'n_positions', 'layer_input', 'unbiased', 'Gram', 'InputMoments', 'undisturbed', 'calibrate', 'ridge',
            'covariance', 'check_kind', 'Metric']
 
-# %% ../nbs/05_calibrate.ipynb #3b254aac
+# %% ../nbs/05_calibrate.ipynb #ec13b826
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .linalg import check_finite
+from .linalg import check_finite, symmetric_gram
 from .layers import Geometry, devices_of, evaluating, find_layers, run_model
 
 # %% ../nbs/05_calibrate.ipynb #0b7773c7
@@ -105,12 +105,12 @@ def n_items(batch)->int:
     if (t := first(batch)) is None: raise TypeError("data: a batch holds no tensor")
     return len(t)
 
-# %% ../nbs/05_calibrate.ipynb #039dc4b6
+# %% ../nbs/05_calibrate.ipynb #2b9f9ff8
 @dataclass
 class Moments:
     "Second moments of one layer, `[groups, n, n]`, and means, `[groups, n]`"
     grads:Tensor # of the loss's gradient at the output: summed over positions, averaged over samples
-    outputs:Tensor # of the output without its bias, averaged over positions
+    outputs:Tensor|None # of the output without its bias, averaged over positions; `None` where `inputs` says it
     output_mean:Tensor
     inputs:Tensor|None # of patches, averaged over positions; `None` beyond the size limit
     input_mean:Tensor
@@ -139,38 +139,40 @@ def _centred(rows):
     m0 = m.to(rows.dtype)
     return m0.double(), m, rows - m0
 
+def _products(a, b):
+    if b is a and a.shape[1] == 1: return symmetric_gram(a[:,0].T)[None]
+    res = torch.einsum('pgi,pgj->gij', a, b)
+    return .5*(res + res.mT) if b is a else res # which rounding has left not quite symmetric
+
 class Gram:
-    "Adds up products of rows, `[positions, groups, n]` with `[positions, groups, m]`, and counts them"
-    def __init__(self): self.sum,self.n = 0.,0
+    "Adds up products of rows, `[positions, groups, n]` with `[positions, groups, m]`, and the first rows themselves, and counts them"
+    def __init__(self): self.sum,self.rows,self.n = 0.,0.,0
     def add(self, a, b):
         a0,at,ac = _centred(a)
         b0,bt,bc = (a0, at, ac) if b is a else _centred(b)
-        outer,products = lambda u,v: torch.einsum('gi,gj->gij', u, v),torch.einsum('pgi,pgj->gij', ac, bc).double()
-        rest = outer(a0, bt) + outer(at, b0) - outer(a0, b0) # what the centred rows lack; in float64, or the covariance of nearly constant rows would drown
-        if b is a: products = .5*(products + products.mT) # which rounding has left not quite symmetric
-        self.sum = self.sum + products + len(a)*rest
-        self.n += len(a)
+        products = _products(ac, bc).double()
+        products.baddbmm_(torch.stack((a0, at), 2), torch.stack((bt-b0, b0), 1), alpha=len(a)) # what the centred rows lack; in float64, or the covariance of nearly constant rows would drown
+        self.sum,self.rows,self.n = products.add_(self.sum),self.rows + len(a)*at,self.n + len(a)
     @property
     def mean(self): return self.sum/self.n
+    @property
+    def row_mean(self): return self.rows/self.n
 
 class InputMoments:
     "Adds up what a layer sees: the moment of patches, or beyond `max_size` that of the outputs they make, and the mean of patches"
     def __init__(self, layer, max_size):
-        self.small,self.second,self.first = prod(Geometry.of(layer).block_shape[2:]) <= max_size,Gram(),Gram()
+        self.small,self.second,self.patches = prod(Geometry.of(layer).block_shape[2:]) <= max_size,Gram(),0.
 
     def add(self, layer, x, out, idx):
         "Returns the rows whose moment it is"
-        if self.small: rows = patches(layer, x, idx); self._mean(rows)
-        else:
-            rows = unbiased(layer, output_rows(layer, out, idx))
-            for i in torch.arange(n_positions(layer, out)).split(256) if idx is None else idx.split(256): self._mean(patches(layer, x, i))
+        rows = patches(layer, x, idx) if self.small else unbiased(layer, output_rows(layer, out, idx))
         self.second.add(rows, rows)
+        if not self.small:
+            for i in torch.arange(len(rows)).split(256) if idx is None else idx.split(256): self.patches = self.patches + patches(layer, x, i).sum(0, dtype=torch.float64)
         return rows
 
-    def _mean(self, rows): self.first.add(rows, rows.new_ones(*rows.shape[:2], 1))
-
     @property
-    def mean(self): return self.first.mean[...,0]
+    def mean(self): return self.second.row_mean if self.small else self.patches/self.second.n
 
 class _Gather:
     "The hook of one layer: adds up its moments"
@@ -190,12 +192,12 @@ class _Gather:
         self.grads.add(rows, rows)
 
     def moments(self, samples, name):
-        for m in (self.inputs.second.sum, self.inputs.first.sum, self.grads.sum):
+        for m in (self.inputs.second.sum, self.inputs.mean, self.grads.sum):
             if isinstance(m, Tensor): check_finite(m, f'data: the moment of layer {name!r}')
         W = Geometry.of(self.layer).to_blocks(self.layer.weight.detach()).double().flatten(2)
         G = self.grads.sum/samples if self.grads.n else W.new_zeros(*W.shape[:2], W.shape[1]) # no gradient reaches it
         second,mean,small = self.inputs.second.mean,self.inputs.mean,self.inputs.small
-        return Moments(G, W@second@W.mT if small else second, (W@mean[...,None])[...,0], second if small else None, mean, self.inputs.second.n)
+        return Moments(G, None if small else second, (W@mean[...,None])[...,0], second if small else None, mean, self.inputs.second.n)
 
 # %% ../nbs/05_calibrate.ipynb #0fc75bbd
 @contextmanager
@@ -256,7 +258,7 @@ def calibrate(
             samples += n_items(b)
     return {n:g.moments(samples, n) for n,g in gathers.items() if g.inputs.second.n}
 
-# %% ../nbs/05_calibrate.ipynb #55bdc58a
+# %% ../nbs/05_calibrate.ipynb #0cc351a6
 def _mean_diag(M): # one where nothing depends on the layer or nothing reaches it
     d = M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     return torch.where(d > 0, d, 1.)
@@ -318,7 +320,8 @@ class Metric:
         "`blocks` in coordinates in which the plain error is the cost"
         Li = self.side(joined)
         W = self.Lo.mT @ blocks.double().flatten(2)
-        return (Li.mT[:,None] @ W.unflatten(2, (Li.shape[1], -1))).reshape(blocks.shape)
+        columns = W.unflatten(2, (Li.shape[1], -1)).mT # outputs | rest | columns
+        return (columns.flatten(1, 2) @ Li).reshape(columns.shape).mT.reshape(blocks.shape)
 
     def unwhiten(self, tensors, joined:int): # of a chain: the first takes the input channels, the last gives the outputs
         "Factors of a whitened weight as factors of the weight"

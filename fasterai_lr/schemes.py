@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['schemes', 'Link', 'Shuffle', 'Mode', 'Scheme', 'register', 'Svd', 'Spatial', 'exceeds', 'Tucker', 'CP', 'Slice']
 
-# %% ../nbs/04_schemes.ipynb #5e3adb76
+# %% ../nbs/04_schemes.ipynb #1d85495f
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import nn, Tensor
 
-from .linalg import SVD, check_finite
+from .linalg import SVD, FromGram, check_finite
 from .tensor import channel_unfoldings, cp, cp_exact_rank, cp_to_kernel, tucker2, tucker2_full_ranks, tucker2_to_kernel
 from .layers import ChannelShuffle, FactoredLayer, FactoredTranspose, Geometry, fill, product
 from .rank import Energy, EVBMF, resolve_rank
@@ -163,7 +163,7 @@ def register(cls):
     schemes[cls.name] = cls
     return cls
 
-# %% ../nbs/04_schemes.ipynb #7cbc4c8c
+# %% ../nbs/04_schemes.ipynb #ec3f7191
 class _Matrix(Scheme):
     "A scheme that takes the truncated SVD of one matrix a block"
     def unfolding(self)->Tensor: raise NotImplementedError # `[groups, rows, cols]`
@@ -172,7 +172,7 @@ class _Matrix(Scheme):
     @cached_property
     def svd(self):
         u = self.unfolding()
-        return SVD(u[0] if len(u) == 1 else u, self.layer)
+        return SVD(u[0] if len(u) == 1 else u, self.layer, exact=self.metric is None)
 
     def full(self): return min(self.shape())
     def modes(self): return [Mode(self.full(), lambda: self.svd.spectrum[...,:self.full()], self.shape())]
@@ -184,7 +184,7 @@ class _Matrix(Scheme):
         root = S.sqrt()
         return U.mul_(root[:,None,:]), Vh.mul_(root[:,:,None])
 
-# %% ../nbs/04_schemes.ipynb #3fede72c
+# %% ../nbs/04_schemes.ipynb #104ab54b
 def _jitter(M):
     "`M` with a little on its diagonal, so that it is not singular, not even where it is zero"
     d = M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
@@ -229,10 +229,10 @@ def _refine_spatial(W, A, G, F, L, rounds=3, steps=12):
 def _balance(F, L):
     "The same product of `L` `[p,r]` and `F` `[r,q]` with the roots of its singular values in each"
     (Qf,Rf),(Ql,Rl) = torch.linalg.qr(F.mT),torch.linalg.qr(L)
-    U,S,Vh = torch.linalg.svd(Rl@Rf.mT)
+    U,S,Vh = map(torch.stack, zip(*(SVD(m, exact=False).truncate(len(m)) for m in Rl@Rf.mT)))
     return S.sqrt()[...,None]*(Vh@Qf.mT), (Ql@U)*S.sqrt()[...,None,:]
 
-# %% ../nbs/04_schemes.ipynb #a5d46fd8
+# %% ../nbs/04_schemes.ipynb #21a4268b
 @register
 class Svd(_Matrix):
     "The matrix (o | i h w): a thinner copy of the layer to `rank` channels, then a pointwise one to `o`"
@@ -240,16 +240,18 @@ class Svd(_Matrix):
     def shape(self): return self.o, self.i*prod(self.k)
     def links(self, rank): return [Link(self.i, rank, self.geom.axes), Link(rank, self.o)]
 
-    def unfolding(self):
-        "`W`; with a metric the root of `LᵀWAWᵀL`, which has the same singular values and left vectors as `LᵀWA^½`"
-        W = self.blocks.flatten(2)
-        if self.metric is None: return W
-        return self.metric.Lo.mT @ torch.linalg.cholesky(self.metric.outputs)
+    def unfolding(self): return self.blocks.flatten(2)
+
+    @cached_property
+    def svd(self):
+        "Of `W`; with a metric of `LᵀWA^½`, from its Gram matrix `LᵀWAWᵀL`"
+        if self.metric is None: return super().svd
+        return FromGram(self.metric.Lo.mT @ self.metric.outputs @ self.metric.Lo)
 
     def tensors(self, rank):
         if self.metric is None: return self.halves(rank)[::-1]
-        U,S,_ = (t.reshape(-1, *t.shape[-d:]) for t,d in zip(self.svd.truncate(rank), (2, 1, 2)))
-        root,L = S.clamp_min(1e-9*S.max()).sqrt(),self.metric.Lo
+        U,S,L = self.svd.left(rank),self.svd.spectrum[:,:rank],self.metric.Lo
+        root = S.clamp_min(1e-9*S.max()).sqrt()
         first = (U/root[:,None]).mT @ L.mT @ self.blocks.flatten(2).double()
         return first, torch.linalg.solve_triangular(L.mT, U*root[:,None], upper=True)
 
@@ -257,7 +259,7 @@ class Svd(_Matrix):
 
     def costs(self, ranks):
         if self.metric is None: return super().costs(ranks)
-        tails = .5*self.svd.spectrum.reshape(-1, self.o).square().sum(0).flip(0).cumsum(0).flip(0)
+        tails = .5*self.svd.spectrum.square().sum(0).flip(0).cumsum(0).flip(0)
         return [float(tails[r]) if r < self.o else 0. for r in ranks]
 
     def product(self, rank):

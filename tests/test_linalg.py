@@ -107,8 +107,8 @@ def test_randomized_is_chosen_and_declined(monkeypatch):
     assert not calls
 
 def test_eigenproblem_is_solved_once(monkeypatch):
-    calls,run = [],linalg._Eigen
-    monkeypatch.setattr(linalg, '_Eigen', lambda A,dtype: calls.append(dtype) or run(A, dtype))
+    calls,run = [],linalg.Eigen
+    monkeypatch.setattr(linalg, 'Eigen', lambda G: calls.append(G.dtype) or run(G))
     svd = SVD(matrix(200, 300, 'random', torch.float32))
     for r in (50, 100, 150): svd.truncate(r)
     assert calls==[torch.float32]
