@@ -5,29 +5,32 @@
 # %% auto #0
 __all__ = ['calibration_batches', 'output_kind', 'metric_value', 'decompose_learner', 'DecomposeCallback']
 
-# %% ../nbs/10_callback.ipynb #654af62c
-import copy, math
+# %% ../nbs/10_callback.ipynb #4f6a81da
+import copy, math, re
 from functools import partial
 from numbers import Integral, Real
 from types import SimpleNamespace
 from warnings import warn
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from fastai.imports import noop             # not fastcore's
-from fastai.data.core import TfmdDL
-from fastai.torch_core import apply, cast, find_bs, get_model, no_random, to_detach
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.learner import AvgLoss
+from fastai.losses import FocalLoss, LabelSmoothingCrossEntropy
+from fastai.torch_core import apply, cast, find_bs, get_model, no_random, to_detach, to_device, to_float
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.schedule import SchedCos, SchedNo
 from fastai.callback.tracker import TrackerCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from .calibrate import classification, n_items, regression
-from .cost import count_params
+from .cost import count_macs, count_params
 from .decomposer import as_decomposers, factorize
 from .distributed import check_wrapper, on_first_rank
 from .fit import output_loss
@@ -35,8 +38,18 @@ from .layers import FactoredLayer, evaluating, factored_layers, find_layers, rec
 from .optimizer import check_opt, swap_layers
 from .plan import Budget, Plan, known_records, layer_types
 
-# %% ../nbs/10_callback.ipynb #86f92268
+# %% ../nbs/10_callback.ipynb #7ffbd131
 class _Inputs(list): "Batches of inputs alone, of which each has `n_inp`"
+
+def _whole(dl):
+    "What gives all items, where `dl` is a `DistributedDL` and gives each process its share"
+    return dl.dl if type(dl).__name__ == 'DistributedDL' else dl
+
+def _calibration_dl(dls, n):
+    "`n` training items drawn at random, treated like validation items; of special kinds of loaders, that of the training set"
+    train,valid = map(_whole, (dls.train, dls.valid))
+    if type(valid) is not TfmdDL or not len(train.dataset): return train
+    return valid.new(Subset(train.dataset, torch.randperm(len(train.dataset))[:n].tolist()), num_workers=0)
 
 def calibration_batches(
     learn, # a `Learner`
@@ -44,51 +57,70 @@ def calibration_batches(
     seed:int=0 # of the draw
    )->list: # of tuples of inputs
     "Inputs of training items drawn at random, without random augmentation; random states are left alone"
-    dls,res,left = learn.dls,_Inputs(),n
+    train,res,left = _whole(learn.dls.train),_Inputs(),n
+    rng = getattr(train, 'rng', None)               # a torch `DataLoader` has none
+    state = rng and rng.getstate()
     with no_random(seed):
-        dl = dls.train
-        if type(dls.valid) is TfmdDL and len(dls.train_ds):
-            idxs = torch.randperm(len(dls.train_ds))[:n].tolist()
-            dl = dls.valid.new(Subset(dls.train_ds, idxs), num_workers=0)
-        for b in dl:
+        for b in _calibration_dl(learn.dls, n):
             if left <= 0: break
-            xb = b[:getattr(dls.train, 'n_inp', None) or max(1, len(b)-1)]
+            xb = b[:getattr(train, 'n_inp', None) or max(1, len(b)-1)]
             res.append(tuple(apply(lambda t: cast(t[:left], Tensor), xb)))
             res.n_inp,left = len(xb),left - n_items(res[-1])
+    if rng: train.rng.setstate(state)
     return res
 
-# %% ../nbs/10_callback.ipynb #7df088e1
-_classifiers = ('CrossEntropyLoss', 'CrossEntropyLossFlat', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'FocalLoss', 'FocalLossFlat')
+# %% ../nbs/10_callback.ipynb #eeafb8ef
+_classifying = nn.CrossEntropyLoss, nn.NLLLoss, FocalLoss, LabelSmoothingCrossEntropy
+
+def _own_loss(learn):
+    "The learner's loss function, where MixUp or CutMix has put its own in place of it too"
+    return getattr(getattr(learn.loss_func, '__self__', None), 'old_lf', learn.loss_func)
 
 def output_kind(
     learn # a `Learner`
-): # for `calibrate`'s `loss`
+): # for the `loss` of `calibrate` and `fit`; its `axis` is that of the classes, `None` if there are none
     "A loss for the model's own predictions: of class scores along the axis of `learn.loss_func`, or of any other numbers"
-    loss,gen = learn.loss_func,torch.Generator().manual_seed(0)
-    axis = getattr(loss, 'axis', 1) if type(loss).__name__ in _classifiers else None
+    loss,gen = _own_loss(learn),torch.Generator().manual_seed(0)
+    func = getattr(loss, 'func', loss)
+    axis = getattr(loss, 'axis', 1) if isinstance(func, _classifying) or func is F.cross_entropy else None
     def own(out):
-        out = out[0] if isinstance(out, (tuple,list)) else out
+        out = _outputs(out)[0]
         return regression(out, gen) if axis is None else classification(out.movedim(axis, 1), gen)
+    own.axis = axis
     return own
+
+def _outputs(o): return list(o) if isinstance(o, (tuple,list)) else [o]
+
+_less_is_better = re.compile('loss|error|mse|mae|msle|rmspe|perplexity|brier')
+
+def _metric(learn): return copy.deepcopy(learn.metrics[0]) if learn.metrics else AvgLoss()
+
+def _measure(learn, model=None):
+    "The value of the learner's metric"
+    model,met,valid = get_model(learn.model if model is None else model),_metric(learn),_whole(learn.dls.valid)
+    n_inp,loss_func,device = getattr(valid, 'n_inp', 1),_own_loss(learn),next(model.parameters()).device
+    met.reset()
+    if hasattr(model, 'reset'): model.reset()
+    with no_random(), evaluating(model), torch.no_grad():
+        for b in valid:
+            b = to_device(b, device)
+            xb,yb = b[:n_inp],b[n_inp:]
+            pred = model(*xb)
+            if hasattr(learn, 'rnn'): pred = pred[0]        # as `RNNCallback` does
+            met.accumulate(SimpleNamespace(pred=pred, xb=xb, yb=yb, x=xb[0], y=yb[0] if len(yb)==1 else yb, loss=loss_func(pred, *yb), model=model, training=False,
+                                           to_detach=partial(to_detach, gather=False)))
+    if met.value is None: raise ValueError("dls: the validation set is empty, so there is no metric to go by")
+    return float(met.value)
 
 def metric_value(
     learn, # a `Learner`
     model=None # `None`: the learner's
    )->float: # larger is better
-    "The learner's first metric over its validation set, or less the loss where it has none"
-    model,metric = get_model(learn.model if model is None else model),copy.deepcopy(learn.metrics[0]) if learn.metrics else None
-    total,n,n_inp = 0.,0,getattr(learn.dls.valid, 'n_inp', 1)
-    if metric: metric.reset()
-    with no_random(), evaluating(model), torch.no_grad():
-        for b in learn.dls.valid:
-            xb,yb = b[:n_inp],b[n_inp:]
-            pred,bs = model(*xb),find_bs(yb)
-            if metric: metric.accumulate(SimpleNamespace(pred=pred, xb=xb, yb=yb, y=yb[0] if len(yb)==1 else yb, model=model, training=False, to_detach=to_detach))
-            else: total += float(learn.loss_func(pred, *yb))*bs
-            n += bs
-    return float(metric.value) if metric else -total/n
+    "The learner's first metric over its validation set, or the loss where it has none; with a minus where less is better"
+    value = _measure(learn, model)
+    return -value if _less_is_better.search(_metric(learn).name) else value
 
-# %% ../nbs/10_callback.ipynb #933bf353
+# %% ../nbs/10_callback.ipynb #0449dab4
 def _again(model, new, plan):
     "Of what a second decomposition came to, what makes a layer smaller than it is already; with a plan that says so"
     now,known = factored_layers(model),known_records(model)
@@ -102,6 +134,8 @@ def _factorize(learn, what, data, bar, **kwargs):
     "What `factorize` makes of the learner's model; of what its factored layers stand for, if it has some"
     model = get_model(learn.model)
     if data is None and _needs_data(what): data = calibration_batches(learn)
+    if isinstance(data, DataLoaders): data = data.train
+    data = _whole(data)
     if isinstance(what, Budget) and what.kind == 'max_drop': kwargs.setdefault('evaluate', partial(metric_value, learn))
     if data is not None: kwargs.setdefault('loss', output_kind(learn))
     device = next(model.parameters()).device.type
@@ -127,7 +161,7 @@ def decompose_learner(
     if not done: warn("No layer was decomposed and the model is as it was; `learn.model.low_rank_plan` and `learn.low_rank_summary()` tell why, layer by layer")
     return dict(decomposed=done, layers=len(plan['layers']), params_before=before, params_after=count_params(model))
 
-# %% ../nbs/10_callback.ipynb #687d91cb
+# %% ../nbs/10_callback.ipynb #eb602257
 _tails = dict(cosine=lambda lr: SchedCos(lr, 0.), constant=lambda lr: SchedNo(lr, lr))
 
 def _is_epoch(e): return isinstance(e, Integral) and not isinstance(e, bool) and e >= 0
@@ -147,7 +181,7 @@ def _check(ft_lr, tail, distill, max_drop):
     if not number(ft_lr) or not ft_lr > 0: raise ValueError(f"ft_lr: {ft_lr!r} is not a learning rate, a number above 0")
     if tail not in _tails: raise ValueError(f"tail: {tail!r} is not one of {', '.join(map(repr, _tails))}")
     if not number(distill) or distill < 0: raise ValueError(f"distill: {distill!r} is not a weight for the teacher's part of the loss, a number from 0")
-    if max_drop is not None and (not number(max_drop) or max_drop < 0): raise ValueError(f"max_drop: {max_drop!r} is not the most that the metric may fall, a number from 0")
+    if max_drop is not None and (not number(max_drop) or max_drop < 0): raise ValueError(f"max_drop: {max_drop!r} is not the most that the metric may get worse, a number from 0")
 
 def _items(o):
     "The items of the lists, tuples and dicts in `o`, or `o` itself"
@@ -170,7 +204,7 @@ def _start_over(cb):
     cb.best = math.inf if cb.comp(0, 1) else -math.inf      # the next value is the best, and resets patience
     if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end): cb._save(cb.fname)
 
-# %% ../nbs/10_callback.ipynb #d2d88927
+# %% ../nbs/10_callback.ipynb #2143a5f2
 def _states(opt):
     "Every dict of per-parameter state in `opt`"
     while opt is not None:
@@ -180,25 +214,43 @@ def _states(opt):
 class _Before:
     "The learner before a decomposition"
     def __init__(self, learn):
-        self.learn,self.value = learn,metric_value(learn)
-        self.modules = dict(get_model(learn.model).named_modules())
+        self.learn,self.modules = learn,dict(get_model(learn.model).named_modules())
         self.plan = vars(get_model(learn.model)).get('low_rank_plan')
         self.states = [dict(s) for s in _states(learn.opt)]
 
-    def judge(self, max_drop):
-        "What to record; undoes the decomposition where the metric fell by more than `max_drop`"
-        rec = dict(metric=(self.value, metric_value(self.learn)))
-        if self.value - rec['metric'][1] <= max_drop: return rec
-        model = get_model(self.learn.model)
-        new = dict(model.named_modules())
+    def restore(self):
+        "Undo the decomposition"
+        new = dict(get_model(self.learn.model).named_modules())
         swap_layers(self.learn, {n: m for n,m in self.modules.items() if n in new and new[n] is not m and (isinstance(new[n], FactoredLayer) or not list(m.children()))})
         for live,was in zip(_states(self.learn.opt), self.states): live.update(was)
         model = get_model(self.learn.model)
         vars(model).pop('low_rank_plan', None)
         if self.plan is not None: model.low_rank_plan = self.plan
-        return rec | dict(decomposed=0, params_after=count_params(model))
 
-# %% ../nbs/10_callback.ipynb #96bcffa9
+# %% ../nbs/10_callback.ipynb #030a0bcf
+def _or_none(f):
+    "What `f` returns, `None` if it fails"
+    try: return f()
+    except Exception: return None
+
+def _count_macs(learn):
+    "Multiply-accumulates for one item, `None` where they cannot be counted"
+    model = get_model(learn.model)
+    return _or_none(lambda: count_macs(model, to_device(calibration_batches(learn, 1)[0], next(model.parameters()).device))) or None
+
+def _in_first(learn, f):
+    "What `f` returns in the first process"
+    return on_first_rank(lambda: ({}, f()), learn.model)[1]
+
+def _last_value(learn):
+    "The metric of the last validation in this fit, `None` if there is none"
+    rec,name = getattr(learn, 'recorder', None),_metric(learn).name
+    if rec is None or not rec.values or not rec.valid_metrics: return None
+    row = dict(zip(rec.metric_names[1:], rec.values[-1]))
+    value = row.get(f'valid_{name}', row.get(name))
+    return float(value) if isinstance(value, Real) else None
+
+# %% ../nbs/10_callback.ipynb #cdaa2b20
 class DecomposeCallback(Callback):
     "Decompose the model at the start of an epoch, and go on at a low learning rate"
     order,name = 61,'decompose_cb'              # after `ParamScheduler`; `learn.decompose` is a method
@@ -210,27 +262,29 @@ class DecomposeCallback(Callback):
         tail:str='cosine', # how it goes on to the end of the fit: 'cosine' (to zero) or 'constant'
         data=None, # see `decompose`; `None`: 2,000 training items for a budget or a plan, none for decomposers
         distill:float=0., # weight of the dense model's outputs in the loss from then on
-        max_drop:float|None=None, # the most that the metric may fall at a decomposition; if it falls more, it is undone
+        max_drop:float|None=None, # the most that the metric may get worse at a decomposition; if it is more, it is undone
         **kwargs # for `decompose`
     ):
         _check(ft_lr, tail, distill, max_drop)
         self.schedule = _schedule(at_epoch, what)
         self.at_epoch,self.ft_lr,self.tail,self.data,self.kwargs = min(self.schedule),float(ft_lr),tail,data,kwargs
         self.distill,self.max_drop,self.teacher = float(distill),max_drop,None
-        self.history,self._passed,self._start,self._lrs,self._trained,self._frozen = [],set(),None,None,False,False
+        self.history,self._passed,self._start,self._lrs,self._trained,self._frozen,self._n_before = [],set(),None,None,False,False,0
 
     @property
     def done(self): return len(self._passed) == len(self.schedule)
 
     def before_fit(self):
         "A new fit has no tail yet, and the recorder starts over"
-        self._start,self._lrs,self._trained = None,None,False
+        self._start,self._lrs,self._trained,self._n_before = None,None,False,len(self.history)
+        self.teacher = self._want = None
         if hasattr(self.learn, 'recorder'): self.recorder.decomposed = []
 
     def before_train(self):
         "Decompose, if it is time to"
         if hasattr(self.learn, 'lr_finder'): return
         if not self._trained: self._begin()
+        if hasattr(self.teacher, 'reset'): self.teacher.reset()         # its hidden state
         due = [e for e in self.schedule if e <= self.epoch and e not in self._passed]
         if due: self._decompose(self.schedule[due[-1]])
         self._passed |= set(due)
@@ -259,39 +313,67 @@ class DecomposeCallback(Callback):
             raise RuntimeError("DecomposeCallback: NonNativeMixedPrecision keeps copies of the parameters and would train the old ones; use `learn.to_fp16()`")
         check_wrapper(self.learn.model)
         check_opt(self.opt)
-        if self.max_drop is not None and self.learn.model is not get_model(self.learn.model):
-            raise RuntimeError("DecomposeCallback: max_drop compares one process's metrics, and the model is spread over several; leave it out")
         types = {t for what in self.schedule.values() for t in (layer_types if _needs_data(what) else [t for d in what for t in d.types])}
         found = [f.layer for f in find_layers(get_model(self.model), tuple(types)) if f.reason is None]
         _check_held(self.learn.cbs, {id(o) for layer in found for o in (layer, *layer.parameters())})
 
     def _decompose(self, what):
-        mbar = getattr(getattr(self, 'progress', None), 'mbar', None)
-        before = _Before(self.learn) if self.max_drop is not None else None
-        teacher = copy.deepcopy(get_model(self.learn.model)) if self.distill and self.teacher is None else self.teacher
-        rec = decompose_learner(self.learn, what, self.data, mbar, **self.kwargs)
+        mbar,model = getattr(getattr(self, 'progress', None), 'mbar', None),get_model(self.learn.model)
+        before,values = _Before(self.learn) if self.max_drop is not None else None,dict(metric_before=self._value(True), macs_before=_count_macs(self.learn))
+        teacher = copy.deepcopy(model).eval().requires_grad_(False) if self.distill and self.teacher is None else self.teacher
+        rec = dict(epoch=self.epoch, step=self.train_iter, **decompose_learner(self.learn, what, self.data, mbar, **self.kwargs))
         if mbar is not None: mbar.add_child(self.progress.pbar)     # the epoch's bar again
-        if before and rec['decomposed']: rec |= before.judge(self.max_drop)
-        self.history.append(dict(epoch=self.epoch, step=self.train_iter, **rec))
-        if hasattr(self.learn, 'recorder'): self.recorder.decomposed.append(self.history[-1])
-        if self.learn.logger is not noop: print(self._line(self.history[-1]))
+        if rec['decomposed']: rec |= self._judged(before, values)
+        self.history.append(rec)
+        if hasattr(self.learn, 'recorder'): self.recorder.decomposed.append(rec)
+        if self.learn.logger is not noop: print(self._line(rec))
         if not rec['decomposed']: return
         self.opt.zero_grad()
         self._start,self.teacher = self.epoch/self.n_epoch,teacher
         for cb in self.learn.cbs: _start_over(cb)
 
+    def _value(self, before=False):
+        "The metric; before a decomposition as the fit has measured it already, if it has"
+        if before and self.max_drop is None and (v := _last_value(self.learn)) is not None: return v
+        measure = lambda: _in_first(self.learn, partial(_measure, self.learn))
+        return measure() if self.max_drop is not None else _or_none(measure)
+
+    def _judged(self, before, values):
+        "What to record beside the numbers of parameters; undoes the decomposition where the metric fell by more than `max_drop`"
+        name = _metric(self.learn).name
+        rec = values | dict(metric=name, metric_after=self._value(), macs_after=_count_macs(self.learn))
+        fall = lambda: (rec['metric_before'] - rec['metric_after'])*(-1 if _less_is_better.search(name) else 1)
+        if before and not fall() <= self.max_drop:
+            before.restore()
+            rec |= dict(decomposed=0, params_after=count_params(get_model(self.learn.model)), macs_after=rec['macs_before'])
+        for k in ('metric', 'macs'):
+            if None in (rec[f'{k}_before'], rec[f'{k}_after']): rec = {o:v for o,v in rec.items() if not o.startswith(k)}
+        return rec
+
+    def after_pred(self):
+        "What the dense model says of the batch"
+        if self.teacher is None: return
+        with torch.no_grad(): self._want = to_float(self.teacher(*self.xb))
+
     def after_loss(self):
-        "Add what the dense model says of the batch"
-        if self.teacher is None or not self.training: return
-        with evaluating(self.teacher), torch.no_grad(): want = self.teacher(*self.xb)
-        part = output_loss(self.pred, want, classification if type(self.loss_func).__name__ in _classifiers else regression)
+        "Add how far that is from what the model says"
+        if self.teacher is None: return
+        kind = output_kind(self.learn)
+        part = sum(output_loss(p, w, kind) for p,w in zip(_outputs(self.pred), _outputs(self._want)))    # of a recurrent network, `pred` is the first of what it returns
+        for cb in self.learn._grab_cbs(GradientAccumulation): part = part*find_bs(self.yb)/cb.n_acc
         self.learn.loss_grad = self.loss_grad + self.distill*part
 
     def _line(self, rec):
-        before,after = rec['params_before'],rec['params_after']
-        line = f"epoch {rec['epoch']}: decomposed {rec['decomposed']} of {rec['layers']} layers, {before:,} -> {after:,} parameters ({after/before:.2f}x)"
-        if 'metric' not in rec: return line
-        return f"{line}, {rec['metric'][0]:.4f} -> {rec['metric'][1]:.4f}" + ('' if rec['decomposed'] else f": more than max_drop={self.max_drop}, undone")
+        change = lambda k,unit: f"{rec[f'{k}_before']:,} -> {rec[f'{k}_after']:,} {unit} ({rec[f'{k}_after']/rec[f'{k}_before']:.2f}x)"
+        line = f"epoch {rec['epoch']}: decomposed {rec['decomposed']} of {rec['layers']} layers, {change('params', 'parameters')}"
+        if 'macs_after' in rec: line += f", {change('macs', 'MACs')}"
+        if 'metric' in rec: line += f", {rec['metric']} {rec['metric_before']:.4f} -> {rec['metric_after']:.4f}"
+        return line + (f': more than max_drop={self.max_drop}, undone' if 'metric' in rec and not rec['decomposed'] else '')
+
+    def after_epoch(self):
+        "Note what the metric has come to"
+        for rec in self.history[self._n_before:]:
+            if 'metric' in rec and (v := _last_value(self.learn)) is not None: rec['metric_end'] = v
 
     def before_batch(self):
         "Lower the learning rates that the schedule has set for this batch"
@@ -309,7 +391,10 @@ class DecomposeCallback(Callback):
 
     def after_fit(self):
         "Warn if an epoch never came, unless layers are frozen: that may be the first fit of `fine_tune`"
-        self.teacher = None
+        self.teacher = self._want = None
+        if (recs := [r for r in self.history[self._n_before:] if r['decomposed'] and 'metric_end' in r]) and self.learn.logger is not noop:
+            steps = ', '.join(f"{r['metric_before']:.4f} -> {r['metric_after']:.4f} in epoch {r['epoch']}" for r in recs)
+            print(f"{recs[0]['metric']}: {steps}, {recs[-1]['metric_end']:.4f} at the end")
         if self._trained and not self.done and not self._frozen:
             missed = next(e for e in self.schedule if e not in self._passed)
             warn(f"DecomposeCallback: at_epoch={missed} was not reached and nothing decomposed{' then' if self._passed else ''}; "

@@ -29,7 +29,7 @@ def check_wrapper(
     own = [k for k,v in own.items() if v]
     if own: raise RuntimeError(f"model: a DistributedDataParallel with {' and '.join(own)} of its own cannot take new parameters; decompose the model before it is wrapped")
 
-# %% ../nbs/08a_distributed.ipynb #b06945c8
+# %% ../nbs/08a_distributed.ipynb #03b36f72
 def _tensors(m): return chain(m.parameters(), m.buffers())
 
 def _meta(t):
@@ -62,7 +62,7 @@ def on_first_rank(
     dist.broadcast_object_list(box, 0, device=model.device)
     if err is not None: raise err
     if box[1]: raise RuntimeError(f'in the first process: {box[1]}')
-    if not first: res = {n: m.to_empty(device=next(model.module.get_submodule(n).parameters()).device) for n,m in box[0][0].items()},box[0][1]
+    if not first: res = {n: m.to_empty(device=next(_tensors(model.module.get_submodule(n))).device) for n,m in box[0][0].items()},box[0][1]
     for m in res[0].values():
         for t in _tensors(m): _send(t)
     return res

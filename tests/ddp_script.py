@@ -18,6 +18,7 @@ from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
+from fasterai_lr.plan import Budget
 from fasterai_lr.rank import Energy
 import fasterai_lr.callback as module
 
@@ -78,12 +79,46 @@ def run_equal(path):
     with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(3, 1e-2, cbs=[c, w])
     return seen(learn, w, c, losses=[v[1] for v in learn.recorder.values])
 
+def halves():
+    "The order of items in one process that makes its batches of 32 those of two processes, whose shares are neighbours"
+    return torch.arange(64).reshape(2, 2, 16).transpose(0, 1).flatten()
+
 def one_process():
-    "What `run_equal` has to come to; a process's share of the items are neighbours"
-    idxs = torch.arange(64).reshape(2, 2, 16).transpose(0, 1).flatten()
-    learn,w,c = mk_learn(net(nn.LayerNorm), bs=32, idxs=idxs, shuffle=False),Watch(),DecomposeCallback(1, what, ft_lr=1e-2)
+    "What `run_equal` has to come to"
+    learn,w,c = mk_learn(net(nn.LayerNorm), bs=32, idxs=halves(), shuffle=False),Watch(),DecomposeCallback(1, what, ft_lr=1e-2)
     learn.fit_one_cycle(3, 1e-2, cbs=[c, w])
     return seen(learn, w, c, losses=[v[1] for v in learn.recorder.values])
+
+def budget_fit(learn):
+    "Budgets in a metric without random signs, and which items were calibrated on"
+    drawn,real = [],module.calibration_batches
+    def draw(learn, n=2000):
+        res = real(learn, n)
+        if n > 1: drawn.extend(b[0] for b in res)
+        return res
+    w,c = Watch(),DecomposeCallback({1: Budget(params=.7), 2: Budget(params=.5)}, ft_lr=1e-2, metric='activation')
+    module.calibration_batches = draw
+    try: learn.fit_one_cycle(3, 1e-2, cbs=[c, w])
+    finally: module.calibration_batches = real
+    return seen(learn, w, c, drawn=torch.cat(drawn) if drawn else None, losses=[v[1] for v in learn.recorder.values])
+
+def run_budget(path):
+    "As `run_equal`"
+    learn = mk_learn(net(nn.LayerNorm), shuffle=False)
+    with learn.distrib_ctx(sync_bn=False, cpu=True): return budget_fit(learn)
+
+def budget_in_one_process(): return budget_fit(mk_learn(net(nn.LayerNorm), bs=32, idxs=halves(), shuffle=False))
+
+def run_guard(path):
+    "A rank of one, undone; then a budget judged by the metric, with data in a loader that gives each process its share, and a teacher; a BatchNorm without parameters"
+    model = nn.Sequential(nn.Linear(8,12,bias=False), nn.BatchNorm1d(12, affine=False), nn.ReLU(), nn.Linear(12,10), nn.ReLU(), nn.Linear(10,4))
+    learn = mk_learn(model, splitter=trainable_params, metrics=mae)
+    with learn.distrib_ctx(sync_bn=False, cpu=True):
+        learn.fit(2, 1e-2, cbs=(guard := DecomposeCallback(1, FC_Decomposer(rank=1), max_drop=1e-4)))
+        dense = len(factored_layers(learn.model)),hasattr(get_model(learn.model), 'low_rank_plan')
+        w,c = Watch(),DecomposeCallback(1, Budget(max_drop=.05), data=learn.dls, ft_lr=1e-2, distill=.5)
+        learn.fit(2, 1e-2, cbs=[c, w])
+    return seen(learn, w, c, dense=dense, guard=guard.history)
 
 def run_frozen(path):
     "`fine_tune`, groups with learning rates of their own, a torch optimizer, and callbacks that save"

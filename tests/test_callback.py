@@ -1,6 +1,6 @@
 "DecomposeCallback: when it swaps, what stands around it, and the learning rates from then on"
 from functools import partial
-import gc, json, math, warnings, weakref
+import copy, gc, json, math, warnings, weakref
 
 import numpy as np, pytest, torch
 from torch import nn
@@ -14,6 +14,7 @@ from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, Sa
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.learner import load_learner
+from fastai.metrics import mae
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
 from tiny import mk_learn, net, splitter, snapshot, moved, ids, flat
 from fasterai_lr.callback import DecomposeCallback, decompose_learner
@@ -428,7 +429,13 @@ def test_records_and_plan():
     n = sum(p.numel() for p in learn.model.parameters())
     learn.fit(2, 1e-2, cbs=c)
     m = sum(p.numel() for p in learn.model.parameters())
-    assert c.history == learn.recorder.decomposed == [dict(epoch=1, step=n_iter, decomposed=3, layers=3, params_before=n, params_after=m)]
+    one, = c.history
+    assert one is learn.recorder.decomposed[0] and len(learn.recorder.decomposed) == 1
+    losses = [v[1] for v in learn.recorder.values]
+    # 8*12 + 12*10 + 10*4, and with two more or less columns each
+    assert one == dict(epoch=1, step=n_iter, decomposed=3, layers=3, params_before=n, params_after=m, macs_before=256, macs_after=2*(8+12+12+10+10+4),
+                       metric='loss', metric_before=losses[0], metric_after=one['metric_after'], metric_end=losses[1])
+    assert one['metric_after'] not in losses and math.isfinite(one['metric_after'])
     json.dumps([c.history, learn.model.low_rank_plan])
     assert not hasattr(learn, 'decompose_cb')
 
@@ -438,7 +445,10 @@ def test_the_line_in_the_log(capsys):
     learn.fit(2, 1e-2, cbs=cb(1))
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith('[0,') and out[2].startswith('[1,')
-    assert out[1] == 'epoch 1: decomposed 3 of 3 layers, 326 -> 182 parameters (0.56x)'
+    one, = learn.recorder.decomposed
+    b,a,e = [f"{one[f'metric_{k}']:.4f}" for k in ('before', 'after', 'end')]
+    assert out[1] == f'epoch 1: decomposed 3 of 3 layers, 326 -> 182 parameters (0.56x), 256 -> 112 MACs (0.44x), loss {b} -> {a}'
+    assert out[3:] == [f'loss: {b} -> {a} in epoch 1, {e} at the end']
     learn = mk_learn()
     with learn.no_logging(): learn.fit(2, 1e-2, cbs=cb(1))
     assert capsys.readouterr().out == ''
@@ -457,6 +467,48 @@ def test_with_fastai_bars(capsys):
     assert line.split('\r')[-1].startswith('epoch 1: decomposed 3 of 3')    # on a line of its own, the bar cleared away
     assert '100.00% [4/4' in out.split('decomposed')[1]                     # the epoch's bar went on
     assert '[3/3' not in out.split('decomposed')[1]
+
+def test_values_of_the_record():
+    "Of the validation before the swap where the fit has had one, measured where not; as `validate` would have had them"
+    seen = []
+    class Aside(Callback):
+        def __init__(self, order): self.order = order
+        def before_train(self):
+            other = mk_learn(model=copy.deepcopy(self.model), metrics=mae)
+            seen.append(other.validate())
+    for at in (0, 1):
+        seen.clear()
+        learn,c = mk_learn(metrics=mae),cb(at)
+        learn.fit(2, 1e-2, cbs=[Aside(59), c, Aside(63)])
+        one, = c.history
+        assert one['metric'] == 'mae' and one['metric_end'] == learn.recorder.values[-1][2]
+        # means of float32 batches; `validate` does the same
+        assert_close([one['metric_before'],one['metric_after']], [float(o[1]) for o in seen[2*at:2*at+2]], rtol=1e-6, atol=0)
+
+def test_the_record_leaves_no_trace(monkeypatch):
+    "The same weights to the last bit, whether it measures or not"
+    res = []
+    for measures in (True, False):
+        learn = mk_learn(opt_func=Adam)
+        if not measures:
+            for o in ('_count_macs', '_measure'): monkeypatch.setattr(module, o, lambda *args: None)
+        learn.fit_one_cycle(3, 1e-2, cbs=cb(0))
+        res.append(snapshot(learn.model))
+        assert ('macs_after' in learn.recorder.decomposed[0]) == ('metric' in learn.recorder.decomposed[0]) == measures
+    assert not any(moved(res[0], learn.model))
+
+def test_what_cannot_be_measured_is_left_out(capsys):
+    class Odd(Callback):
+        "Gives the model something that its loader does not have"
+        def before_batch(self): self.learn.xb = (self.xb[0], 1.)
+    class Net(nn.Sequential):
+        def forward(self, x, scale): return super().forward(x*scale)
+    learn = mk_learn(model=Net(*net()))
+    learn.logger = print
+    learn.fit(1, 1e-2, cbs=[Odd(), cb(0)])
+    one, = learn.recorder.decomposed
+    assert one.keys() == {'epoch', 'step', 'decomposed', 'layers', 'params_before', 'params_after'} and n_fact(learn) == 3
+    assert capsys.readouterr().out.splitlines()[0] == 'epoch 0: decomposed 3 of 3 layers, 326 -> 182 parameters (0.56x)'
 
 # Outside of a fit
 

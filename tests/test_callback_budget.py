@@ -1,13 +1,17 @@
 "Budgets, schedules, the guard and the teacher of `DecomposeCallback`, on scikit-learn's digits"
 import copy
 import numpy as np, pytest, torch
+import torch.nn.functional as F
 from torch import nn
-from fastai.vision.all import (accuracy, Callback, CrossEntropyLossFlat, Datasets, Learner, OptimWrapper, SGD, set_seed, TensorImage, Transform)
+from fastai.vision.all import (accuracy, BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, CutMix, Datasets, error_rate, FocalLossFlat, GradientAccumulation,
+                               LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, MixUp, MSELossFlat, OptimWrapper, SGD, set_seed, TensorImage, Transform)
 from functools import partial
 from sklearn.datasets import load_digits
-from fasterai_lr.callback import DecomposeCallback, calibration_batches, decompose_learner, metric_value
+from fasterai_lr.calibrate import classification, regression
+from fasterai_lr.callback import DecomposeCallback, calibration_batches, decompose_learner, metric_value, output_kind
 from fasterai_lr.cost import count_macs, count_params
-from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
+from fasterai_lr.decomposer import ConvDecomposer, decompose, FC_Decomposer
+from fasterai_lr.fit import output_loss
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
 from fasterai_lr.plan import Budget, Plan, make_plan
@@ -67,14 +71,14 @@ def test_the_guard_restores_model_and_optimizer(opt_func):
         return learn
     guarded,dense = run(DecomposeCallback(3, [FC_Decomposer(1), ConvDecomposer('spatial', 1)], max_drop=.01)),run([])
     rec, = guarded.recorder.decomposed
-    assert rec['decomposed'] == 0 and rec['metric'][0] - rec['metric'][1] > .01 and rec['params_after'] == count_params(net())
+    assert rec['decomposed'] == 0 and rec['metric_before'] - rec['metric_after'] > .01 and rec['params_after'] == count_params(net())
     assert not factored_layers(guarded.model) and not hasattr(guarded.model, 'low_rank_plan')
     for (n,a),b in zip(guarded.model.state_dict().items(), dense.model.state_dict().values()): assert torch.equal(a, b), n
 
 def test_the_guard_lets_pass_what_is_good_enough():
     learn = learner()
     quiet_fit(learn, 4, DecomposeCallback(3, Budget(macs=.8), max_drop=.1))
-    assert factored_layers(learn.model) and learn.recorder.decomposed[0]['metric'][1] > 0
+    assert factored_layers(learn.model) and learn.recorder.decomposed[0]['metric_after'] > 0
 
 def test_calibration_sees_no_augmentation_and_leaves_no_trace():
     Noise.seen = 0
@@ -102,6 +106,67 @@ def test_the_teacher_shapes_the_loss_and_is_freed():
         assert c.teacher is None
     assert max(map(abs, losses[0.])) < 1e-6 < min(losses[10.])
 
+class WeightedLoss(CrossEntropyLossFlat): "A loss of a user's own"
+
+@pytest.mark.parametrize('loss,axis', [(CrossEntropyLossFlat(), -1), (CrossEntropyLossFlat(axis=1), 1), (nn.CrossEntropyLoss(), 1), (nn.NLLLoss(), 1), (F.cross_entropy, 1), (partial(F.cross_entropy, label_smoothing=.1), 1),
+    (FocalLossFlat(), -1), (LabelSmoothingCrossEntropy(), 1), (LabelSmoothingCrossEntropyFlat(), -1), (WeightedLoss(), -1), (BCEWithLogitsLossFlat(), None), (MSELossFlat(), None), (nn.MSELoss(), None)])
+def test_the_loss_tells_the_kind_of_output(loss, axis):
+    learn = learner()
+    learn.loss_func = loss
+    assert output_kind(learn).axis == axis
+    out = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    want = regression if axis is None else classification
+    assert output_kind(learn)(out) == want(out, torch.Generator().manual_seed(0))
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_mixed_items_are_classified_too(mix):
+    "MixUp puts a loss of its own in place of the learner's during training"
+    seen = []
+    class See(Callback):
+        order = 62
+        def before_train(self): seen.append((self.loss_func, output_kind(self.learn).axis, metric_value(self.learn)))
+    learn = learner()
+    learn.metrics = None
+    quiet_fit(learn, 1, [mix(), See()])
+    assert seen[0][0] is not learn.loss_func and seen[0][1] == -1 and seen[0][2] < 0
+
+@pytest.mark.parametrize('shape,axis', [((6,10,3,3), 1), ((6,4,10), -1), ((6,4,10), 2)])
+def test_class_scores_along_any_axis(shape, axis):
+    g = torch.Generator().manual_seed(0)
+    a,b = torch.randn(2, *shape, generator=g)
+    kind = output_kind(learner())
+    kind.axis = axis
+    assert torch.equal(output_loss(a, b, kind), output_loss(a.movedim(axis, 1), b.movedim(axis, 1)))
+    assert output_loss(a, b, kind) != output_loss(a, b, regression)
+
+def test_distillation_of_a_learner_knows_its_classes():
+    "`distill_steps` goes by the divergence of class probabilities, as `decompose` does"
+    learn = learner()
+    kw = dict(metric='activation', distill_steps=3)                 # a metric without random signs
+    want = decompose(learn.model, Budget(macs=.5), X[:50], **kw)
+    other = decompose(learn.model, Budget(macs=.5), X[:50], loss=regression, **kw)
+    learn.decompose(Budget(macs=.5), X[:50], **kw)
+    for (n,a),b in zip(learn.model.state_dict().items(), want.state_dict().values()): assert torch.equal(a, b), n
+    assert any(not torch.equal(a, b) for a,b in zip(other.parameters(), want.parameters()))
+
+def test_the_teacher_under_accumulation():
+    "Accumulated gradients are those of the batches together, with the teacher's part of the loss as much as without"
+    grads = {}
+    for acc in (1, 2):
+        set_seed(0)
+        learn = learner(splitter=lambda m: [list(m.parameters())], opt_func=SGD)
+        learn.dls.train.bs,learn.dls.train.shuffle = 400//acc,False
+        class Grad(Callback):
+            order = 70
+            def before_step(self): grads.setdefault(acc, [p.grad.clone() for p in self.model.parameters()])
+        class Still(Callback):
+            "BatchNorm would make a batch more than its halves"
+            order = 70
+            def before_train(self): self.model.eval()
+        quiet_fit(learn, 1, [DecomposeCallback(0, FC_Decomposer(4), distill=3.), Grad(), Still(), *([GradientAccumulation(400)] if acc > 1 else [])])
+    # fastai sums the mean losses of batches, weighted by their items: of two halves twice the gradient of the whole, times 200 items over 400
+    for a,b in zip(grads[1], grads[2]): torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
 def test_a_plan_in_the_callback():
     learn = learner()
     plan = make_plan(net().eval(), X[:200], Budget(params=.4))
@@ -127,6 +192,22 @@ def test_the_metric_is_that_of_validate():
     assert abs(metric_value(learn) - learn.validate()[1]) < 1e-6
     learn.metrics = []
     assert abs(metric_value(learn) + learn.validate()[0]) < 1e-5 # means of means of float32 losses
+
+def rmse(p, y): return (p.softmax(1) - F.one_hot(y, 10)).square().mean().sqrt()
+
+@pytest.mark.parametrize('metric', [error_rate, rmse, None])
+def test_less_of_an_error_is_better(metric):
+    "With the error rate as its metric, as in fastai's first lesson, the guard and the budget of accuracy are about its rise"
+    learn = learner()
+    learn.metrics = metric
+    with learn.no_logging():
+        quiet_fit(learn, 3, DecomposeCallback(2, [FC_Decomposer(1), ConvDecomposer('spatial', 1)], max_drop=.01))
+    rec, = learn.recorder.decomposed
+    assert rec['decomposed'] == 0 and rec['metric_after'] > rec['metric_before'] + .01
+    dense = metric_value(learn)
+    assert abs(dense + learn.validate()[bool(metric)]) < 1e-6 and dense < 0
+    learn.decompose(Budget(max_drop=.02), X[:50])
+    assert dense - .02 - 1e-6 <= metric_value(learn) and share(learn) < .95
 
 @pytest.mark.parametrize('kw,match', [(dict(at_epoch={}), 'empty schedule'), (dict(at_epoch={-1: None}), '-1 is not the number of an epoch'), (dict(at_epoch={1: FC_Decomposer()}, what=Budget(macs=.5)), 'beside a schedule'),
     (dict(at_epoch=1, max_drop='x'), 'max_drop'), (dict(at_epoch=1, distill=-1), 'distill')])

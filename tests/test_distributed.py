@@ -16,7 +16,7 @@ here,scripts = Path(__file__).resolve().parent,Path(sys.executable).parent
 launchers = dict(accelerate=['accelerate', 'launch', '--multi_gpu', '--num_machines=1', '--num_processes=2', '--mixed_precision=no', '--dynamo_backend=no', '--main_process_port'],
                  bf16=['accelerate', 'launch', '--multi_gpu', '--num_machines=1', '--num_processes=2', '--mixed_precision=bf16', '--dynamo_backend=no', '--main_process_port'],
                  torchrun=['torchrun', '--nnodes=1', '--nproc-per-node=2', '--master-port'])
-fast = ['ctx', 'equal', 'frozen', 'diverged', 'before', 'saved', 'plain', 'root', 'error', 'wrong_name', 'refused']
+fast = ['ctx', 'equal', 'budget', 'guard', 'frozen', 'diverged', 'before', 'saved', 'plain', 'root', 'error', 'wrong_name', 'refused']
 
 def free_port():
     with socket.socket() as s:
@@ -63,6 +63,33 @@ def test_equals_one_process_with_the_whole_batch(runs):
     # float32, means of two halves: at most 1e-7 apart in a gradient, which Adam's first steps after the swap divide by its size; weights are around 0.3, steps 1e-2
     for k,v in one['state'].items(): assert_close(a['state'][k], v, rtol=0, atol=2e-5)
     assert_close(a['losses'], one['losses'], rtol=1e-5, atol=0)
+
+def test_a_budget_is_calibrated_on_the_items_of_all(runs):
+    "The first process draws from the whole training set, not from its share, and comes to what one process would have come to"
+    a,b = runs['budget']
+    check_both(a, b)
+    one = ddp_script.budget_in_one_process()
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))          # those of `mk_learn`
+    assert b['drawn'] is None and a['drawn'].shape == one['drawn'].shape == (128, 8)        # all 64, at each of two steps
+    rows = lambda t: sorted(map(tuple, t.tolist()))
+    assert rows(a['drawn'][:64]) == rows(a['drawn'][64:]) == rows(one['drawn'][:64]) == rows(x)
+    assert [(h['epoch'], h['params_after'], h['macs_after']) for h in a['history']] == [(h['epoch'], h['params_after'], h['macs_after']) for h in one['history']]
+    assert {n: l['rank'] for n,l in a['plan']['layers'].items()} == {n: l['rank'] for n,l in one['plan']['layers'].items()}
+    # factors may have either sign, their products are compared; float32 training as in the test above, and a solve with sums in another order
+    outs = [torch.nn.functional.linear(x, o['state'].get('0.1.weight', torch.eye(1))@o['state']['0.0.weight']) for o in (a, one)]
+    assert_close(*outs, rtol=0, atol=1e-3)
+    assert_close(a['losses'], one['losses'], rtol=1e-3, atol=0)
+
+def test_a_guard_and_a_budget_of_accuracy(runs):
+    a,b = runs['guard']
+    check_both(a, b)
+    for o in (a, b):
+        assert o['dense'] == (0, False)
+        rec, = o['guard']
+        assert rec['decomposed'] == 0 and rec['metric'] == 'mae' and rec['metric_after'] > rec['metric_before'] + 1e-4
+        rec, = o['history']
+        assert rec['decomposed'] > 0 and o['trains'] == [0, rec['decomposed']]
+    assert a['guard'] == b['guard']
 
 def test_fine_tune_and_the_callbacks_that_save(runs):
     a,b = runs['frozen']
