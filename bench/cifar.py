@@ -36,13 +36,20 @@ def resnet20(weights):
     model.load_state_dict(torch.load(weights, weights_only=True))
     return model.eval()
 
-def images(split, n=None, seed=0):
-    "`n` images of CIFAR-10 and their labels drawn at random, or all: normalised [n,3,32,32], [n]"
+def pixels(split, n=None, seed=0):
+    "`n` images of CIFAR-10 and their labels drawn at random, or all: uint8 [n,3,32,32], [n]"
     root = untar_data(URLs.CIFAR)/split
     files = [(f,c) for c,d in enumerate(sorted(p for p in root.iterdir() if p.is_dir())) for f in sorted(d.iterdir())]
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:n].tolist() if n else range(len(files))
-    x = torch.from_numpy(np.stack([np.array(Image.open(files[i][0]).convert('RGB')) for i in order])).permute(0, 3, 1, 2).float()/255
-    return (x-mean)/std, torch.tensor([files[i][1] for i in order])
+    x = torch.from_numpy(np.stack([np.array(Image.open(files[i][0]).convert('RGB')) for i in order])).permute(0, 3, 1, 2)
+    return x, torch.tensor([files[i][1] for i in order])
+
+def normalised(x): return (x.float()/255-mean)/std
+
+def images(split, n=None, seed=0):
+    "The same, normalised"
+    x,y = pixels(split, n, seed)
+    return normalised(x),y
 
 @torch.no_grad()
 def predictions(model, x, bs=250): return torch.cat([model.eval()(b).argmax(1) for b in x.split(bs)])
