@@ -66,9 +66,9 @@ def count_macs(
     "The multiply-accumulates of `model` on `sample`"
     return macs_per_layer(model, sample)['']
 
-# %% ../nbs/06_cost.ipynb #ba75e496
-Latency = namedtuple('Latency', 'ms spread')
-Latency.__doc__ = "Milliseconds of one call: the median over the repeats, and their interquartile range"
+# %% ../nbs/06_cost.ipynb #0b070090
+Latency = namedtuple('Latency', 'ms spread least')
+Latency.__doc__ = "Milliseconds of one call: the median over the repeats, their interquartile range, and the shortest, which other programs disturb least"
 
 def measure_latency(
     models, # One model, or a dict or list of models to compare
@@ -87,7 +87,7 @@ def measure_latency(
         calls = {k:max(1, math.ceil(min_ms/_time(m, sample, 1, devices))) for k,m in models.items()}
         for i in range(repeats):
             for k in list(models)[::(-1)**i]: ms[k].append(_time(models[k], sample, calls[k], devices))
-    return {k:Latency(float(np.median(v)), float(np.subtract(*np.percentile(v, [75,25])))) for k,v in ms.items()}
+    return {k:Latency(float(np.median(v)), float(np.subtract(*np.percentile(v, [75,25]))), min(v)) for k,v in ms.items()}
 
 def _time(model, sample, calls, devices):
     "Milliseconds per call of `model`, over `calls` of them"
