@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/13_learner.ipynb #de6b7606
+# %% ../nbs/13_learner.ipynb #6cafc5b4
+from functools import partial
 from pathlib import Path
 from warnings import warn
 
 import pandas as pd
 from torch import Tensor, nn
 from fastcore.basics import patch
+from fastprogress.fastprogress import progress_bar
 from fastai.layers import ToTensorBase
 from fastai.learner import Learner
 from fastai.torch_core import apply, cast, distrib_barrier, get_model, rank_distrib, to_device
 from .distributed import check_wrapper
-from .layers import replace_layers
+from .layers import recompose, replace_layers
 from .optimizer import check_opt, check_opt_state, load_opt_state, opt_state, swap_layers
-from .callback import decompose_learner
-from .report import summarize
+from .callback import calibration_batches, decompose_learner, metric_value, output_kind
+from .report import Summary, plot_spectra, plot_tradeoff, summarize, tradeoff
 from .export import as_file, changed_layers, export_onnx, read_low_rank, rebuild, save_low_rank
 
 # %% ../nbs/13_learner.ipynb #bca03f52
@@ -33,7 +35,7 @@ def decompose(self:Learner,
     decompose_learner(self, what, data, **kwargs)
     return self
 
-# %% ../nbs/13_learner.ipynb #4d9d9177
+# %% ../nbs/13_learner.ipynb #668c5df8
 def _inputs(learn, dl, n=None):
     "The inputs of a batch of `dl`, or its first `n` items, as plain tensors on the model's device"
     xb = dl.one_batch()[:getattr(dl, 'n_inp', 1)]
@@ -42,11 +44,61 @@ def _inputs(learn, dl, n=None):
 @patch
 def low_rank_summary(self:Learner,
     sample=None # an input, a tuple or a dict of inputs to count MACs for; `None`: the first item of a training batch
-   )->pd.DataFrame:
+   )->Summary: # a `DataFrame` that shows itself as a table in a notebook, as text in a terminal
     "The table of `summarize`: what became of each layer, what it costs, and why it stayed as it was"
     model = get_model(self.model)
     if sample is None and len(self.dls.train) > 0: sample = _inputs(self, self.dls.train, 1)
     return summarize(model, sample)
+
+# %% ../nbs/13_learner.ipynb #96118721
+@patch
+def plot_spectra(self:Learner,
+    layers=None, # names or globs; `None`: all
+    plan=None, # a `Plan` for the model, or a decomposed copy of it, whose ranks to mark; `None`: those of the model itself
+    data=None, # for singular values in the metric of this data, see `calibrate`; `None`: the plain ones of the weights
+    axes=None # as many matplotlib axes as there are layers; `None`: new ones
+   )->list: # the axes, one for each layer
+    "The singular values of each layer, relative to the largest, and its rank; see `plot_spectra`"
+    return plot_spectra(get_model(self.model), layers, plan, data, output_kind(self), axes)
+
+# %% ../nbs/13_learner.ipynb #f6245345
+def _own_value(learn):
+    "A function that evaluates a model by the first metric of `learn`, or by its loss, and is named after it"
+    try: n = len(learn.dls.valid)
+    except (AttributeError, IndexError, TypeError): n = 0
+    if not n: raise ValueError("dls: the learner has no validation set to evaluate on; give `evaluate`, a function from a model to a number, or `evaluate=False` for the estimated loss alone")
+    sign,name = (1, learn.metrics[0].name) if learn.metrics else (-1, 'valid_loss')
+    def value(model): return sign*metric_value(learn, model)
+    value.__name__ = name
+    return value
+
+@patch
+def tradeoff(self:Learner,
+    budgets=(.8, .6, .4, .2), # fractions of the dense model
+    kind:str='macs', # of what: 'params', 'macs' or 'latency'
+    data=None, # see `calibrate`; `None`: 2,000 training items
+    evaluate=None, # a function from a model, in evaluation mode, to a number; `None`: the first metric, or the loss, over the validation set; `False`: none
+    **kwargs # for `tradeoff`
+   )->pd.DataFrame:
+    "What budgets of several sizes leave of the model, and what they cost; the learner is left untouched"
+    if evaluate is None: evaluate = _own_value(self)
+    model = recompose(get_model(self.model))
+    model = model.to(self.dls.device or next(model.parameters()).device)
+    bar = partial(progress_bar, leave=False) if hasattr(self, 'progress') else None
+    if data is None: data = calibration_batches(self)
+    return tradeoff(model, data, evaluate, budgets, kind, **{'loss': output_kind(self), 'progress': bar, **kwargs})
+
+@patch
+def plot_tradeoff(self:Learner,
+    budgets=(.8, .6, .4, .2), # fractions of the dense model
+    kind:str='macs', # of what: 'params', 'macs' or 'latency'
+    data=None, # see `calibrate`; `None`: 2,000 training items
+    evaluate=None, # see `Learner.tradeoff`
+    ax=None, # a matplotlib axes; `None`: a new one
+    **kwargs # for `tradeoff`
+   ): # the axes
+    "Draw the table of `Learner.tradeoff`"
+    return plot_tradeoff(self.tradeoff(budgets, kind, data, evaluate, **kwargs), kind, ax=ax)
 
 # %% ../nbs/13_learner.ipynb #2dfecd39
 def _low_rank_file(learn, file): return as_file(learn.path/learn.model_dir/file, '.pth')

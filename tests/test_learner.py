@@ -1,14 +1,26 @@
 "The methods a Learner gets"
-import pytest, torch
+import copy, random
+import matplotlib; matplotlib.use('agg')
+import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from torch import nn
 from fastai.learner import load_learner
 from tiny import mk_learn, snapshot, moved, ids, flat
 from fasterai_lr.learner import *
-from fasterai_lr.callback import DecomposeCallback
+from fasterai_lr.callback import DecomposeCallback, calibration_batches
+from fasterai_lr.cost import count_params
 from fasterai_lr.decomposer import FC_Decomposer
-from fasterai_lr.report import summarize
+from fasterai_lr.layers import factored_layers, recompose
+from fasterai_lr.plan import Budget
+from fasterai_lr.report import plot_training, summarize
 
 what = FC_Decomposer(rank=2)
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close('all')
+
+def distance(pred, targ): return (pred - targ).abs().mean()
 
 def test_decompose_between_fits():
     learn = mk_learn()
@@ -45,3 +57,101 @@ def test_summary(tmp_path):
     learn.export('e.pkl')
     back = load_learner(tmp_path/'e.pkl')           # has no data
     assert back.low_rank_summary().equals(summarize(back.model)) and back.low_rank_summary(x).equals(got)
+
+# Pictures
+
+def titles(axes): return [a.get_title() for a in axes]
+
+def test_spectra():
+    learn = mk_learn()
+    dense = copy.deepcopy(learn.model)
+    assert titles(learn.plot_spectra()) == ['0\ndense, full rank 8', '3\ndense, full rank 10', '6\ndense, full rank 4']
+    learn.decompose(what)
+    assert [t.split(',')[0] for t in titles(learn.plot_spectra())] == ['0\nsvd', '3\nsvd', '6\nsvd']
+    assert all((a.get_lines()[0].get_ydata()[2:] < 1e-6).all() for a in learn.plot_spectra())
+    own = plt.subplots(1, 2)[1]
+    learn.model = dense
+    assert learn.plot_spectra(['0', '3'], axes=own) == list(own)
+    plain,metric = (learn.plot_spectra(data=d)[0].get_lines()[0].get_ydata() for d in (None, calibration_batches(learn)))
+    assert np.abs(plain - metric).max() > .01
+
+def state(learn):
+    "Everything of a learner and of the random generators that a look at it could change"
+    opt = [learn.opt.hypers, [p.detach().clone() for p in flat(learn.opt)], [{k: v for k,v in learn.opt.state[p].items()} for p in flat(learn.opt)]]
+    return [copy.deepcopy(o) for o in (dict(learn.model.state_dict()), opt, learn.recorder.values, learn.recorder.losses, [m.training for m in learn.model.modules()],
+                                      torch.get_rng_state(), random.getstate(), np.random.get_state())] + [list(learn.cbs), ids(learn.model.modules())]
+
+def same(a, b):
+    if isinstance(a, (torch.Tensor, np.ndarray)): return bool((a == b).all())
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list,tuple)): return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+def test_tradeoff_looks_and_does_not_touch():
+    learn = mk_learn(metrics=distance)
+    learn.fit(2, 1e-2)
+    learn.model.train()
+    before = state(learn)
+    table = learn.tradeoff((.9, .7), 'params')
+    assert same(before, state(learn))
+    assert list(table.columns) == ['budget', 'params', 'macs', 'loss', 'distance'] and list(table.budget) == [1, .9, .7]
+    value = learn.validate()[1]
+    assert table.distance[0] == pytest.approx(value, rel=1e-5)      # a mean of float32 numbers, in other batches
+    for _,r in table[1:].iterrows():
+        other = mk_learn(model=copy.deepcopy(learn.model), metrics=distance)
+        other.decompose(Budget(params=r.budget))
+        assert other.validate()[1] == pytest.approx(r.distance, rel=1e-4) and count_params(other.model)/count_params(learn.model) == pytest.approx(r.params, rel=1e-12)
+
+def test_tradeoff_without_a_metric_is_the_loss():
+    learn = mk_learn()
+    table = learn.tradeoff((.8,))
+    assert table.columns[-1] == 'valid_loss' and table.valid_loss[0] == pytest.approx(learn.validate()[0], rel=1e-5)     # float32
+
+def test_tradeoff_in_a_picture():
+    learn = mk_learn(metrics=distance)
+    ax = learn.plot_tradeoff((.9, .7), 'params')
+    table = learn.tradeoff((.9, .7), 'params')
+    dense,curve = ax.get_lines()
+    assert list(curve.get_xdata()) == list(100*table.params[1:]) and list(curve.get_ydata()) == list(table.distance[1:]) and dense.get_ydata()[0] == table.distance[0]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ('parameters left (% of the dense model)', 'distance')
+    ax = learn.plot_tradeoff((.9, .7), evaluate=False, ax=plt.gca())
+    assert ax is plt.gca() and ax.get_ylabel() == 'estimated increase of the loss'
+    assert learn.plot_tradeoff((.9,), evaluate=lambda m: 3.).get_ylabel() == 'value'
+
+def test_tradeoff_of_a_decomposed_learner():
+    learn = mk_learn(metrics=distance, cbs=DecomposeCallback(1, what))
+    learn.fit(2, 1e-2)
+    assert len(factored_layers(learn.model)) == 3
+    table = learn.tradeoff((.8,))
+    assert len(factored_layers(learn.model)) == 3
+    assert table.equals(mk_learn(metrics=distance, model=recompose(learn.model)).tradeoff((.8,)))
+
+def test_pictures_without_a_validation_set(tmp_path):
+    learn = mk_learn(metrics=distance, path=tmp_path)
+    learn.export('e.pkl')
+    back = load_learner(tmp_path/'e.pkl')
+    assert len(back.plot_spectra()) == 3
+    with pytest.raises(ValueError, match='^dls: the learner has no validation set.*evaluate=False'): back.plot_tradeoff()
+    data = torch.randn(32, 8)
+    assert list(back.tradeoff((.8,), data=data, evaluate=False).columns) == ['budget', 'params', 'macs', 'loss']
+    learn.dls.loaders = learn.dls.loaders[:1]
+    with pytest.raises(ValueError, match='^dls: the learner has no validation set'): learn.tradeoff()
+    assert learn.tradeoff((.8,), data=data, evaluate=count_params).columns[-1] == 'count_params'
+
+def test_training_curves_of_fits():
+    def curve(*cbs, n=3, metrics=distance):
+        learn = mk_learn(metrics=metrics)
+        learn.fit(n, 1e-2, cbs=cbs)
+        return learn,plot_training(learn.recorder)
+    marks = lambda axes: [[l.get_xdata()[0] for l in a.get_lines() if l.get_linestyle() == ':'] for a in axes]
+    learn,axes = curve(DecomposeCallback({1: FC_Decomposer(rank=3), 2: FC_Decomposer(rank=1)}))
+    assert marks(axes) == [[4, 8]]*3 and list(axes[0].get_lines()[1].get_xdata()) == [4, 8, 12]
+    np.testing.assert_allclose(axes[1].get_lines()[0].get_ydata(), [v[2] for v in learn.recorder.values])
+    np.testing.assert_allclose(axes[2].get_lines()[0].get_ydata(), learn.recorder.lrs)
+    assert len(axes[0].get_lines()[0].get_xdata()) == 12
+    learn,axes = curve(DecomposeCallback(1, what, max_drop=0.), metrics=lambda p,t: -distance(p, t))
+    assert [t.get_text() for t in axes[0].get_legend().get_texts()][2:] == ['decomposed and undone']
+    learn,axes = curve(n=1, metrics=None)
+    assert marks(axes) == [[]]*2 and len(axes[0].get_lines()[1].get_xdata()) == 1
+    learn.validate()
+    with pytest.raises(ValueError, match='^recorder: it holds no epoch'): plot_training(learn.recorder)
