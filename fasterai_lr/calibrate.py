@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['kinds', 'patches', 'draw', 'classification', 'regression', 'Batches', 'n_items', 'Moments', 'output_rows',
-           'n_positions', 'layer_input', 'unbiased', 'Gram', 'InputMoments', 'undisturbed', 'calibrate', 'ridge',
-           'covariance', 'check_kind', 'Metric']
+           'n_positions', 'layer_input', 'unbiased', 'Gram', 'Squares', 'InputMoments', 'undisturbed', 'calibrate',
+           'ridge', 'covariance', 'check_kind', 'Metric', 'DiagonalMetric', 'make_metric']
 
 # %% ../nbs/05_calibrate.ipynb #ec13b826
 import random
@@ -62,7 +62,7 @@ def regression(out:Tensor, gen=None): # any shape
     "A scalar whose gradient has the covariance of a squared error's, `½(out-y)²` with `y` of unit variance around `out`"
     return (out*torch.randn(out.shape, generator=gen).to(out)).sum()
 
-# %% ../nbs/05_calibrate.ipynb #3035a955
+# %% ../nbs/05_calibrate.ipynb #879d6746
 def _to(x, device):
     if isinstance(x, Tensor): return x.detach().to(device).as_subclass(Tensor) # fastai's typed tensors are plain ones here
     if isinstance(x, dict): return type(x)((k, _to(v, device)) for k,v in x.items())
@@ -82,7 +82,7 @@ class Batches:
         bs:int=64): # for a tensor
         if isinstance(data, Batches): data = data.data
         if isinstance(data, Tensor): data = data.split(bs)
-        self.data,self.device = getattr(data, 'train', data),device
+        self.data,self.device = data.train if hasattr(data, 'loaders') else data,device     # a fastai loader has a `train` too: its dataset's
         if not hasattr(self.data, '__iter__') or isinstance(self.data, str):
             raise TypeError(f"data: {type(data).__name__} holds no batches; expected a tensor, a list of batches, a DataLoader or DataLoaders")
         if isinstance(self.data, Iterator): raise TypeError("data: an iterator can be gone through only once; give a list of batches")
@@ -105,14 +105,14 @@ def n_items(batch)->int:
     if (t := first(batch)) is None: raise TypeError("data: a batch holds no tensor")
     return len(t)
 
-# %% ../nbs/05_calibrate.ipynb #2b9f9ff8
+# %% ../nbs/05_calibrate.ipynb #70884686
 @dataclass
 class Moments:
-    "Second moments of one layer, `[groups, n, n]`, and means, `[groups, n]`"
+    "Second moments of one layer, `[groups, n, n]`, or `[groups, n]` where only the diagonal is kept; and means, `[groups, n]`"
     grads:Tensor # of the loss's gradient at the output: summed over positions, averaged over samples
-    outputs:Tensor|None # of the output without its bias, averaged over positions; `None` where `inputs` says it
+    outputs:Tensor|None # of the output without its bias, averaged over positions; `None` where `inputs` has to say it
     output_mean:Tensor
-    inputs:Tensor|None # of patches, averaged over positions; `None` beyond the size limit
+    inputs:Tensor|None # of patches, averaged over positions; `None` where `outputs` stands for it
     input_mean:Tensor
     positions:int # that the averages are over
 
@@ -158,27 +158,39 @@ class Gram:
     @property
     def row_mean(self): return self.rows/self.n
 
+class Squares(Gram):
+    "The same for the diagonal alone"
+    def add(self, a, b):
+        self.sum,self.rows,self.n = self.sum + (a*b).sum(0, dtype=torch.float64),self.rows + a.sum(0, dtype=torch.float64),self.n + len(a)
+
 class InputMoments:
-    "Adds up what a layer sees: the moment of patches, or beyond `max_size` that of the outputs they make, and the mean of patches"
+    "Adds up what a layer sees: the moment of patches, or beyond `max_size` that of the outputs they make, or the diagonal where both are too large; and the mean of patches"
     def __init__(self, layer, max_size):
-        self.small,self.second,self.patches = prod(Geometry.of(layer).block_shape[2:]) <= max_size,Gram(),0.
+        _,o,*patch = Geometry.of(layer).block_shape
+        self.small,self.few = prod(patch) <= max_size,o <= max_size
+        self.second,self.patches = Gram(),Squares()
 
     def add(self, layer, x, out, idx):
-        "Returns the rows whose moment it is"
-        rows = patches(layer, x, idx) if self.small else unbiased(layer, output_rows(layer, out, idx))
-        self.second.add(rows, rows)
+        "Returns the rows whose moment it is, `None` where there is only a diagonal"
+        rows = patches(layer, x, idx) if self.small else unbiased(layer, output_rows(layer, out, idx)) if self.few else None
+        if rows is not None: self.second.add(rows, rows)
         if not self.small:
-            for i in torch.arange(len(rows)).split(256) if idx is None else idx.split(256): self.patches = self.patches + patches(layer, x, i).sum(0, dtype=torch.float64)
+            for i in (torch.arange(n_positions(layer, out)) if idx is None else idx).split(256): p = patches(layer, x, i); self.patches.add(p, p)
         return rows
 
     @property
-    def mean(self): return self.second.row_mean if self.small else self.patches/self.second.n
+    def n(self): return (self.second if self.small else self.patches).n
+    @property
+    def moment(self): return (self.second if self.small or self.few else self.patches).mean
+    @property
+    def mean(self): return (self.second if self.small else self.patches).row_mean
 
 class _Gather:
     "The hook of one layer: adds up its moments"
     def __init__(self, layer, max_size, most, gen):
         self.layer,self.most,self.gen = layer,most,gen
-        self.inputs,self.grads = InputMoments(layer, max_size),Gram()
+        self.inputs = InputMoments(layer, max_size)
+        self.grads = Gram() if self.inputs.few else Squares()
 
     def hook(self, layer, args, kwargs, out):
         with torch.no_grad(): self.inputs.add(layer, layer_input(args, kwargs).detach(), out.detach(), draw(n_positions(layer, out), self.most, self.gen))
@@ -192,14 +204,15 @@ class _Gather:
         self.grads.add(rows, rows)
 
     def moments(self, samples, name):
-        for m in (self.inputs.second.sum, self.inputs.mean, self.grads.sum):
+        moment,mean,few = self.inputs.moment,self.inputs.mean,self.inputs.few
+        for m in (moment, mean, self.grads.sum):
             if isinstance(m, Tensor): check_finite(m, f'data: the moment of layer {name!r}')
         W = Geometry.of(self.layer).to_blocks(self.layer.weight.detach()).double().flatten(2)
-        G = self.grads.sum/samples if self.grads.n else W.new_zeros(*W.shape[:2], W.shape[1]) # no gradient reaches it
-        second,mean,small = self.inputs.second.mean,self.inputs.mean,self.inputs.small
-        return Moments(G, None if small else second, (W@mean[...,None])[...,0], second if small else None, mean, self.inputs.second.n)
+        G = self.grads.sum/samples if self.grads.n else W.new_zeros(*W.shape[:2], *W.shape[1:2]*few) # no gradient reaches it
+        by_output = few and not self.inputs.small
+        return Moments(G, moment if by_output else None, (W@mean[...,None])[...,0], None if by_output else moment, mean, self.inputs.n)
 
-# %% ../nbs/05_calibrate.ipynb #0fc75bbd
+# %% ../nbs/05_calibrate.ipynb #6d5d1bac
 @contextmanager
 def undisturbed():
     "Random states of torch's CPU generator, Python and NumPy, which a data loader may draw from, are restored afterwards; inference mode is left meanwhile"
@@ -243,35 +256,40 @@ def calibrate(
     most:int=8192, # positions a batch and layer that the moments of patches are taken over
     seed:int=0, # of signs and positions; torch's own generator is left alone
     progress=None # wraps the iteration over the batches, like `fastprogress.progress_bar`
-   )->dict: # {layer name: `Moments`}; a layer that the data does not reach, or that is too large, is absent
+   )->dict: # {layer name: `Moments`}; a layer that the data does not reach is absent
     "Second moments of every linear layer and convolution that can be decomposed, over `data`"
     if not callable(loss): raise TypeError(f"loss: {loss!r} is no function; give classification, regression, or a function from the model's output to a scalar")
     gen = torch.Generator().manual_seed(seed)
     layers = [f for f in find_layers(model, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) if not f.reason]
-    gathers = {f.name: _Gather(f.layer, max_size, most, gen) for f in layers if Geometry.of(f.layer).block_shape[1] <= max_size}
+    gathers = {f.name: _Gather(f.layer, max_size, most, gen) for f in layers}
     device,samples = next(iter(devices_of(model)), None),0
+    scale = 256. if any(p.dtype == torch.float16 for p in model.parameters()) else 1. # small gradients would be zero there
     with _gathering(model, gathers):
         all_batches = Batches(data, device)
         for b in (progress or iter)(all_batches):
             scalar = _scalar(loss, run_model(model, b), gen)
-            if scalar.requires_grad: scalar.backward()
+            if scalar.requires_grad: scalar.backward(torch.full_like(scalar, scale))
             samples += n_items(b)
-    return {n:g.moments(samples, n) for n,g in gathers.items() if g.inputs.second.n}
+    return {n:g.moments(samples*scale**2, n) for n,g in gathers.items() if g.inputs.n}
 
-# %% ../nbs/05_calibrate.ipynb #0cc351a6
+# %% ../nbs/05_calibrate.ipynb #80daa146
+def _diag(M): return M if M.dim() == 2 else M.diagonal(dim1=-2, dim2=-1) # `[groups, n]`, given a moment or the diagonal of one
+
+def _plus(M, d): return M + (d if M.dim() == 2 else torch.diag_embed(d.expand(M.shape[:-1])))
+
 def _mean_diag(M): # one where nothing depends on the layer or nothing reaches it
-    d = M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    d = _diag(M).mean(-1, keepdim=True)
     return torch.where(d > 0, d, 1.)
 
-def ridge(M): # `[..., n, n]`
-    "What is added to the diagonal of a moment of inputs, `[..., n]`"
-    return 1e-3*M.diagonal(dim1=-2, dim2=-1) + 1e-5*_mean_diag(M)
+def ridge(M): # `[groups, n, n]`, or the diagonal
+    "What is added to the diagonal of a moment of inputs, `[groups, n]`"
+    return 1e-3*_diag(M) + 1e-5*_mean_diag(M)
 
-def covariance(M, m): # `[..., n, n]` and `[..., n]`
+def covariance(M, m): # `[groups, n, n]`, or the diagonal, and `[groups, n]`
     "The moment `M` about the mean `m`, with as much on the diagonal as the float32 products in `M` may lack where the mean is large"
     if M is None: return M
     m2 = m.square()
-    return M - m[...,None]*m[...,None,:] + torch.diag_embed(1e-6*(m2 + m2.mean(-1, keepdim=True)))
+    return _plus(M - (m2 if M.dim() == 2 else m[...,None]*m[...,None,:]), 1e-6*(m2 + m2.mean(-1, keepdim=True)))
 
 kinds = ('fisher', 'activation')
 
@@ -281,6 +299,7 @@ def check_kind(kind):
 
 class Metric:
     "What an error of one layer's weight costs"
+    diagonal = False # are the moments, or some, only diagonals?
     def __init__(self,
         geometry:Geometry,
         moments:Moments,
@@ -344,3 +363,34 @@ class Metric:
         "The estimated increase of the loss"
         D = error.double().flatten(2)
         return .5*float(((self.G@D@self.inputs)*D).sum())
+
+# %% ../nbs/05_calibrate.ipynb #66983b00
+class DiagonalMetric:
+    "`Metric` of a layer with more outputs than moments are kept for; its arguments"
+    diagonal,inputs = True,None
+    def __init__(self, geometry, moments, weight, kind='fisher', centre=True):
+        check_kind(kind)
+        A,G = covariance(moments.inputs, moments.input_mean) if centre else moments.inputs,_diag(moments.grads)
+        A,G = _plus(A, ridge(A)),G if kind=='fisher' else torch.ones_like(G)
+        self.left = (.99*G + .01*_mean_diag(G)).sqrt()[...,None]
+        self.right = A.sqrt()[:,None] if A.dim() == 2 else torch.linalg.cholesky(A)
+        self.total = max(self.cost(weight), 1e-300)
+
+    def scaled(self, W): # `[groups, o, d]`
+        "`W` in coordinates in which the plain error is the cost"
+        W = self.left*W.double()
+        return W*self.right if self.right.shape[1] == 1 else W@self.right
+
+    def unscaled(self, first, last): # `[groups, r, d]` and `[groups, o, r]`
+        "Factors of a scaled weight as factors of the weight"
+        solve = lambda L,t: t/L if L.shape[1] == 1 else torch.linalg.solve_triangular(L, t, upper=False, left=False)
+        return solve(self.right, first), last/self.left
+
+    def cost(self, error): # of the weight, `[groups, o, i, *k]`
+        "The estimated increase of the loss"
+        return .5*float(self.scaled(error.flatten(2)).square().sum())
+
+def make_metric(geometry, moments, weight, kind='fisher', centre=True):
+    "The metric that the moments of a layer have enough for, from the arguments of `Metric`"
+    full = moments.grads.dim() == 3 and (moments.inputs is None or moments.inputs.dim() == 3)
+    return (Metric if full else DiagonalMetric)(geometry, moments, weight, kind, centre)

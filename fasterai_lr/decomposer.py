@@ -197,7 +197,7 @@ class ConvDecomposer(Decomposer):
         cls = Svd if all(k == 1 for k in geom.kernel) or metric is not None and metric.inputs is None else schemes[self.method]
         return cls(geom, found.layer.weight, found.name, metric)
 
-# %% ../nbs/08_decomposer.ipynb #1d86f036
+# %% ../nbs/08_decomposer.ipynb #28a4bbf2
 def as_decomposers(what):
     "`what` as a list of decomposers"
     if what is None: return [FC_Decomposer(), ConvDecomposer('spatial', rank=0.25)]
@@ -220,28 +220,29 @@ def changed_modules(
             if any(not torch.equal(t, now[k]) for k,t in was.items()): res[n] = m
     return res
 
-def _fitted(decomposers, model, data, args=(), metric='fisher', loss=classification, seed=0, progress=None, **kwargs):
+def _fitted(decomposers, model, data, args=(), metric='fisher', loss=classification, seed=0, progress=None, max_size=8192, **kwargs):
     "Like `factorize`, with ranks chosen in the metric of the data, and fitted to it"
-    planner = Planner(model, data, metric, loss=loss, seed=seed, progress=progress)
+    planner = Planner(model, data, metric, loss=loss, seed=seed, progress=progress, max_size=max_size)
     of_layer = lambda n: planner.metric_of(n) if n in planner.uses else None
     chosen,records = {},{}
     for d in decomposers:
         for f,choice,rec in d.choices(model, *args, taken=set(chosen), metric=of_layer):
             if choice:
                 chosen[f.name],rec.error = (f, *choice),choice[0].error(choice[1])
-                if why := planner.why_not(f): rec.reason = '; '.join(filter(None, (rec.reason, f'{why}: decomposed by its weight alone')))
+                why = planner.why_not(f)
+                rec.reason = '; '.join(filter(None, (rec.reason, f'{why}: decomposed by its weight alone' if why else planner.note(f.name))))
             if choice or f.name not in records: records[f.name] = asdict(rec)
     reached = {n: (s, r) for n,(f,s,r) in chosen.items() if n in planner.uses}
     predicted = planner.predicted_loss(s.costs([r])[0] for s,r in reached.values())
-    res = fit(model, {n: (s.name, r) for n,(s,r) in reached.items()}, planner.batches, planner.moments, metric, loss=loss, seed=seed, progress=progress, **kwargs)
+    res = fit(model, {n: (s.name, r) for n,(s,r) in reached.items()}, planner.batches, planner.moments, metric, loss=loss, seed=seed, progress=progress, max_size=max_size, **kwargs)
     res = replace_layers_(res, {n: s.build(r, f.layer) for n,(f,s,r) in chosen.items() if n not in reached})
     return changed_modules(model, res), dict(layers=merged_records(model, records), predicted=predicted, measured=measured(model, res, planner.batches, loss))
 
-def _planned(model, budget, data, metric='fisher', loss=classification, schemes=('svd', 'spatial'), evaluate=None, seed=0, progress=None, **kwargs):
+def _planned(model, budget, data, metric='fisher', loss=classification, schemes=('svd', 'spatial'), evaluate=None, seed=0, progress=None, max_size=8192, **kwargs):
     "The plan for a budget, carried out"
-    planner = Planner(model, data, metric, schemes, loss, seed=seed, progress=progress)
+    planner = Planner(model, data, metric, schemes, loss, seed=seed, progress=progress, max_size=max_size)
     plan = planner.make(budget, evaluate, progress)
-    return plan.apply(model, planner.batches, moments=planner.moments, metric=metric, loss=loss, seed=seed, progress=progress, **kwargs)
+    return plan.apply(model, planner.batches, moments=planner.moments, metric=metric, loss=loss, seed=seed, progress=progress, max_size=max_size, **kwargs)
 
 def factorize(
     model:nn.Module, # left untouched

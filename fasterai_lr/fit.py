@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Use', 'trace', 'Stats', 'fit', 'loss_increase', 'flip_and_crop', 'output_loss', 'distill']
 
-# %% ../nbs/07_fit.ipynb #202ee580
+# %% ../nbs/07_fit.ipynb #c743500b
 import weakref
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from .layers import Geometry, devices_of, evaluating, replace_layers, replace_layers_, run_model
-from .calibrate import (Batches, Gram, InputMoments, Metric, Moments, calibrate, check_kind, classification, covariance, draw, layer_input, n_items,
+from .calibrate import (Batches, Gram, InputMoments, Moments, calibrate, check_kind, classification, covariance, draw, layer_input, make_metric, n_items,
     n_positions, output_rows, regression, ridge, unbiased, undisturbed)
 from .schemes import schemes
 
@@ -91,7 +92,7 @@ def _run(model, batch):
         with evaluating(model), torch.inference_mode(False), torch.no_grad(): return run_model(model, batch)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../nbs/07_fit.ipynb #9c7ae00b
+# %% ../nbs/07_fit.ipynb #7358cff6
 class _Stop(Exception): pass
 
 class _Seen:
@@ -123,7 +124,7 @@ class _Seen:
 class Stats:
     "Moments `[groups, n, n]` and means that a layer is fitted to"
     xx:Tensor # of its input as it is now, as patches; or as the output that it makes of them, where those are too large
-    yx:Tensor # of the wanted output, without bias, with that input
+    yx:Tensor|None # of the wanted output, without bias, with that input; `None` where `xx` is only a diagonal
     x:Tensor # mean of the patches, `[groups, d]`
     y:Tensor # mean of the wanted output, `[groups, o]`
 
@@ -131,7 +132,7 @@ class Stats:
     def of(cls, m:Moments, W:Tensor): # `[groups, o, d]`
         "Those of a layer that is to stay as it is"
         if m.inputs is None: return cls(m.outputs, m.outputs, m.input_mean, m.output_mean)
-        return cls(m.inputs, W@m.inputs, m.input_mean, m.output_mean)
+        return cls(m.inputs, W@m.inputs if m.inputs.dim() == 3 else None, m.input_mean, m.output_mean)
 
 class _Pair:
     "Moments of one layer between the dense network and the other"
@@ -143,10 +144,11 @@ class _Pair:
         idx = draw(n_positions(self.layer, out), most, gen)
         y = unbiased(self.layer, output_rows(self.layer, dense[1], idx))
         if lost is not None: y = y + output_rows(self.layer, lost, idx)
-        self.yx.add(y, self.inputs.add(self.layer, x, out, idx))
+        rows = self.inputs.add(self.layer, x, out, idx)
+        if rows is not None: self.yx.add(y, rows)
         self.y.add(y, y.new_ones(*y.shape[:2], 1))
 
-    def stats(self): return Stats(self.inputs.second.mean, self.yx.mean, self.inputs.mean, self.y.mean[...,0])
+    def stats(self): return Stats(self.inputs.moment, self.yx.mean if self.yx.n else None, self.inputs.mean, self.y.mean[...,0])
 
 def _scale(norm, ndim):
     "What a BatchNorm multiplies its input by, `[channels, 1, ...]`"
@@ -178,7 +180,7 @@ def _gather(dense, other, uses, batches, most, max_size, seed):
             for d,o in zip(was.calls[n], now.calls[n], strict=True): p.add(d, o, lost, most, gen)
     return {n:p.stats() for n,p in pairs.items()}
 
-# %% ../nbs/07_fit.ipynb #08203d00
+# %% ../nbs/07_fit.ipynb #1121f59d
 def _covariances(s, z, centre): # `z`: mean of what `s.xx` is the moment of
     return (covariance(s.xx, z), s.yx - s.y[...,None]*z[...,None,:]) if centre else (s.xx, s.yx)
 
@@ -189,6 +191,7 @@ def _regress(start, xx, yx):
 
 def _fitted(W, s, centre): # `W` `[groups, o, d]`
     "The best weight for the input as it is, and the moments for its metric"
+    if s.yx is None: return W, Moments(None, None, None, s.xx, s.x, 0)
     if s.xx.shape[-1] == W.shape[-1]:
         best = _regress(W, *_covariances(s, s.x, centre))
         return best, Moments(None, None, None, s.xx, s.x, 0)
@@ -207,7 +210,7 @@ def _fit_layer(layer, choice, s, grads, kind, centre, name):
         with torch.no_grad(): new.weight.copy_(geom.from_blocks(best))
     else:
         moments.grads = grads
-        scheme = schemes[choice[0]](geom, geom.from_blocks(best), name, Metric(geom, moments, best, kind, centre))
+        scheme = schemes[choice[0]](geom, geom.from_blocks(best), name, make_metric(geom, moments, best, kind, centre))
         if why := scheme.misfit(choice[1]): raise ValueError(f"choices: layer {name!r}: {why}")
         new = scheme.build(choice[1], layer, scheme.refined(choice[1]))
     left = geom.to_blocks(new.weight.detach()).double().flatten(2)@s.x[...,None]
@@ -220,7 +223,7 @@ def _correct_mean(new, norm, missing):
         if holder.bias is not None: holder.bias += missing.to(holder.bias)
         elif norm is not None: norm.running_mean -= missing.to(norm.running_mean)
 
-# %% ../nbs/07_fit.ipynb #f2888042
+# %% ../nbs/07_fit.ipynb #10f5421a
 def _check(choices, passes, metric):
     check_kind(metric)
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1: raise ValueError(f"passes: {passes!r} is not an int of at least 1")
@@ -251,7 +254,7 @@ def fit(
     if moments is None: moments = calibrate(model, batches, loss, max_size, seed=seed)
     first = next(iter(batches))
     uses = trace(model, moments, first)
-    if missed := [n for n in choices if n not in uses]: raise ValueError(f"choices: no data reaches {', '.join(map(repr, missed))}, or it is too large to be fitted")
+    if missed := [n for n in choices if n not in uses]: raise ValueError(f"choices: no data reaches {', '.join(map(repr, missed))}")
     res,size = replace_layers(model, {}),ceil(len(uses)/passes)
     names = list(uses)
     groups = [names[i:i+size] for i in range(0, len(names), size)]
@@ -270,24 +273,25 @@ def _flat(model, name):
     layer = model.get_submodule(name)
     return Geometry.of(layer).to_blocks(layer.weight.detach()).double().flatten(2)
 
-# %% ../nbs/07_fit.ipynb #0263de6a
+# %% ../nbs/07_fit.ipynb #a6376a3e
 @undisturbed()
 def loss_increase(
     dense:nn.Module, # whose predictions are the labels
     model:nn.Module,
     data, # as `calibrate` takes it
-    loss=classification # or `regression`
+    loss=classification # or `regression`, or a function with an `axis`: that of the class scores, `None` if there are none
    )->float|None: # mean over the samples; `None` for any other `loss`
     "How far the loss of `model` is above that of `dense` on `data`"
-    if loss not in (classification, regression): return None
-    total,samples = 0.,0
+    if loss not in (classification, regression) and not hasattr(loss, 'axis'): return None
+    axis,total,samples = 1 if loss is classification else getattr(loss, 'axis', None),0.,0
+    first = lambda out: (out[0] if isinstance(out, (tuple, list)) else out).double()
     for b in Batches(data, next(iter(devices_of(dense)), None)):
-        want,out = (_run(m, b).double() for m in (dense, model))
-        total += float(.5*(out-want).square().sum() if loss is regression else F.kl_div(out.log_softmax(1), want.log_softmax(1), reduction='sum', log_target=True))
+        want,out = (first(_run(m, b)) for m in (dense, model))
+        total += float(.5*(out-want).square().sum() if axis is None else F.kl_div(out.log_softmax(axis), want.log_softmax(axis), reduction='sum', log_target=True))
         samples += n_items(b)
     return total/samples
 
-# %% ../nbs/07_fit.ipynb #01e99079
+# %% ../nbs/07_fit.ipynb #56e1ef4a
 def flip_and_crop(
     x:Tensor, # images `[n, channels, h, w]`
     gen:torch.Generator, # for the draws
@@ -325,8 +329,18 @@ def output_loss(
     return t*t*F.kl_div((out/t).log_softmax(1), (want/t).log_softmax(1), log_target=True, reduction='batchmean')*len(out)/(out.numel()/out.shape[1])
 
 def _feature_loss(a, b):
-    pairs = [(a[n], w) for n,w in b.items() if isinstance(w, Tensor) and w.is_floating_point()]
+    pairs = [(a[n], w.to(a[n].dtype)) for n,w in b.items() if isinstance(w, Tensor) and w.is_floating_point()]
     return sum(_relative(o, w) for o,w in pairs)/max(1, len(pairs))
+
+_halves = torch.float16,torch.bfloat16
+
+def _widened(model):
+    "Half-precision tensors of `model` become float32 ones; their dtypes"
+    was = {t:t.dtype for t in (*model.parameters(), *model.buffers()) if t.dtype in _halves}
+    for t in was: t.data = t.data.float()
+    return was
+
+def _wide(batch): return tree_map(lambda t: t.float() if isinstance(t, Tensor) and t.dtype in _halves else t, batch)
 
 def _parents(names): return sorted({n.rpartition('.')[0] for n in names} - {''})
 
@@ -344,6 +358,7 @@ def distill(
    )->nn.Module:
     "A copy of `model` whose layers are trained to do on `data` what `teacher` does"
     res,gen = replace_layers(model, {}),torch.Generator().manual_seed(seed)
+    dtypes = _widened(res)
     names = _parents(n for n,m in res.named_modules() if hasattr(m, 'geometry'))
     params = list(dict.fromkeys(p for m in res.modules() if not list(m.children()) for p in m.parameters()))
     flags = [p.requires_grad for p in params]
@@ -357,7 +372,8 @@ def distill(
                 if augment: b = (augment(b[0], gen), *b[1:])
                 with torch.no_grad(): want = run_model(teacher, b)
                 if not isinstance(want, Tensor): raise TypeError(f"distill: the model returns {type(want).__name__}; only a tensor can be learned from")
-                l = output_loss(run_model(res, b), want, loss) + _feature_loss(feats[0].outs, feats[1].outs)
+                out = run_model(res, _wide(b) if dtypes else b)
+                l = output_loss(out, want.to(out.dtype), loss) + _feature_loss(feats[0].outs, feats[1].outs)
                 opt.zero_grad()
                 l.backward()
                 opt.step()
@@ -365,6 +381,7 @@ def distill(
     finally:
         for f in feats: f.remove()
     for p,f in zip(params, flags): p.requires_grad_(f).grad = None
+    for t,d in dtypes.items(): t.data = t.data.to(d)
     return res
 
 def _forever(batches):

@@ -6,7 +6,7 @@
 __all__ = ['layer_types', 'Record', 'dense_record', 'known_records', 'merged_records', 'Budget', 'Option', 'chain_macs',
            'layer_options', 'choose', 'measured', 'Plan', 'Planner', 'time_options', 'measured_ratio', 'make_plan']
 
-# %% ../nbs/07_plan.ipynb #0518ac96
+# %% ../nbs/07_plan.ipynb #6245c9f8
 import copy, json
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -22,7 +22,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from .layers import Geometry, devices_of, factored_layers, find_layers, replace_layers
 from .schemes import exceeds, schemes as known_schemes
-from .calibrate import Batches, Metric, calibrate, check_kind, classification, undisturbed
+from .calibrate import Batches, calibrate, check_kind, classification, make_metric, undisturbed
 from .cost import count_macs, count_params, macs_per_layer, measure_latency
 from .fit import fit, loss_increase, trace
 
@@ -288,17 +288,17 @@ def _fresh(layer, scheme, rank):
     if w.dim()==4 and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous(): res = res.to(memory_format=torch.channels_last)
     return res.train(layer.training)
 
-# %% ../nbs/07_plan.ipynb #ca79af47
+# %% ../nbs/07_plan.ipynb #e5a6a2ab
 class Planner:
     "What is known about a model before a budget is chosen"
     @undisturbed()
-    def __init__(self, model, data, metric='fisher', schemes=('svd', 'spatial'), loss=classification, moments=None, sample=None, seed=0, progress=None):
+    def __init__(self, model, data, metric='fisher', schemes=('svd', 'spatial'), loss=classification, moments=None, sample=None, seed=0, progress=None, max_size=8192):
         check_kind(metric)
         for s in schemes:
             if s not in known_schemes: raise ValueError(f"schemes: {s!r} is not one of {', '.join(map(repr, known_schemes))}")
         self.model,self.metric,self.schemes = model,metric,schemes
         self.batches = Batches(data, next(iter(devices_of(model)), None))
-        self.moments = calibrate(model, self.batches, loss, seed=seed, progress=progress) if moments is None else moments
+        self.moments = calibrate(model, self.batches, loss, max_size, seed=seed, progress=progress) if moments is None else moments
         self.sample = next(iter(self.batches if sample is None else Batches([sample], self.batches.device)))
         self.found = find_layers(model, layer_types)
         self.uses = trace(model, self.moments, self.sample)
@@ -309,7 +309,11 @@ class Planner:
         "Why nothing is known about what a layer does, or what it may become; `None` if it is"
         if f.reason: return f.reason
         if Geometry.of(f.layer).transposed: return 'no metric is known for a transposed convolution'
-        if f.name not in self.uses: return 'no data reaches it, or its moments would be too large'
+        if f.name not in self.uses: return 'no data reaches it'
+
+    def note(self, name):
+        "What was coarse about the metric of a layer that has one"
+        return 'too many outputs for a full moment: weighted by its diagonal' if self.moments[name].grads.dim() == 2 else ''
 
     def all_options(self, step=1):
         "{layer name: its `Option`s}"
@@ -321,7 +325,7 @@ class Planner:
         "The `Metric` of a layer"
         layer = self.model.get_submodule(name)
         geom = Geometry.of(layer)
-        return Metric(geom, self.moments[name], geom.to_blocks(layer.weight.detach()), self.metric, geom.bias or self.uses[name].norm is not None)
+        return make_metric(geom, self.moments[name], geom.to_blocks(layer.weight.detach()), self.metric, geom.bias or self.uses[name].norm is not None)
 
     def plan(self, budget:Budget, options=None, total=None)->Plan:
         "The plan for a budget of parameters or MACs"
@@ -351,7 +355,7 @@ class Planner:
         if option is None or option.scheme is None: return rec
         rank = list(option.rank) if isinstance(option.rank, tuple) else option.rank
         full = known_schemes[option.scheme](Geometry.of(f.layer)).full()
-        rec.scheme,rec.rank,rec.full_rank,rec.status,rec.reason = option.scheme,rank,list(full) if isinstance(full, tuple) else full,'factored',''
+        rec.scheme,rec.rank,rec.full_rank,rec.status,rec.reason = option.scheme,rank,list(full) if isinstance(full, tuple) else full,'factored',self.note(f.name)
         rec.params_after,rec.error = option.params,option.error
         return rec
 

@@ -39,7 +39,7 @@ class Mode:
     spectrum:object # zero-argument callable that returns the singular values, `[n]` or `[blocks, n]`
     shape:tuple # rows and columns of the unfolding
 
-# %% ../nbs/04_schemes.ipynb #beb24aaf
+# %% ../nbs/04_schemes.ipynb #9053fd91
 class Scheme:
     "One way to factor one layer; see `links` and `tensors`, which a scheme defines"
     name = None
@@ -67,7 +67,7 @@ class Scheme:
     def misfit(self, rank=1)->str|None:
         "Why this layer cannot be factored so at `rank`, `None` if it can"
         if self.groups > 1 and self.i == 1: return 'a depthwise convolution has nothing to factor'
-        if self.metric is not None and self.metric.inputs is None and self.name != 'svd': return 'its patches are too large for their moment; use svd'
+        if self.metric is not None and self.metric.inputs is None and self.name != 'svd': return 'its moments would be too large; use svd'
         return self.unfit(rank)
 
     @cached_property
@@ -232,7 +232,7 @@ def _balance(F, L):
     U,S,Vh = map(torch.stack, zip(*(SVD(m, exact=False).truncate(len(m)) for m in Rl@Rf.mT)))
     return S.sqrt()[...,None]*(Vh@Qf.mT), (Ql@U)*S.sqrt()[...,None,:]
 
-# %% ../nbs/04_schemes.ipynb #21a4268b
+# %% ../nbs/04_schemes.ipynb #61499ad7
 @register
 class Svd(_Matrix):
     "The matrix (o | i h w): a thinner copy of the layer to `rank` channels, then a pointwise one to `o`"
@@ -240,16 +240,17 @@ class Svd(_Matrix):
     def shape(self): return self.o, self.i*prod(self.k)
     def links(self, rank): return [Link(self.i, rank, self.geom.axes), Link(rank, self.o)]
 
-    def unfolding(self): return self.blocks.flatten(2)
+    def unfolding(self): return self.blocks.flatten(2) if self.metric is None else self.metric.scaled(self.blocks.flatten(2))
 
     @cached_property
     def svd(self):
-        "Of `W`; with a metric of `LᵀWA^½`, from its Gram matrix `LᵀWAWᵀL`"
-        if self.metric is None: return super().svd
+        "Of `W`; with a metric of `LᵀWA^½`, from its Gram matrix `LᵀWAWᵀL`, which is not formed where `L` is diagonal"
+        if self.metric is None or self.metric.diagonal: return super().svd
         return FromGram(self.metric.Lo.mT @ self.metric.outputs @ self.metric.Lo)
 
     def tensors(self, rank):
         if self.metric is None: return self.halves(rank)[::-1]
+        if self.metric.diagonal: return self.metric.unscaled(*self.halves(rank)[::-1])
         U,S,L = self.svd.left(rank),self.svd.spectrum[:,:rank],self.metric.Lo
         root = S.clamp_min(1e-9*S.max()).sqrt()
         first = (U/root[:,None]).mT @ L.mT @ self.blocks.flatten(2).double()
@@ -259,8 +260,8 @@ class Svd(_Matrix):
 
     def costs(self, ranks):
         if self.metric is None: return super().costs(ranks)
-        tails = .5*self.svd.spectrum.square().sum(0).flip(0).cumsum(0).flip(0)
-        return [float(tails[r]) if r < self.o else 0. for r in ranks]
+        tails = .5*self.svd.spectrum.reshape(self.groups, -1).square().sum(0).flip(0).cumsum(0).flip(0)
+        return [float(tails[r]) if r < len(tails) else 0. for r in ranks]
 
     def product(self, rank):
         "The weight of the given rank that is nearest to the layer's, in the layer's shape"

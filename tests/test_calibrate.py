@@ -1,5 +1,5 @@
 "Moments against brute force on every geometry, what calibration leaves behind, and the schemes in the metrics that come of it"
-import random
+import copy, dataclasses, random
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import prod
@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fasterai_lr.calibrate import Batches, Gram, Metric, calibrate, classification, regression
+from fasterai_lr.calibrate import Batches, DiagonalMetric, Gram, Metric, calibrate, classification, make_metric, regression
 from fasterai_lr.layers import Geometry
 from fasterai_lr.schemes import schemes
 
@@ -315,7 +315,7 @@ def test_no_moment_above_the_limit_is_formed(monkeypatch):
     monkeypatch.setattr(Gram, 'add', lambda self, a, b: sizes.append((a.shape[2], b.shape[2])) or add(self, a, b))
     net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 12), nn.Linear(12, 40))
     found = calibrate(net, torch.randn(10, 4, 6, 6), max_size=36)
-    assert set(found) == {'0', '2'}                                            # 40 outputs are too many
+    assert set(found) == {'0', '2', '3'} and found['3'].grads.shape == (1, 40) # too many outputs: the diagonal
     assert found['0'].inputs.shape == (1, 36, 36) and found['2'].inputs is None and found['2'].outputs.shape == (1, 12, 12)
     assert max(min(s) for s in sizes) <= 36 and max(a*b for a,b in sizes) <= 36**2
     full = calibrate(net, torch.randn(10, 4, 6, 6, generator=gen()), max_size=96)['2']
@@ -327,6 +327,40 @@ def test_beyond_the_limit_outputs_and_means_are_the_same():
     assert small.inputs is None
     close(small.outputs, outputs_of(large, net[0]), 1e-11)                     # double precision, by another way
     for k in ('output_mean', 'input_mean', 'grads'): close(getattr(small, k), getattr(large, k), 1e-11)
+
+def test_where_both_sides_are_beyond_the_limit_the_diagonals_are_kept():
+    net,x = nn.Sequential(nn.Linear(30, 50), nn.Tanh(), nn.Linear(50, 4)).double(),torch.randn(40, 30, dtype=torch.float64) + 1
+    full,outs,both = (calibrate(net, x, half_square, max_size=m)['0'] for m in (8192, 40, 20))
+    for m in (outs, both):
+        assert m.grads.shape == (1, 50) and m.outputs is None
+        close(m.grads, full.grads.diagonal(dim1=1, dim2=2), 1e-11)            # double precision, by another way
+    close(outs.inputs, full.inputs, 1e-11)
+    close(both.inputs, full.inputs.diagonal(dim1=1, dim2=2), 1e-11)
+    for k in ('output_mean', 'input_mean'): close(getattr(both, k), getattr(full, k), 1e-11)
+
+@pytest.mark.parametrize('kind', ['fisher', 'activation'])
+@pytest.mark.parametrize('max_size', [40, 20])
+def test_diagonal_metrics_cost_what_full_ones_with_these_diagonals_do(kind, max_size):
+    net,x = nn.Sequential(nn.Linear(30, 50), nn.Tanh(), nn.Linear(50, 4)).double(),torch.randn(400, 30, dtype=torch.float64)*torch.logspace(0, -1, 30) + .2
+    m,W = calibrate(net, x, max_size=max_size)['0'],net[0].weight.detach()[None]
+    geom = Geometry.of(net[0])
+    full = dataclasses.replace(m, grads=torch.diag_embed(m.grads), inputs=m.inputs if m.inputs.dim() == 3 else torch.diag_embed(m.inputs) + (1 - torch.eye(30))*m.input_mean[...,None]*m.input_mean[...,None,:])
+    metric,want = make_metric(geom, m, W, kind),Metric(geom, full, W, kind)
+    assert type(metric) is DiagonalMetric and type(make_metric(geom, full, W, kind)) is Metric
+    D = torch.randn_like(W)
+    assert metric.cost(D) == pytest.approx(want.cost(D), rel=1e-9) and metric.total == pytest.approx(want.total, rel=1e-5) # a little is added to the moment of outputs
+    a,b = (schemes['svd'](geom, net[0].weight, '0', t) for t in (metric, want))
+    assert 'use svd' in schemes['cp'](Geometry(4, 4, (3, 3), (1, 1), (0, 0), (1, 1)), torch.zeros(4, 4, 3, 3), 'x', metric).misfit()
+    for r in (1, 7, 29, 30):
+        assert a.costs([r])[0] == pytest.approx(b.costs([r])[0], rel=1e-4, abs=1e-9*metric.total)
+        close(a.approximation(r), b.approximation(r), 1e-3)                   # which the float32 of the chain rounds
+    close(a.approximation(30), W, 1e-6)
+
+def test_gradients_of_half_precision_models_that_are_small_are_seen():
+    net,x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),torch.randn(4, 3, 64, 64)
+    with torch.no_grad(): net[4].weight.mul_(.03)                              # gradients of 10⁻⁶, where half precision is spaced by 6·10⁻⁸
+    want,got = calibrate(net, x)['0'],calibrate(copy.deepcopy(net).half(), x.half())['0']
+    close(got.grads, want.grads, .01)
 
 def metric_of(layer, moments, kind='fisher', centre=None):
     geom = Geometry.of(layer)

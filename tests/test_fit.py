@@ -1,5 +1,5 @@
 "The fit of a decomposed model to what the dense one computes: exact at full rank, better than the parts, and without a trace in the model given"
-import weakref
+import copy, weakref
 from collections import Counter
 
 import pytest, torch
@@ -402,6 +402,16 @@ def test_the_loss_of_class_scores_is_the_divergence_per_sample_and_position():
     assert abs(output_loss(a, b) - want) < 1e-12
     wide = lambda t: t[:,:,None,None].expand(3, 4, 2, 5)
     assert abs(output_loss(wide(a), wide(b)) - want) < 1e-12
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_distillation_in_half_precision(dtype, trained):
+    net,x,(other,_) = trained
+    small = decompose(net, ConvDecomposer('svd', {'3.*': 4, '4.*': 4}))             # with much left to learn
+    want,half = distill(small, net, x, 40),copy.deepcopy(small).to(dtype)
+    res = distill(half, copy.deepcopy(net).to(dtype), x.to(dtype), 40)
+    assert {t.dtype for t in (*res.parameters(), *res.buffers(), *half.parameters()) if t.is_floating_point()} == {dtype}
+    a,b,c = (divergence(m.float(), net, other) for m in (want, res, half))
+    assert a < .5*c and b == pytest.approx(a, rel=.1)                 # trained in float32 like it, then rounded
 
 def test_flips_and_crops():
     x,gen = torch.arange(2*3*6*6.).view(2, 3, 6, 6),torch.Generator().manual_seed(0)

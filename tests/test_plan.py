@@ -297,9 +297,9 @@ class Clock:
     def ms(self, model): return sum(self.of_layer(m) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
     def __call__(self, models, sample, *args, **kwargs):
         self.calls += 1
-        if isinstance(models, nn.Module): return Latency(self.ms(models), 0.)
+        if isinstance(models, nn.Module): return Latency(self.ms(models), 0., self.ms(models))
         items = models.items() if isinstance(models, dict) else enumerate(models)
-        res = {k: Latency(self.ms(m), 0.) for k,m in items}
+        res = {k: Latency(self.ms(m), 0., self.ms(m)) for k,m in items}
         return res if isinstance(models, dict) else list(res.values())
 
 def by_size(m): return .01 + m.weight.numel()*1e-3                                # and an overhead for each call
@@ -418,7 +418,7 @@ def test_layers_without_data_or_metric_are_listed_by_name():
     net.never = nn.Linear(30, 30)
     by_rank,by_budget = (decompose(net, what, images).low_rank_plan['layers'] for what in ([FC_Decomposer(.3), ConvDecomposer('svd', .3)], Budget(macs=.8)))
     for n,why in {'never': 'no data reaches it', 'body.7': 'no metric is known for a transposed convolution'}.items():
-        assert by_rank[n]['status'] == 'factored' and by_rank[n]['reason'].startswith(why) and by_rank[n]['reason'].endswith(': decomposed by its weight alone')
+        assert by_rank[n]['status'] == 'factored' and by_rank[n]['reason'] == f'{why}: decomposed by its weight alone'
         assert by_budget[n]['status'] == 'dense' and by_budget[n]['reason'].startswith(why)
     capped = decompose(net, ConvDecomposer('tucker', (60, 4), force=True), images).low_rank_plan['layers']['body.7']
     assert 'capped' in capped['reason'] and capped['reason'].endswith('; no metric is known for a transposed convolution: decomposed by its weight alone')
@@ -430,3 +430,16 @@ def test_the_estimate_is_the_increase_where_its_assumptions_hold():
         small = decompose(net, FC_Decomposer(rank, force=True), x, loss=regression, sequential=False)
         predicted,measured = (d['loss'] for d in noted(small))
         assert measured == pytest.approx(predicted, rel=.05)                       # the gradients are drawn: their covariance is one of 4,000 samples, a little damped
+
+@pytest.mark.parametrize('max_size', [40, 20]) # below the outputs, and below both sides
+@pytest.mark.parametrize('what', [Budget(params=.5), FC_Decomposer(.3)], ids=['budget', 'rank'])
+@pytest.mark.parametrize('kw', [{}, dict(sequential=False), dict(metric='activation')], ids=['sequential', 'closed', 'activation'])
+def test_layers_with_too_many_outputs_are_decomposed_by_diagonals_and_listed(max_size, what, kw):
+    net,x = nn.Sequential(nn.Linear(30, 60), nn.Tanh(), nn.Linear(60, 8)),torch.randn(400, 30)*torch.logspace(0, -2, 30)
+    small = decompose(net, what, x, max_size=max_size, **kw)
+    records = small.low_rank_plan['layers']
+    assert records['0']['status'] == 'factored' and records['0']['reason'] == 'too many outputs for a full moment: weighted by its diagonal'
+    assert 'too many' not in records['2']['reason']
+    ranks = {n:l.rank for n,l in factored_layers(small).items()}
+    if isinstance(what, Budget): assert count_params(small) <= .5*count_params(net)
+    assert miss(small, net, x) < .8*miss(decompose(net, FC_Decomposer(ranks)), net, x) # of inputs that differ in size, diagonals already tell a lot
