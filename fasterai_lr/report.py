@@ -220,7 +220,7 @@ def plot_spectra(
     if axes is None: res[0].figure.supxlabel('index (% of the full rank)', fontsize=9), res[0].figure.supylabel('singular value / the largest', fontsize=9)
     return res
 
-# %% ../nbs/11_report.ipynb #1633b134
+# %% ../nbs/11_report.ipynb #9fb9f459
 def _plans(planner, wishes):
     "{`Budget`: `Plan`}; one warning about the budgets that cannot be kept to, an error if that is all of them"
     res,missed,why = {},[],None
@@ -243,15 +243,16 @@ def tradeoff(
     seed:int=0,
     progress=None, # wraps each long iteration, like `fastprogress.progress_bar`
     **kwargs # for `fit`
-   )->pd.DataFrame: # columns `budget`, `params`, `macs`, `latency` if it is the kind, `loss`, and what `evaluate` says, named as it is (or `value`)
+   )->pd.DataFrame: # columns `budget`, `params`, `macs`, `latency` if it is the kind, `loss` if the metric is one of the loss, and what `evaluate` says, named as it is (or `value`)
     "What budgets of several sizes leave of a model, and what they cost"
     if kind not in ('params', 'macs', 'latency'): raise ValueError(f"kind: {kind!r} is not one of 'params', 'macs', 'latency'")
     wishes = [Budget(**{kind: b}) for b in sorted(budgets, reverse=True)]
     model = recompose(model)
     planner = Planner(model, data, metric, schemes, loss, seed=seed, progress=progress)
     plans = _plans(planner, wishes)
-    rows = [dict(budget=1., params=1., macs=1., **({'latency': 1.} if kind == 'latency' else {}), loss=0.)]
-    rows += [{**rows[0], 'budget': b.value, **p.predicted, **p.measured} for b,p in plans.items()]
+    dense = dict.fromkeys(('params', 'macs', kind), 1.) | ({'loss': 0.} if metric == 'fisher' else {})
+    rows = [dict(budget=1., **dense)]
+    rows += [dict(budget=b.value, **{k: {**p.predicted, **p.measured}[k] for k in dense}) for b,p in plans.items()]
     if evaluate:
         def value(model):
             with evaluating(model), torch.no_grad(): return float(evaluate(model))
@@ -283,7 +284,7 @@ def plot_tradeoff(
     ax.spines[['top', 'right']].set_visible(False)
     return ax
 
-# %% ../nbs/11_report.ipynb #905801a7
+# %% ../nbs/11_report.ipynb #8b8a69ef
 def _epoch_curves(recorder):
     "{name: its value in each epoch} of what the recorder logs, where it is a number"
     def number(v):
@@ -293,12 +294,12 @@ def _epoch_curves(recorder):
     res = {n: np.array([number(v[k]) if k < len(v) else np.nan for v in recorder.values]) for k,n in enumerate(names)}
     return {n:v for n,v in res.items() if not np.isnan(v).all()}
 
-def _mark(ax, decomposed):
-    "A line for each decomposition, grey if it was undone"
+def _mark(ax, decomposed, named):
+    "A line for each decomposition, grey if it was undone; in the legend if it is to be `named`"
     labels = set()
     for d in decomposed:
         label,colour = ('decomposed', 'k') if d.get('decomposed', 1) else ('decomposed and undone', '#8c8c8c')
-        ax.axvline(d['step'], color=colour, ls=':', lw=1.5, label=None if label in labels else label)
+        ax.axvline(d['step'], color=colour, ls=':', lw=1.5, label=label if named and label not in labels else None)
         labels.add(label)
 
 def _log_scale(axis):
@@ -329,7 +330,7 @@ def plot_training(
     for (n,v),c,m in zip(metrics.items(), cycle(_cycle), cycle('os^vD')): axes[1].plot(recorder.iters, v, m, ls='-', color=c, ms=4, label=n)
     low.plot(steps, recorder.lrs, color='k', lw=1)
     low.set(xlabel='step', ylabel='learning\nrate')
-    for a in axes: _mark(a, getattr(recorder, 'decomposed', []))
+    for a in axes: _mark(a, getattr(recorder, 'decomposed', []), a is top)
     top.legend(frameon=False, fontsize=8)
     if len(metrics) == 1: axes[1].set_ylabel(next(iter(metrics)).replace('_', ' '))
     elif metrics: axes[1].set_ylabel('metric'), axes[1].legend(frameon=False, fontsize=8)

@@ -73,7 +73,7 @@ def test_spectra():
     learn.model = dense
     assert learn.plot_spectra(['0', '3'], axes=own) == list(own)
     plain,metric = (learn.plot_spectra(data=d)[0].get_lines()[0].get_ydata() for d in (None, calibration_batches(learn)))
-    assert np.abs(plain - metric).max() > .01
+    assert np.abs(plain - metric).max() > .01 and titles(learn.plot_spectra(data=learn.dls)) == titles(learn.plot_spectra())
 
 def state(learn):
     "Everything of a learner and of the random generators that a look at it could change"

@@ -284,6 +284,10 @@ def test_budgets_that_cannot_be_kept_to():
     with pytest.raises(ValueError, match="^kind: 'size' is not one of"): tradeoff(net(), images(), kind='size')
     with pytest.raises(ValueError, match='^macs: 1.5 is not a fraction'): tradeoff(net(), images(), budgets=(1.5,))
 
+def test_tradeoff_in_the_metric_of_activations():
+    table = tradeoff(net(), images(), count_params, (.5,), metric='activation')
+    assert list(table.columns) == ['budget', 'params', 'macs', 'count_params'] and table.count_params[1] < table.count_params[0]
+
 def test_tradeoff_of_time(monkeypatch):
     monkeypatch.setattr(Planner, 'latency_plan', lambda self, b, progress=None: setattr(p := self.plan(Budget(macs=b.value)), 'measured', {'latency': .9*b.value}) or p)
     table = tradeoff(net(), images(), budgets=(.5,), kind='latency')
