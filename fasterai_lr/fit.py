@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Use', 'trace', 'Stats', 'fit', 'loss_increase', 'flip_and_crop', 'output_loss', 'distill']
 
-# %% ../nbs/07_fit.ipynb #c743500b
+# %% ../nbs/07_fit.ipynb #2837bd55
 import weakref
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from .layers import Geometry, devices_of, evaluating, replace_layers, replace_layers_, run_model
-from .calibrate import (Batches, Gram, InputMoments, Moments, calibrate, check_kind, classification, covariance, draw, layer_input, make_metric, n_items,
+from .calibrate import (Batches, Gram, InputMoments, Moments, Squares, calibrate, check_kind, classification, covariance, draw, layer_input, make_metric, n_items,
     n_positions, output_rows, regression, ridge, unbiased, undisturbed)
 from .schemes import schemes
 
@@ -223,7 +223,31 @@ def _correct_mean(new, norm, missing):
         if holder.bias is not None: holder.bias += missing.to(holder.bias)
         elif norm is not None: norm.running_mean -= missing.to(norm.running_mean)
 
-# %% ../nbs/07_fit.ipynb #10f5421a
+# %% ../nbs/07_fit.ipynb #7324e80d
+def _norm_statistics(model, batches):
+    "Mean and variance of what each BatchNorm of `model` gets, behind others that normalise by the batch's own"
+    norms = {n:m for n,m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    sums = {n:Squares() for n in norms}
+    def hook(norm, args, n):
+        rows = args[0].transpose(0, 1).flatten(1).T.double()
+        sums[n].add(rows, rows)
+        if len(rows) > 1: return F.batch_norm(args[0], None, None, norm.weight, norm.bias, True, 0., norm.eps)
+    handles = [m.register_forward_hook(lambda m,a,o,n=n: hook(m, a, n)) for n,m in norms.items()]
+    try:
+        for b in batches if norms else (): _run(model, b)
+    finally:
+        for h in handles: h.remove()
+    return {n: (s.row_mean, (s.mean - s.row_mean.square()).clamp_min(0.)) for n,s in sums.items() if s.n}
+
+def _renormalise(dense, model, batches):
+    "Fit the statistics of every BatchNorm of `model` to what has changed since `dense`"
+    was = _norm_statistics(dense, batches)
+    for n,(mean,var) in _norm_statistics(model, batches).items():
+        old,new = dense.get_submodule(n),model.get_submodule(n)
+        new.running_mean.copy_(old.running_mean + mean - was[n][0])
+        new.running_var.copy_(old.running_var*torch.where(was[n][1] > 0, var/was[n][1], 1.))
+
+# %% ../nbs/07_fit.ipynb #7272472f
 def _check(choices, passes, metric):
     check_kind(metric)
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1: raise ValueError(f"passes: {passes!r} is not an int of at least 1")
@@ -267,6 +291,7 @@ def fit(
             new,missing = _fit_layer(layer, choices.get(n), s, moments[n].grads, metric, layer.bias is not None or norm is not None, n)
             _correct_mean(new, norm, missing)
             res = replace_layers_(res, {n: new})
+    if not sequential: _renormalise(model, res, batches)
     return distill(res, model, batches, distill_steps, augment=augment, loss=loss, seed=seed, progress=progress) if distill_steps else res
 
 def _flat(model, name):

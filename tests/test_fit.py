@@ -451,3 +451,55 @@ def test_measuring_the_loss_leaves_everything_as_it_was():
     assert net.training and torch.equal(state, torch.get_rng_state()) and all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
     want,half = loss_increase(res_net(), net, images),loss_increase(res_net().bfloat16(), net.bfloat16(), images.bfloat16())
     assert half == half and type(half) is type(want) is float
+
+# --- BatchNorm
+
+def norms(net): return {n:m for n,m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+def test_statistics_are_fitted_where_layers_do_not_make_up_for_each_other(trained, monkeypatch):
+    net,x,(other,_) = trained
+    small = {n: ('spatial' if n != '5' else 'svd', 2) for n in low}
+    with_norms = fit(net, small, x, sequential=False)
+    monkeypatch.setattr(fit_module, '_renormalise', lambda *args: None)
+    without = fit(net, small, x, sequential=False)
+    assert divergence(with_norms, net, other) < .7*divergence(without, net, other)
+    for n,m in norms(with_norms).items():
+        old = net.get_submodule(n)
+        assert m.training == old.training and m.momentum == old.momentum and m.num_batches_tracked == old.num_batches_tracked and torch.equal(m.weight, old.weight)
+    assert not torch.equal(with_norms[4].bn2.running_var, net[4].bn2.running_var)
+
+def test_statistics_are_those_of_the_changed_network():
+    net = with_statistics(plain_net(bias=False), images)
+    res = fit(net, {'0': ('svd', 4), '5': ('svd', 3)}, images, sequential=False)
+    def both(m): # its second BatchNorm gets what the first has normalised by the batch
+        h = m[0](images)
+        h = F.batch_norm(h, None, None, m[1].weight, m[1].bias, True)
+        return m[0](images),m[5](m[4](m[3](F.relu(h))))
+    with torch.no_grad(): was,now = both(net),both(res)
+    for i,(a,b) in zip(('1', '6'), zip(was, now)):
+        want = net.get_submodule(i).running_mean + b.mean((0, 2, 3)) - a.mean((0, 2, 3)),net.get_submodule(i).running_var*b.var((0, 2, 3))/a.var((0, 2, 3))
+        for got,w in zip((res.get_submodule(i).running_mean, res.get_submodule(i).running_var), want): torch.testing.assert_close(got, w, rtol=.05 if i == '6' else 1e-4, atol=1e-4) # two batches normalised apart are nearly one
+
+def test_norms_that_are_not_reached_see_one_value_or_keep_no_statistics_stay():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.n,self.b,self.free,self.never = nn.Linear(6, 6),nn.BatchNorm1d(6),nn.Linear(6, 3),nn.BatchNorm1d(3, track_running_stats=False, affine=False),nn.BatchNorm1d(4)
+        def forward(self, x): x = self.b(self.n(self.a(x)).relu()); return self.free(x) if len(x) > 1 else x
+    net = with_statistics_of(Net())
+    res = fit(net, {'a': ('svd', 2)}, torch.randn(65, 6), sequential=False)     # the last batch holds one sample
+    assert torch.equal(res.never.running_var, net.never.running_var) and res.free.running_mean is None
+    assert res.n.running_var.isfinite().all() and not torch.equal(res.n.running_var, net.n.running_var)
+    assert not any(m._forward_hooks for m in (*net.modules(), *res.modules()))
+
+def with_statistics_of(net):
+    for m in norms(net).values():
+        if m.running_mean is not None: nn.init.normal_(m.running_mean); nn.init.uniform_(m.running_var, .5, 2)
+    return net.eval()
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_statistics_in_half_precision(dtype):
+    net = with_statistics(plain_net(), images)
+    choices = {'0': ('svd', 4), '5': ('svd', 8)}
+    want,got = fit(net, choices, images, sequential=False),fit(copy.deepcopy(net).to(dtype), choices, images.to(dtype), sequential=False)
+    for n,m in norms(got).items():
+        assert m.running_var.dtype == dtype
+        torch.testing.assert_close(m.running_var.float(), want.get_submodule(n).running_var, rtol=.05, atol=.01) # sums of a hundred products, each rounded to 2⁻⁹
