@@ -87,7 +87,7 @@ def _as_html(rows):
     *layers,total = rows.values.tolist()
     return '\n'.join(['<table class="dataframe">', f"<thead>{line('th', rows)}</thead>", '<tbody>', *(line('td', l) for l in layers), line('th', total), '</tbody></table>'])
 
-# %% ../nbs/11_report.ipynb #6fd0477a
+# %% ../nbs/11_report.ipynb #0b18aba6
 _before_colour,_after_colour = '#bdbdbd', '#0072b2'     # of Okabe and Ito's palette, which everybody can tell apart
 
 def _with_rest(table, kinds):
@@ -136,12 +136,12 @@ def plot_layers(
     table = model if isinstance(model, pd.DataFrame) else summarize(model, sample)
     kinds = [k for k in ('params', 'macs') if f'{k}_before' in table]
     rows = _with_rest(table, kinds)
-    if axes is None: axes = _new_axes(1, len(kinds), figsize=(3.3*len(kinds)+1.2, .9+.2*len(rows)), sharey=True)
+    if axes is None: axes = _new_axes(1, len(kinds), figsize=(7.8 if len(kinds) > 1 else 6, .9+.2*len(rows)), sharey=True)
     axes = _given(axes, len(kinds), f"panels: {', '.join(kinds)}")
     for ax,k in zip(axes, kinds): _plot_bars(ax, rows[f'{k}_before'], rows[f'{k}_after'], table[f'{k}_before'].iloc[-1], _shares[k])
     return axes
 
-# %% ../nbs/11_report.ipynb #79a425c0
+# %% ../nbs/11_report.ipynb #71b22911
 def _choices(o):
     "{layer name: (scheme, rank)} of a `Plan` or a decomposed model"
     return o.choices if isinstance(o, Plan) else {n:(l.scheme, l.rank) for n,l in factored_layers(o).items()}
@@ -197,7 +197,7 @@ def _grid(n, cols=4):
     "`n` new axes with common scales"
     cols = min(n, cols)
     rows = -(-n//cols)
-    axes = _new_axes(rows, cols, figsize=(max(4, 1.9*cols), max(2.4, 1.35*rows+.3)), sharex=True, sharey=True)
+    axes = _new_axes(rows, cols, figsize=(7.6 if cols > 2 else 6, max(2.4, 1.35*rows+.3)), sharex=True, sharey=True)
     for ax in axes[n:]: ax.remove()
     for ax in axes[n-cols:n]: ax.tick_params(labelbottom=True)
     return axes[:n]
@@ -263,7 +263,7 @@ def tradeoff(
         for row,p in (progress or iter)(list(zip(rows[1:], plans.values()))): row[name] = value(apply(p))
     return pd.DataFrame(rows)
 
-# %% ../nbs/11_report.ipynb #1bbed939
+# %% ../nbs/11_report.ipynb #dea58fc2
 def plot_tradeoff(
     table:pd.DataFrame, # from `tradeoff`
     cost:str='macs', # the column to draw over: 'params', 'macs' or 'latency'
@@ -275,7 +275,7 @@ def plot_tradeoff(
     value = value or table.columns[-1]
     for arg,c in (('cost', cost), ('value', value)):
         if c not in table: raise ValueError(f"{arg}: {c!r} is not a column of the table; it has {', '.join(map(repr, table.columns))}")
-    if ax is None: ax = _new_axes(1, figsize=(5, 3.2))[0]
+    if ax is None: ax = _new_axes(1, figsize=(6.4, 3.4))[0]
     dense,rest = table.iloc[0],table.iloc[1:]
     ax.axhline(dense[value], color='k', ls='--', lw=1, label='dense')
     ax.plot(100*rest[cost], rest[value], **{'marker': 'o', 'label': 'decomposed', 'color': _after_colour, **kwargs})
