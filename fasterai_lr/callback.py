@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['calibration_batches', 'output_kind', 'metric_value', 'decompose_learner', 'DecomposeCallback']
 
-# %% ../nbs/10_callback.ipynb #4f6a81da
+# %% ../nbs/10_callback.ipynb #3e657516
 import copy, math, re
 from functools import partial
 from numbers import Integral, Real
@@ -29,12 +29,12 @@ from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.schedule import SchedCos, SchedNo
 from fastai.callback.tracker import TrackerCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
-from .calibrate import classification, n_items, regression
+from .calibrate import Batches, classification, n_items, regression
 from .cost import count_macs, count_params
-from .decomposer import as_decomposers, factorize
+from .decomposer import as_decomposers, factorize, half_saved, smallest
 from .distributed import check_wrapper, on_first_rank
 from .fit import output_loss
-from .layers import FactoredLayer, evaluating, factored_layers, find_layers, recompose
+from .layers import FactoredLayer, evaluating, factored_layers, find_layers, recompose, run_model
 from .optimizer import check_opt, swap_layers
 from .plan import Budget, Plan, known_records, layer_types
 
@@ -69,7 +69,7 @@ def calibration_batches(
     if rng: train.rng.setstate(state)
     return res
 
-# %% ../nbs/10_callback.ipynb #eeafb8ef
+# %% ../nbs/10_callback.ipynb #aca704e2
 _classifying = nn.CrossEntropyLoss, nn.NLLLoss, FocalLoss, LabelSmoothingCrossEntropy
 
 def _own_loss(learn):
@@ -93,6 +93,10 @@ def _outputs(o): return list(o) if isinstance(o, (tuple,list)) else [o]
 
 _less_is_better = re.compile('loss|error|mse|mae|msle|rmspe|perplexity|brier')
 
+def _reset(model):
+    "Let a recurrent network forget its hidden state"
+    if hasattr(model, 'reset'): model.reset()
+
 def _metric(learn): return copy.deepcopy(learn.metrics[0]) if learn.metrics else AvgLoss()
 
 def _measure(learn, model=None):
@@ -100,7 +104,7 @@ def _measure(learn, model=None):
     model,met,valid = get_model(learn.model if model is None else model),_metric(learn),_whole(learn.dls.valid)
     n_inp,loss_func,device = getattr(valid, 'n_inp', 1),_own_loss(learn),next(model.parameters()).device
     met.reset()
-    if hasattr(model, 'reset'): model.reset()
+    _reset(model)
     with no_random(), evaluating(model), torch.no_grad():
         for b in valid:
             b = to_device(b, device)
@@ -120,7 +124,7 @@ def metric_value(
     value = _measure(learn, model)
     return -value if _less_is_better.search(_metric(learn).name) else value
 
-# %% ../nbs/10_callback.ipynb #0449dab4
+# %% ../nbs/10_callback.ipynb #11855435
 def _again(model, new, plan):
     "Of what a second decomposition came to, what makes a layer smaller than it is already; with a plan that says so"
     now,known = factored_layers(model),known_records(model)
@@ -130,23 +134,43 @@ def _again(model, new, plan):
 
 def _needs_data(what): return isinstance(what, (Budget,Plan))
 
+def _data(learn, data, n=2000):
+    "`data`, or `n` training items; in every process all of it"
+    if data is None: return calibration_batches(learn, n)
+    return _whole(data.train if isinstance(data, DataLoaders) else data)
+
+def _sample(learn, data, model): return next(iter(Batches(_data(learn, data, 1), next(model.parameters()).device)))
+
+def _default(learn, data):
+    "A budget of half of what can be saved; the plain decomposers where nothing can, or the model cannot be run outside of a fit"
+    model = recompose(get_model(learn.model))
+    try:
+        sample = _sample(learn, data, model)
+        with evaluating(model), torch.no_grad(): output_kind(learn)(run_model(model, sample))
+        return half_saved(model, sample) or as_decomposers(None)
+    except Exception as e:
+        warn(f"what: the model cannot be run outside of the fit, so that its layers are decomposed by their weights alone ({type(e).__name__}: {e})")
+        return as_decomposers(None)
+
 def _factorize(learn, what, data, bar, **kwargs):
     "What `factorize` makes of the learner's model; of what its factored layers stand for, if it has some"
     model = get_model(learn.model)
-    if data is None and _needs_data(what): data = calibration_batches(learn)
-    if isinstance(data, DataLoaders): data = data.train
-    data = _whole(data)
+    if what is None:
+        what = _default(learn, data)
+        if not _needs_data(what): data,kwargs = None,{}
+    if data is not None or _needs_data(what): data = _data(learn, data)
     if isinstance(what, Budget) and what.kind == 'max_drop': kwargs.setdefault('evaluate', partial(metric_value, learn))
     if data is not None: kwargs.setdefault('loss', output_kind(learn))
     device = next(model.parameters()).device.type
+    _reset(model)
     with torch.autocast(device, enabled=False):
         if not factored_layers(model) or not _needs_data(what): return factorize(model, what, data, progress=bar, **kwargs)
         return _again(model, *factorize(recompose(model), what, data, progress=bar, **kwargs))
 
 def decompose_learner(
     learn, # a `Learner`; its model is changed in place, its optimizer, if it has one yet, re-pointed
-    what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
-    data=None, # see `decompose`; `None`: 2,000 training items for a budget or a plan, none for decomposers
+    what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: half of the MACs that can be saved
+    data=None, # see `decompose`; `None`: 2,000 training items, but none for decomposers
     mbar=None, # the fit's `master_bar`, if one is running
     **kwargs # for `decompose`
 )->dict: # how many layers were decomposed, of how many, and the model's number of parameters before and after
@@ -161,7 +185,7 @@ def decompose_learner(
     if not done: warn("No layer was decomposed and the model is as it was; `learn.model.low_rank_plan` and `learn.low_rank_summary()` tell why, layer by layer")
     return dict(decomposed=done, layers=len(plan['layers']), params_before=before, params_after=count_params(model))
 
-# %% ../nbs/10_callback.ipynb #eb602257
+# %% ../nbs/10_callback.ipynb #f620afe6
 _tails = dict(cosine=lambda lr: SchedCos(lr, 0.), constant=lambda lr: SchedNo(lr, lr))
 
 def _is_epoch(e): return isinstance(e, Integral) and not isinstance(e, bool) and e >= 0
@@ -173,7 +197,7 @@ def _schedule(at_epoch, what):
     if not res: raise ValueError("at_epoch: an empty schedule; give {epoch: what}")
     for e,w in res.items():
         if not _is_epoch(e): raise ValueError(f"at_epoch: {e!r} is not the number of an epoch, an int from 0")
-        if not _needs_data(w): res[e] = as_decomposers(w)
+        if w is not None and not _needs_data(w): res[e] = as_decomposers(w)
     return {int(e): res[e] for e in sorted(res)}
 
 def _check(ft_lr, tail, distill, max_drop):
@@ -250,17 +274,17 @@ def _last_value(learn):
     value = row.get(f'valid_{name}', row.get(name))
     return float(value) if isinstance(value, Real) else None
 
-# %% ../nbs/10_callback.ipynb #cdaa2b20
+# %% ../nbs/10_callback.ipynb #a281756b
 class DecomposeCallback(Callback):
     "Decompose the model at the start of an epoch, and go on at a low learning rate"
     order,name = 61,'decompose_cb'              # after `ParamScheduler`; `learn.decompose` is a method
     run_valid,_only_train_loop = False,True
     def __init__(self,
         at_epoch, # epoch at whose start to decompose, the first is 0; or a schedule `{epoch: what}`
-        what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
+        what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: half of the MACs that can be saved
         ft_lr:float=1e-4, # learning rate from then on, of the last parameter group
         tail:str='cosine', # how it goes on to the end of the fit: 'cosine' (to zero) or 'constant'
-        data=None, # see `decompose`; `None`: 2,000 training items for a budget or a plan, none for decomposers
+        data=None, # see `decompose`; `None`: 2,000 training items, but none for decomposers
         distill:float=0., # weight of the dense model's outputs in the loss from then on
         max_drop:float|None=None, # the most that the metric may get worse at a decomposition; if it is more, it is undone
         **kwargs # for `decompose`
@@ -284,10 +308,10 @@ class DecomposeCallback(Callback):
         "Decompose, if it is time to"
         if hasattr(self.learn, 'lr_finder'): return
         if not self._trained: self._begin()
-        if hasattr(self.teacher, 'reset'): self.teacher.reset()         # its hidden state
         due = [e for e in self.schedule if e <= self.epoch and e not in self._passed]
         if due: self._decompose(self.schedule[due[-1]])
         self._passed |= set(due)
+        if self.teacher is not None: _reset(self.teacher)
 
     def _begin(self):
         "Find what is wrong before the first epoch, not at `at_epoch`"
@@ -302,8 +326,14 @@ class DecomposeCallback(Callback):
     def _check_what(self, what):
         model = get_model(self.model)
         if isinstance(what, Plan): what.check(recompose(model))
-        elif not _needs_data(what):
+        elif isinstance(what, Budget): self._check_budget(recompose(model), what)
+        elif what is not None:
             for d in what: d.check(model)
+
+    def _check_budget(self, model, budget):
+        if budget.kind not in ('params', 'macs'): return
+        least = smallest(model, _sample(self.learn, self.data, model), budget.kind, self.kwargs.get('schemes', ('svd', 'spatial')))
+        if budget.value < least*(1-1e-9): raise ValueError(f"{budget.kind}: {budget.value} cannot be reached; the smallest is {math.ceil(least*1e4)/1e4}")
 
     def _refuse(self):
         "Raise where the optimizer or the model cannot be changed during a fit"
@@ -313,7 +343,7 @@ class DecomposeCallback(Callback):
             raise RuntimeError("DecomposeCallback: NonNativeMixedPrecision keeps copies of the parameters and would train the old ones; use `learn.to_fp16()`")
         check_wrapper(self.learn.model)
         check_opt(self.opt)
-        types = {t for what in self.schedule.values() for t in (layer_types if _needs_data(what) else [t for d in what for t in d.types])}
+        types = {t for what in self.schedule.values() for t in (layer_types if what is None or _needs_data(what) else [t for d in what for t in d.types])}
         found = [f.layer for f in find_layers(get_model(self.model), tuple(types)) if f.reason is None]
         _check_held(self.learn.cbs, {id(o) for layer in found for o in (layer, *layer.parameters())})
 
@@ -324,6 +354,7 @@ class DecomposeCallback(Callback):
         rec = dict(epoch=self.epoch, step=self.train_iter, **decompose_learner(self.learn, what, self.data, mbar, **self.kwargs))
         if mbar is not None: mbar.add_child(self.progress.pbar)     # the epoch's bar again
         if rec['decomposed']: rec |= self._judged(before, values)
+        _reset(get_model(self.learn.model))
         self.history.append(rec)
         if hasattr(self.learn, 'recorder'): self.recorder.decomposed.append(rec)
         if self.learn.logger is not noop: print(self._line(rec))

@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['Decomposer', 'FC_Decomposer', 'ConvDecomposer', 'as_decomposers', 'changed_modules', 'factorize', 'decompose',
-           'project_']
+           'smallest', 'half_saved', 'project_']
 
-# %% ../nbs/08_decomposer.ipynb #f5ee2aba
+# %% ../nbs/08_decomposer.ipynb #454a7e6f
 from dataclasses import asdict
+from math import ceil, prod
 from numbers import Real
 
 import torch
 from torch import nn
 
-from .layers import FactoredLayer, Geometry, check_loaded, check_patterns, find_layers, matches, replace_layers, replace_layers_, select
+from .layers import FactoredLayer, Geometry, check_loaded, check_patterns, devices_of, find_layers, matches, replace_layers, replace_layers_, select
 from .rank import check_rank
 from .schemes import Svd, exceeds, schemes
-from .calibrate import classification
-from .fit import fit
-from .plan import Budget, Plan, Planner, dense_record, measured, merged_records
+from .calibrate import Batches, classification
+from .cost import count_params, macs_per_layer
+from .fit import fit, trace
+from .plan import Budget, Plan, Planner, chain_macs, dense_record, layer_types, measured, merged_records
 
 # %% ../nbs/08_decomposer.ipynb #6430becd
 def _plain(rank): return list(rank) if isinstance(rank, tuple) else rank
@@ -197,7 +199,7 @@ class ConvDecomposer(Decomposer):
         cls = Svd if all(k == 1 for k in geom.kernel) or metric is not None and metric.inputs is None else schemes[self.method]
         return cls(geom, found.layer.weight, found.name, metric)
 
-# %% ../nbs/08_decomposer.ipynb #28a4bbf2
+# %% ../nbs/08_decomposer.ipynb #9f8546ff
 def as_decomposers(what):
     "`what` as a list of decomposers"
     if what is None: return [FC_Decomposer(), ConvDecomposer('spatial', rank=0.25)]
@@ -252,7 +254,7 @@ def factorize(
     **kwargs # see `decompose`
    )->tuple: # ({name: module}, plan), the plan as in `model.low_rank_plan`
     "The modules to put in place of those of `model`, and the plan"
-    if what is None and data is not None: what = Budget(macs=.5)
+    if what is None and data is not None: what = half_saved(model, next(iter(Batches(data, next(iter(devices_of(model)), None)))))
     if isinstance(what, Budget):
         if data is None: raise ValueError(f"data: {what} needs some, to know what the layers do; a few batches will do, without labels")
         res = _planned(model, what, data, progress=progress, **kwargs)
@@ -271,12 +273,42 @@ def factorize(
 
 def decompose(
     model:nn.Module, # left untouched
-    what=None, # a decomposer or a list of them, a `Budget` or a `Plan`; `None`: `Budget(macs=0.5)` with data, else `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
+    what=None, # a decomposer or a list of them, a `Budget` or a `Plan`; `None`: with data half of the MACs that can be saved, without `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
     data=None, # a little of what the model is used on, without labels: a tensor, a list of batches, a DataLoader or fastai `DataLoaders`
     **kwargs # with data: `metric`, `loss`, `seed`, `progress`, for a `Budget` `schemes` and `evaluate`, and what else `fit` takes
    )->nn.Module:
     "A copy of `model` with low-rank layers; with data, ranks are chosen by what they do to the outputs, and the layers fitted to make up for each other"
     return _with_plan(model, *factorize(model, what, data, **kwargs))
+
+# %% ../nbs/08_decomposer.ipynb #c5d64ae5
+def _saving(f, use, kind, names):
+    "The most that one layer can save"
+    geom = Geometry.of(f.layer)
+    if f.reason or use is None or geom.transposed: return 0
+    cost = lambda s,r: s.n_params(r) if kind == 'params' else chain_macs(s, r, use.inputs, use.outputs)
+    dense = geom.n_params if kind == 'params' else prod(geom.block_shape)*sum(y.numel() for y in use.outputs)//geom.out
+    fits = [s for n in (names if geom.axes else ['svd']) if not (s := schemes[n](geom)).misfit()]
+    return max([0, *(dense - cost(s, (1,1) if isinstance(s.full(), tuple) else 1) for s in fits)])
+
+def smallest(
+    model:nn.Module,
+    sample, # what the model is called with
+    kind:str='macs', # or 'params'
+    among=('svd', 'spatial') # schemes
+   )->float: # fraction of the dense model
+    "What would be left of `model` with a rank of one in all layers"
+    found = find_layers(model, layer_types)
+    total = count_params(model) if kind == 'params' else macs_per_layer(model, sample)['']
+    uses = trace(model, [f.name for f in found if not f.reason], sample)
+    return 1 - sum(_saving(f, uses.get(f.name), kind, among) for f in found)/max(1, total)
+
+def half_saved(
+    model:nn.Module,
+    sample # what the model is called with
+   )->Budget|None: # `None` where nothing can be saved
+    "The MACs halfway between those of `model` and the `smallest`"
+    least = smallest(model, sample)
+    return Budget(macs=min(1., ceil((1+least)/2*1e3)/1e3)) if least < 1 else None
 
 # %% ../nbs/08_decomposer.ipynb #367983f7
 def project_(

@@ -15,10 +15,12 @@ from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config, 
 from fastai.vision.all import resnet18, resnet34, unet_learner, vision_learner
 from small_data import digit_dls, mask_dls, rating_dls, seed, text_dls, tiny_xresnet, wine_dls
 from tiny import snapshot, moved, ids
-from fasterai_lr.callback import DecomposeCallback
+from fasterai_lr.callback import DecomposeCallback, calibration_batches, smallest
+from fasterai_lr.cost import count_params
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
+from fasterai_lr.plan import Budget
 
 def timm(arch, **kw): return lambda path: vision_learner(digit_dls(path), arch, pretrained=False, metrics=accuracy, **kw)
 
@@ -59,6 +61,7 @@ apps = dict(
 dense_apps = dict(
     collab_dot=(lambda path: collab_learner(rating_dls(), n_factors=8, y_range=(0,6)), {}),
     lm=(text(language_model_learner, awd_lstm_lm_config, True), {r'1\.decoder': tied}))
+plain = [FC_Decomposer(), ConvDecomposer('spatial', rank=.25)]
 # parameters that the models never use
 unused = {'0.model.head.norm.weight', '0.model.head.norm.bias', 'bn_cont.weight', 'bn_cont.bias'}
 
@@ -96,7 +99,7 @@ def check_trains(learn):
 @pytest.mark.parametrize('name', apps)
 def test_application(name, tmp_path):
     make,n,dense = apps[name]
-    learn,c = mk(make, tmp_path),DecomposeCallback(1, ft_lr=1e-2)
+    learn,c = mk(make, tmp_path),DecomposeCallback(1, plain, ft_lr=1e-2)
     with learn.no_bar(): learn.fit_one_cycle(2, 1e-2, cbs=c)
     assert [h['epoch'] for h in learn.recorder.decomposed] == [1] and len(learn.recorder.values) == 2
     table = check_plan(learn, n, dense)
@@ -116,6 +119,44 @@ def test_application_without_a_layer_to_decompose(name, tmp_path):
     with learn.no_bar():
         check_plan(learn, 0, dense)
         check_trains(learn)
+
+@pytest.mark.parametrize('name', apps)
+def test_application_with_a_budget(name, tmp_path):
+    "Each keeps to a budget halfway between the dense model and the smallest that it can be, with the dense one as its teacher, and trains on"
+    learn = mk(apps[name][0], tmp_path)
+    n,least = count_params(learn.model),smallest(learn.model, calibration_batches(learn, 2)[0], 'params')
+    c = DecomposeCallback(1, Budget(params=(1+least)/2), ft_lr=1e-2, distill=.5)
+    with learn.no_bar(): learn.fit_one_cycle(2, 1e-2, cbs=c)
+    rec, = c.history
+    assert 0 < rec['decomposed'] == len(factored_layers(learn.model)) and count_params(learn.model) == rec['params_after'] <= (1+least)/2*n
+    assert rec['macs_after'] <= rec['macs_before'] and math.isfinite(rec['metric_after']) and rec['metric_end'] == learn.recorder.values[-1][-1]
+    table = learn.low_rank_summary()
+    assert all(r for r,s in zip(table.reason, table.status) if s == 'dense')            # whatever stays dense has a reason
+    with learn.no_bar(): check_trains(learn)
+
+@pytest.mark.parametrize('name', ['convnext', 'tabular', 'collab_nn', 'text_classifier', 'untied_lm', 'transformer', 'tied_transformer'])
+def test_application_by_default(name, tmp_path):
+    "Without a word on how far, half of what can be saved of the MACs goes: no error where half of them all cannot"
+    learn = mk(apps[name][0], tmp_path)
+    least = smallest(learn.model, calibration_batches(learn, 2)[0])
+    with learn.no_bar(): learn.fit_one_cycle(2, 1e-2, cbs=DecomposeCallback(1, ft_lr=1e-2))
+    rec, = learn.recorder.decomposed
+    # the budget is rounded up to a thousandth; what it leaves unused is less than the next rank of the largest layer
+    assert rec['decomposed'] and (1+least)/2 - .15 < rec['macs_after']/rec['macs_before'] <= (1+least)/2 + 1e-3
+    with learn.no_bar(): check_trains(learn)
+
+@pytest.mark.parametrize('name', [*apps, *dense_apps])
+def test_application_that_cannot_be_so_small(name, tmp_path):
+    "Said before the first epoch, with what can be reached; nothing has changed"
+    learn = mk((apps|dense_apps)[name][0], tmp_path)
+    least = smallest(learn.model, calibration_batches(learn, 2)[0], 'params')
+    for budget in (Budget(params=.99*least), Budget(macs=.001)):
+        before = snapshot(learn.model)
+        with learn.no_bar(), pytest.raises(ValueError, match=rf'{budget.kind}: {budget.value} cannot be reached; the smallest is'): learn.fit(3, 1e-2, cbs=DecomposeCallback(2, budget))
+        assert learn.recorder.lrs == [] and not any(moved(before, learn.model)) and not factored_layers(learn.model)
+    if name in ('tabular', 'transformer'):                                              # what is named can be had
+        learn.decompose(Budget(params=math.ceil(least*1e4)/1e4))
+        assert factored_layers(learn.model)
 
 def outputs(learn):
     learn.model.eval()
@@ -137,7 +178,7 @@ def test_factors_of_full_rank_change_no_output(name, tmp_path):
 
 def test_fine_tune_of_a_pretrained_body(tmp_path):
     "As a pretrained model is trained: frozen at first; the swap comes in the second fit, in all groups"
-    learn,c = mk(apps['xresnet'][0], tmp_path),DecomposeCallback(1, ft_lr=1e-2)
+    learn,c = mk(apps['xresnet'][0], tmp_path),DecomposeCallback(1, plain, ft_lr=1e-2)
     learn.freeze()
     with learn.no_bar():
         learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=c)
@@ -152,7 +193,7 @@ def test_fine_tune_of_a_pretrained_body(tmp_path):
     ('vit_tiny', timm('vit_tiny_patch16_224', img_size=32, patch_size=8), None),
     ('resnet18_fine_tune', lambda path: vision_learner(digit_dls(path), resnet18, pretrained=False, metrics=accuracy), 22)])
 def test_full_size(name, make, n, tmp_path):
-    learn,c = mk(make, tmp_path),DecomposeCallback(1, ft_lr=1e-3)
+    learn,c = mk(make, tmp_path),DecomposeCallback(1, plain, ft_lr=1e-3)
     with learn.no_bar():
         learn.fine_tune(2, 1e-3, freeze_epochs=1, cbs=c)
         layers = learn.model.low_rank_plan['layers']

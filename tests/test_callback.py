@@ -18,8 +18,9 @@ from fastai.metrics import mae
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
 from tiny import mk_learn, net, splitter, snapshot, moved, ids, flat
 from fasterai_lr.callback import DecomposeCallback, decompose_learner
-from fasterai_lr.decomposer import FC_Decomposer, ConvDecomposer
+from fasterai_lr.decomposer import FC_Decomposer, ConvDecomposer, smallest
 from fasterai_lr.layers import FactoredLayer
+from fasterai_lr.plan import Budget
 import fasterai_lr.callback as module
 
 n_iter = 4              # batches in an epoch
@@ -509,6 +510,18 @@ def test_what_cannot_be_measured_is_left_out(capsys):
     one, = learn.recorder.decomposed
     assert one.keys() == {'epoch', 'step', 'decomposed', 'layers', 'params_before', 'params_after'} and n_fact(learn) == 3
     assert capsys.readouterr().out.splitlines()[0] == 'epoch 0: decomposed 3 of 3 layers, 326 -> 182 parameters (0.56x)'
+    learn = mk_learn(model=Net(*net()))
+    with pytest.warns(UserWarning, match='cannot be run outside of the fit, .* by their weights alone .TypeError'): learn.fit(1, 1e-2, cbs=[Odd(), DecomposeCallback(0)])
+    assert n_fact(learn) == 3 and 'budget' not in learn.model.low_rank_plan
+    learn = mk_learn(model=Net(*net()))
+    with pytest.raises(TypeError, match='scale'): learn.fit(3, 1e-2, cbs=[Odd(), DecomposeCallback(2, Budget(macs=.9))])        # before the first epoch
+    assert learn.recorder.lrs == [] and n_fact(learn) == 0
+
+def test_half_of_what_can_be_saved_by_default():
+    learn = mk_learn()
+    learn.fit(2, 1e-2, cbs=DecomposeCallback(1))
+    least = smallest(net(), torch.zeros(1, 8))
+    assert learn.model.low_rank_plan['budget'] == {'macs': math.ceil((1+least)/2*1e3)/1e3} and n_fact(learn)
 
 # Outside of a fit
 
