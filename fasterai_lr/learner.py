@@ -24,11 +24,11 @@ from .callback import calibration_batches, decompose_learner, metric_value, outp
 from .report import Summary, plot_spectra, plot_tradeoff, summarize, tradeoff
 from .export import as_file, changed_layers, export_onnx, read_low_rank, rebuild, save_low_rank
 
-# %% ../nbs/13_learner.ipynb #bca03f52
+# %% ../nbs/13_learner.ipynb #ad5b1641
 @patch
 def decompose(self:Learner,
-    what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
-    data=None, # see `decompose`; `None`: 2,000 training items for a budget or a plan, none for decomposers
+    what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: half of the MACs that can be saved
+    data=None, # see `decompose`; `None`: 2,000 training items, but none for decomposers
     **kwargs # for `decompose`
    )->Learner: # the same learner
     "Replace the layers of `self.model` by their factors, now, and re-point the optimizer"
