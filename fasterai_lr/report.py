@@ -284,7 +284,7 @@ def plot_tradeoff(
     ax.spines[['top', 'right']].set_visible(False)
     return ax
 
-# %% ../nbs/11_report.ipynb #8b8a69ef
+# %% ../nbs/11_report.ipynb #8820ef1c
 def _epoch_curves(recorder):
     "{name: its value in each epoch} of what the recorder logs, where it is a number"
     def number(v):
@@ -298,6 +298,7 @@ def _mark(ax, decomposed, named):
     "A line for each decomposition, grey if it was undone; in the legend if it is to be `named`"
     labels = set()
     for d in decomposed:
+        if not d.get('decomposed', 1) and 'metric' not in d: continue           # no layer could be
         label,colour = ('decomposed', 'k') if d.get('decomposed', 1) else ('decomposed and undone', '#8c8c8c')
         ax.axvline(d['step'], color=colour, ls=':', lw=1.5, label=label if named and label not in labels else None)
         labels.add(label)

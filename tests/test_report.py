@@ -323,7 +323,7 @@ def test_training_curve():
     assert loss.get_yscale() == 'log' and loss.get_ylabel() == 'loss'
 
 def test_swaps_in_the_training_curve():
-    axes = plot_training(recorder(decomposed=[dict(step=10, decomposed=3), dict(step=20, decomposed=0), dict(step=25, decomposed=2)]))
+    axes = plot_training(recorder(decomposed=[dict(step=10, decomposed=3), dict(step=15, decomposed=0), dict(step=20, decomposed=0, metric=(.9, .5)), dict(step=25, decomposed=2)]))
     for ax in axes: assert [l.get_xdata()[0] for l in ax.get_lines() if l.get_linestyle() == ':'] == [10, 20, 25]
     assert [t.get_text() for t in axes[0].get_legend().get_texts()][2:] == ['decomposed', 'decomposed and undone']
 
