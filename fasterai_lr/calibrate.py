@@ -7,11 +7,12 @@ __all__ = ['kinds', 'patches', 'draw', 'classification', 'regression', 'Batches'
            'n_positions', 'layer_input', 'unbiased', 'Gram', 'Squares', 'InputMoments', 'undisturbed', 'calibrate',
            'ridge', 'covariance', 'check_kind', 'Metric', 'DiagonalMetric', 'make_metric']
 
-# %% ../nbs/05_calibrate.ipynb #ec13b826
+# %% ../nbs/05_calibrate.ipynb #b45969a3
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -272,7 +273,7 @@ def calibrate(
             samples += n_items(b)
     return {n:g.moments(samples*scale**2, n) for n,g in gathers.items() if g.inputs.n}
 
-# %% ../nbs/05_calibrate.ipynb #80daa146
+# %% ../nbs/05_calibrate.ipynb #d7243832
 def _diag(M): return M if M.dim() == 2 else M.diagonal(dim1=-2, dim2=-1) # `[groups, n]`, given a moment or the diagonal of one
 
 def _plus(M, d): return M + (d if M.dim() == 2 else torch.diag_embed(d.expand(M.shape[:-1])))
@@ -309,21 +310,20 @@ class Metric:
         check_kind(kind)
         g,o,self.i,*self.k = geometry.block_shape
         cov = covariance if centre else lambda M,m: M
-        self.inputs,self.weight = cov(moments.inputs, moments.input_mean),weight.double().flatten(2)
+        self.inputs,W = cov(moments.inputs, moments.input_mean),weight.flatten(2)
         if self.inputs is not None: self.inputs = self.inputs + torch.diag_embed(ridge(self.inputs))
-        self.outputs = self._outputs(cov(moments.outputs, moments.output_mean))
+        self.outputs = self._outputs(W, cov(moments.outputs, moments.output_mean))
         G = moments.grads if kind=='fisher' else torch.eye(o, dtype=torch.float64).to(moments.grads).expand(g, o, o)
         self.G = .99*G + torch.diag_embed(.01*_mean_diag(G).expand(g, o))
-        self.Lo,self._sides,self._inner = torch.linalg.cholesky(self.G),{},{}
+        self.Lo,self._sides = torch.linalg.cholesky(self.G),{}
 
-    def _outputs(self, C):
-        W = self.weight
+    def _outputs(self, W, C):
         add = lambda C,part: C + torch.diag_embed((part*C.shape[-1]*_mean_diag(C)).expand(C.shape[:-1])) # above the rounding in C, whose rank may be low
-        if self.inputs is not None: return add(W@self.inputs@W.mT, 1e-12)
-        WW = W@W.mT
+        if self.inputs is not None: return add(W.double()@self.inputs@W.double().mT, 1e-12)
+        WW = torch.stack([symmetric_gram(w) for w in W.to(torch.promote_types(W.dtype, torch.float32))]).double()
         return add(C + 1e-3*(_mean_diag(C)/_mean_diag(WW))[...,None]*WW, 1e-6)
 
-    @property
+    @cached_property
     def total(self): # what it costs to do without the layer
         return max(.5*float((self.G*self.outputs).sum()), 1e-300)
 
@@ -348,16 +348,6 @@ class Metric:
         a = torch.linalg.solve_triangular(Li, first.flatten(2), upper=False, left=False)
         z = torch.linalg.solve_triangular(self.Lo.mT, last.flatten(2), upper=True)
         return [a.reshape(first.shape), *mid, z.reshape(last.shape)]
-
-    def inner(self, joined:int): # `[groups, d, d]`, d the entries of a patch
-        "The moment of whole patches in whitened coordinates"
-        if joined not in self._inner:
-            Li = self.side(joined)
-            A = self.inputs.unflatten(1, (Li.shape[1], -1))                           # columns | their place | patch
-            half = torch.linalg.solve_triangular(Li, A.flatten(2), upper=False).reshape(self.inputs.shape)
-            half = half.mT.unflatten(1, (Li.shape[1], -1))
-            self._inner[joined] = torch.linalg.solve_triangular(Li, half.flatten(2), upper=False).reshape(self.inputs.shape)
-        return self._inner[joined]
 
     def cost(self, error): # of the weight, `[groups, o, i, *k]`
         "The estimated increase of the loss"

@@ -359,7 +359,7 @@ class Planner:
         rec.params_after,rec.error = option.params,option.error
         return rec
 
-# %% ../nbs/07_plan.ipynb #bdbacef7
+# %% ../nbs/07_plan.ipynb #705b085b
 def _step(full): return 8 if full >= 64 else 4 if full >= 16 else 1
 
 def _knots(n, most=5): return sorted({round(i) for i in np.linspace(0, n-1, min(n, most))})
@@ -373,7 +373,7 @@ def _time_all(models, inputs, seconds):
         sample = torch.empty_like(x, device=device).normal_(generator=torch.Generator(device).manual_seed(0))
         once = measure_latency(models['dense'], sample, 1, 1).ms
         repeats = int(min(15, max(3, seconds*1e3/len(models)/once)))
-        for k,v in measure_latency(models, sample, repeats, 1, 2).items(): total[k] += times*v.ms
+        for k,v in measure_latency(models, sample, repeats, 1, 2).items(): total[k] += times*v.least
     return total
 
 def time_options(layer, options, inputs, seconds=1.)->list:

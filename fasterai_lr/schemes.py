@@ -232,7 +232,7 @@ def _balance(F, L):
     U,S,Vh = map(torch.stack, zip(*(SVD(m, exact=False).truncate(len(m)) for m in Rl@Rf.mT)))
     return S.sqrt()[...,None]*(Vh@Qf.mT), (Ql@U)*S.sqrt()[...,None,:]
 
-# %% ../nbs/04_schemes.ipynb #61499ad7
+# %% ../nbs/04_schemes.ipynb #fe623fe2
 @register
 class Svd(_Matrix):
     "The matrix (o | i h w): a thinner copy of the layer to `rank` channels, then a pointwise one to `o`"
@@ -295,9 +295,10 @@ class Spatial(_Matrix):
         if self.metric is None: return super().costs(ranks)
         left,right = (t.double() for t in self.halves(self.full()))               # [g, ih, n], [g, n, o·rest]
         rest,n = prod(self.k[1:]),self.full()
-        A = self.metric.inner(1).unflatten(1, (-1, rest)).unflatten(3, (-1, rest))
-        V = right.unflatten(2, (self.o, rest))
-        K = sum((left.mT@A[:,:,a,:,b]@left)*(V[...,a]@V[...,b].mT) for a in range(rest) for b in range(rest)).sum(0)
+        left = torch.linalg.solve_triangular(self.metric.side(1).mT, left, upper=True)
+        A,V = self.metric.inputs.unflatten(1, (-1, rest)).unflatten(3, (-1, rest)),right.unflatten(2, (self.o, rest))
+        pair = lambda a,b: (left.mT@A[:,:,a,:,b]@left)*(V[...,a]@V[...,b].mT)
+        K = sum(p if a == b else p + p.mT for a in range(rest) for b in range(a+1) for p in [pair(a, b).sum(0)])
         tails = .5*K.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
         return [float(tails[r].clamp_min(0)) if r < n else 0. for r in ranks]
 
