@@ -443,6 +443,18 @@ def test_the_increase_of_the_loss_is_per_sample_and_summed_over_positions():
     with torch.no_grad(): assert loss_increase(dense, other, images, regression) == pytest.approx(float(.5*(dense(images)-other(images)).square().sum()/96), rel=1e-5)
     assert loss_increase(dense, other, images, F.cross_entropy) is None
 
+def test_a_loss_function_may_say_which_axis_is_that_of_the_classes():
+    class Last(nn.Module): # class scores on the last axis, and a state, as language models have it
+        def __init__(self): super().__init__(); self.l = nn.Linear(8, 5)
+        def forward(self, x): return self.l(x),x
+    dense,other = Last(),Last()
+    def own(out): return None
+    own.axis = -1
+    with torch.no_grad(): a,b = (m(tokens)[0] for m in (dense, other))
+    assert loss_increase(dense, other, tokens, own) == pytest.approx(float(F.kl_div(b.log_softmax(2), a.log_softmax(2), log_target=True, reduction='sum'))/97, rel=1e-5)
+    own.axis = None
+    assert loss_increase(dense, other, tokens, own) == pytest.approx(float(.5*(a-b).square().sum())/97, rel=1e-5)
+
 def test_measuring_the_loss_leaves_everything_as_it_was():
     net = res_net().train() # its BatchNorm would change its statistics
     before,state = {k:v.clone() for k,v in net.state_dict().items()},torch.get_rng_state()
