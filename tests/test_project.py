@@ -123,3 +123,12 @@ def test_no_path_of_a_machine_is_tracked():
 def test_paths_of_a_machine_are_found():
     texts = dict(a='"{}root/x.pth"', b='in {}home/me/nbs', c='file:{}{}x', d='https:/{}x.org/home/me', e='nbs{}images', f='a{}work/b')
     assert machine_paths({k: v.replace('{}', '/') for k,v in texts.items()}).keys() == {*'abc'}
+
+# The page on what works together
+
+def test_the_tests_named_on_the_page_exist():
+    text = '\n'.join(c.source for c in read_nb(root/'nbs/howto/04_compatibility.ipynb').cells)
+    named = [(file, name) for file,names in re.findall(r'`(test_\w+\.py)`: ((?:`test_\w+`(?:, )?)+)', text) for name in re.findall(r'`(test_\w+)`', names)]
+    assert len(named) == len(re.findall(r'`test_\w+`', text)) > 50
+    missing = [o for o in named if f'def {o[1]}(' not in (root/'tests'/o[0]).read_text(encoding='utf-8')]
+    assert not missing
