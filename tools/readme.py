@@ -35,6 +35,7 @@ def prepare(nb):
     "Drop the hidden cells, the directives and what markdown cannot show from `nb`, and point its links to where README.md sees them"
     nb.cells = [c for c in nb.cells if 'hide' not in c.directives and c.source.strip()]
     for c in nb.cells:
+        if c.directives.get('echo') == 'false': c.metadata['transient'] = {'remove_source': True} # nbconvert's own mark
         c.remove_directives()
         if c.cell_type == 'markdown': c.source = _link.sub(lambda m: os.path.normpath(f'nbs/{m[1]}'), c.source)
         else: c.outputs = [o for o in map(_plain, c.outputs) if o]
