@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['FactoredLayer', 'factored_layers', 'recompose', 'Energy', 'EVBMF', 'schemes', 'register', 'count_macs',
            'count_params', 'measure_latency', 'size_on_disk', 'calibrate', 'classification', 'regression', 'Budget',
-           'Plan', 'make_plan', 'FC_Decomposer', 'ConvDecomposer', 'decompose', 'project_', 'DecomposeCallback',
-           'summarize', 'format_summary', 'plot_layers', 'plot_spectra', 'plot_tradeoff', 'plot_training', 'tradeoff',
-           'save_low_rank', 'load_low_rank', 'export_onnx']
+           'Plan', 'make_plan', 'FC_Decomposer', 'ConvDecomposer', 'decompose', 'project_', 'smallest',
+           'DecomposeCallback', 'summarize', 'format_summary', 'plot_layers', 'plot_spectra', 'plot_tradeoff',
+           'plot_training', 'tradeoff', 'save_low_rank', 'load_low_rank', 'export_onnx']
 
-# %% ../nbs/14_all.ipynb #887b8cb1
+# %% ../nbs/14_all.ipynb #86e53947
 from .layers import FactoredLayer, factored_layers, recompose
 from .rank import Energy, EVBMF
 from .schemes import schemes, register
 from .cost import count_macs, count_params, measure_latency, size_on_disk
 from .calibrate import calibrate, classification, regression
 from .plan import Budget, Plan, make_plan
-from .decomposer import FC_Decomposer, ConvDecomposer, decompose, project_
+from .decomposer import FC_Decomposer, ConvDecomposer, decompose, project_, smallest
 from .callback import DecomposeCallback
 from .report import summarize, format_summary, plot_layers, plot_spectra, plot_tradeoff, plot_training, tradeoff
 from .export import save_low_rank, load_low_rank, export_onnx
 import fasterai_lr.learner
 
 _all_ = ['FactoredLayer', 'factored_layers', 'recompose', 'Energy', 'EVBMF', 'schemes', 'register', 'count_macs', 'count_params', 'measure_latency',
-         'size_on_disk', 'calibrate', 'classification', 'regression', 'Budget', 'Plan', 'make_plan', 'FC_Decomposer', 'ConvDecomposer', 'decompose', 'project_', 'DecomposeCallback', 'summarize', 'format_summary', 'plot_layers', 'plot_spectra', 'plot_tradeoff', 'plot_training',
+         'size_on_disk', 'calibrate', 'classification', 'regression', 'Budget', 'Plan', 'make_plan', 'FC_Decomposer', 'ConvDecomposer', 'decompose', 'project_', 'smallest', 'DecomposeCallback', 'summarize', 'format_summary', 'plot_layers', 'plot_spectra', 'plot_tradeoff', 'plot_training',
          'tradeoff', 'save_low_rank',
          'load_low_rank', 'export_onnx']
