@@ -93,7 +93,7 @@ def tucker(dense, share): return shrunk(partial(peer, dense, method='tucker'), s
 
 base = dict(peak=1e-3, distill=1.)
 runs = {'dense': dict(distill=0.), 'dense, with its former self as teacher': {}, 'fasterai tucker': {}, 'fasterai tucker, no distillation': dict(distill=0.), 'fasterai_lr': {},
-        'fasterai_lr, no distillation': dict(distill=0.), 'fasterai_lr, peak 3e-4': dict(peak=3e-4), 'fasterai_lr, peak 3e-3': dict(peak=3e-3),
+        'fasterai_lr, no distillation': dict(distill=0.), 'fasterai_lr, peak 1e-4': dict(peak=1e-4), 'fasterai_lr, peak 3e-3': dict(peak=3e-3),
         'fasterai_lr, SGD, peak 0.02': dict(opt=SGD, peak=.02), 'fasterai_lr, BatchNorm in eval mode': dict(helpers=[FrozenStatistics]),
         'fasterai_lr, Frobenius decay 1e-4': dict(helpers=[partial(FrobeniusDecay, 1e-4)])}
 
