@@ -223,7 +223,7 @@ def _correct_mean(new, norm, missing):
         if holder.bias is not None: holder.bias += missing.to(holder.bias)
         elif norm is not None: norm.running_mean -= missing.to(norm.running_mean)
 
-# %% ../nbs/07_fit.ipynb #7324e80d
+# %% ../nbs/07_fit.ipynb #f2334df6
 def _norm_statistics(model, batches):
     "Mean and variance of what each BatchNorm of `model` gets, behind others that normalise by the batch's own"
     norms = {n:m for n,m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
@@ -245,7 +245,7 @@ def _renormalise(dense, model, batches):
     for n,(mean,var) in _norm_statistics(model, batches).items():
         old,new = dense.get_submodule(n),model.get_submodule(n)
         new.running_mean.copy_(old.running_mean + mean - was[n][0])
-        new.running_var.copy_(old.running_var*torch.where(was[n][1] > 0, var/was[n][1], 1.))
+        new.running_var.copy_(old.running_var*torch.where(was[n][1] > 0, var/was[n][1], 1.).clamp(.1, 10.))
 
 # %% ../nbs/07_fit.ipynb #7272472f
 def _check(choices, passes, metric):

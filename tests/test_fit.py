@@ -483,13 +483,14 @@ def test_statistics_are_fitted_where_layers_do_not_make_up_for_each_other(traine
 def test_statistics_are_those_of_the_changed_network():
     net = with_statistics(plain_net(bias=False), images)
     res = fit(net, {'0': ('svd', 4), '5': ('svd', 3)}, images, sequential=False)
+    assert min(res[i].running_var.div(net[i].running_var).min() for i in (1, 6)) > .0999 # what hardly varies any more is not blown up
     def both(m): # its second BatchNorm gets what the first has normalised by the batch
         h = m[0](images)
         h = F.batch_norm(h, None, None, m[1].weight, m[1].bias, True)
         return m[0](images),m[5](m[4](m[3](F.relu(h))))
     with torch.no_grad(): was,now = both(net),both(res)
     for i,(a,b) in zip(('1', '6'), zip(was, now)):
-        want = net.get_submodule(i).running_mean + b.mean((0, 2, 3)) - a.mean((0, 2, 3)),net.get_submodule(i).running_var*b.var((0, 2, 3))/a.var((0, 2, 3))
+        want = net.get_submodule(i).running_mean + b.mean((0, 2, 3)) - a.mean((0, 2, 3)),net.get_submodule(i).running_var*(b.var((0, 2, 3))/a.var((0, 2, 3))).clamp(.1, 10)
         for got,w in zip((res.get_submodule(i).running_mean, res.get_submodule(i).running_var), want): torch.testing.assert_close(got, w, rtol=.05 if i == '6' else 1e-4, atol=1e-4) # two batches normalised apart are nearly one
 
 def test_norms_that_are_not_reached_see_one_value_or_keep_no_statistics_stay():
