@@ -38,7 +38,7 @@ from .layers import FactoredLayer, evaluating, factored_layers, find_layers, rec
 from .optimizer import check_opt, swap_layers
 from .plan import Budget, Plan, known_records, layer_types
 
-# %% ../nbs/10_callback.ipynb #7ffbd131
+# %% ../nbs/10_callback.ipynb #93538311
 class _Inputs(list): "Batches of inputs alone, of which each has `n_inp`"
 
 def _whole(dl):
@@ -47,7 +47,7 @@ def _whole(dl):
 
 def _calibration_dl(dls, n):
     "`n` training items drawn at random, treated like validation items; of special kinds of loaders, that of the training set"
-    train,valid = map(_whole, (dls.train, dls.valid))
+    train,valid = _whole(dls.train),_whole(dls[1]) if len(dls.loaders) > 1 else None
     if type(valid) is not TfmdDL or not len(train.dataset): return train
     return valid.new(Subset(train.dataset, torch.randperm(len(train.dataset))[:n].tolist()), num_workers=0)
 
@@ -274,7 +274,11 @@ def _last_value(learn):
     value = row.get(f'valid_{name}', row.get(name))
     return float(value) if isinstance(value, Real) else None
 
-# %% ../nbs/10_callback.ipynb #a281756b
+# %% ../nbs/10_callback.ipynb #5a03b6d2
+class _Records(list):
+    "What was decomposed during the fit whose recorder has the list `losses`"
+    def __init__(self, losses): self.losses = losses
+
 class DecomposeCallback(Callback):
     "Decompose the model at the start of an epoch, and go on at a low learning rate"
     order,name = 61,'decompose_cb'              # after `ParamScheduler`; `learn.decompose` is a method
@@ -302,7 +306,7 @@ class DecomposeCallback(Callback):
         "A new fit has no tail yet, and the recorder starts over"
         self._start,self._lrs,self._trained,self._n_before = None,None,False,len(self.history)
         self.teacher = self._want = None
-        if hasattr(self.learn, 'recorder'): self.recorder.decomposed = []
+        if hasattr(self.learn, 'recorder'): self.recorder.decomposed = _Records(self.recorder.losses)
 
     def before_train(self):
         "Decompose, if it is time to"

@@ -284,7 +284,7 @@ def plot_tradeoff(
     ax.spines[['top', 'right']].set_visible(False)
     return ax
 
-# %% ../nbs/11_report.ipynb #8820ef1c
+# %% ../nbs/11_report.ipynb #e84521f2
 def _epoch_curves(recorder):
     "{name: its value in each epoch} of what the recorder logs, where it is a number"
     def number(v):
@@ -331,7 +331,9 @@ def plot_training(
     for (n,v),c,m in zip(metrics.items(), cycle(_cycle), cycle('os^vD')): axes[1].plot(recorder.iters, v, m, ls='-', color=c, ms=4, label=n)
     low.plot(steps, recorder.lrs, color='k', lw=1)
     low.set(xlabel='step', ylabel='learning\nrate')
-    for a in axes: _mark(a, getattr(recorder, 'decomposed', []), a is top)
+    decomposed = getattr(recorder, 'decomposed', [])
+    if getattr(decomposed, 'losses', recorder.losses) is not recorder.losses: decomposed = [] # they are those of an earlier fit
+    for a in axes: _mark(a, decomposed, a is top)
     top.legend(frameon=False, fontsize=8)
     if len(metrics) == 1: axes[1].set_ylabel(next(iter(metrics)).replace('_', ' '))
     elif metrics: axes[1].set_ylabel('metric'), axes[1].legend(frameon=False, fontsize=8)

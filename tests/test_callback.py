@@ -17,10 +17,13 @@ from fastai.learner import load_learner
 from fastai.metrics import mae
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
 from tiny import mk_learn, net, splitter, snapshot, moved, ids, flat
-from fasterai_lr.callback import DecomposeCallback, decompose_learner
+from fastai.data.core import DataLoaders
+from fasterai_lr.calibrate import n_items
+from fasterai_lr.callback import DecomposeCallback, calibration_batches, decompose_learner
 from fasterai_lr.decomposer import FC_Decomposer, ConvDecomposer, smallest
 from fasterai_lr.layers import FactoredLayer
 from fasterai_lr.plan import Budget
+from fasterai_lr.report import plot_training
 import fasterai_lr.callback as module
 
 n_iter = 4              # batches in an epoch
@@ -424,6 +427,19 @@ def test_the_recorder_has_one_fit():
     assert [h['step'] for h in learn.recorder.decomposed] == [n_iter]
     learn.fit(1, 1e-2)
     assert learn.recorder.decomposed == [] and len(a.history) == len(b.history) == 1
+
+def test_a_later_fit_is_not_plotted_with_the_records_of_an_earlier_one():
+    marks = lambda learn: [l for l in plot_training(learn.recorder)[0].get_lines() if l.get_label().startswith('decomposed')]
+    learn = mk_learn()
+    learn.fit(2, 1e-2, cbs=cb(1))
+    assert len(marks(learn)) == 1
+    learn.fit(1, 1e-2)
+    assert not marks(learn)
+
+def test_calibration_without_a_validation_set():
+    learn = mk_learn()
+    learn.dls = DataLoaders(learn.dls.train)
+    assert sum(map(n_items, (b[0] for b in calibration_batches(learn, 20)))) == 20
 
 def test_records_and_plan():
     learn,c = mk_learn(),cb(1)
