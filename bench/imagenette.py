@@ -2,7 +2,7 @@
 
     python bench/imagenette.py
 
-trains the network (a quarter of an hour of one core) where neither an earlier run nor torchvision's own ImageNet weights are found on the disk, and prints its accuracy.
+trains the network (half an hour of one core) where neither an earlier run nor torchvision's own ImageNet weights are found on the disk, and prints its accuracy.
 """
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,8 @@ from fastai.data.external import fastai_path, untar_data, URLs
 
 mean,std = torch.tensor([.485, .456, .406])[:,None,None],torch.tensor([.229, .224, .225])[:,None,None]
 classes = 0,217,482,491,497,566,569,571,574,701 # of ImageNet, in the order of the folders
-stages = (64, 8),(96, 3) # pixels and epochs of the training; crops magnify, so 96 pixels prepare for 128
+# the training: peak of the learning rate, pixels and epochs of each cycle; crops magnify, so that 96 pixels prepare for 128
+cycles = (.05, (64, 8), (96, 3)),(.03, (96, 4))
 
 def square(file, size=144):
     "The middle of an image, its shorter side scaled to `size`: uint8 `[size,size,3]`"
@@ -50,8 +51,8 @@ def crops(x, size, gen, least=.5):
 def accuracy(model, x, y, bs=250):
     with torch.no_grad(): return torch.cat([model.eval()(b).argmax(1) for b in x.split(bs)]).eq(y).float().mean().item()
 
-def train(model, stages=stages, bs=64, lr=.05, seed=0):
-    "One cycle of SGD with label smoothing in bfloat16, over images that grow"
+def train(model, lr, *stages, bs=64, seed=0):
+    "One cycle of SGD with label smoothing in bfloat16, of `stages` (pixels, epochs)"
     x,y = squares('train')
     val,gen = images('test', 500),torch.Generator().manual_seed(seed)
     opt = torch.optim.SGD(model.parameters(), lr, momentum=.9, nesterov=True, weight_decay=5e-4)
@@ -67,7 +68,6 @@ def train(model, stages=stages, bs=64, lr=.05, seed=0):
                 opt.zero_grad()
                 sched.step()
             with torch.autocast('cpu', torch.bfloat16): print(f'{size} pixels, epoch {epoch}: {accuracy(model, *val):.2%} of {len(val[1])} images', flush=True)
-    return model
 
 def imagenet():
     "torchvision's trained ResNet-18 for these ten classes, if its file is there"
@@ -88,7 +88,8 @@ def resnet18(weights=None):
         torch.manual_seed(0)
         model = torchvision.models.resnet18(num_classes=10, zero_init_residual=True).to(memory_format=torch.channels_last)
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(train(model).to(memory_format=torch.contiguous_format).state_dict(), file)
+        for c in cycles: train(model, *c)
+        torch.save(model.to(memory_format=torch.contiguous_format).state_dict(), file)
     model.load_state_dict(torch.load(file, weights_only=True))
     return model.eval()
 
