@@ -85,7 +85,7 @@ if __name__ == '__main__':
     parser.add_argument('weights')
     parser.add_argument('--networks', nargs='+', default=['digits CNN', 'ResNet-20', 'ViT'])
     parser.add_argument('--shares', type=float, nargs='+', default=[.8, .65, .5, .37, .25])
-    parser.add_argument('--images', type=int, default=500, help='to calibrate with, and to measure with')
+    parser.add_argument('--images', type=int, default=300, help='to calibrate with, and to measure with')
     parser.add_argument('--epochs', type=int, default=10, help='of the vision transformer\'s training')
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'trust.csv')
     args = parser.parse_args()
