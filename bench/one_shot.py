@@ -6,7 +6,7 @@
 
 WEIGHTS is a state dict with the keys of `bench/cifar.py`'s `ResNet20`; `bench/imagenette.py` finds or trains its own. Every method gets the same images; fasterai's, and those that use the weights
 alone, need none and are run once. Images and models are in channels_last. Each is brought to at most the share of MACs asked for. All differences are over the same test images: `drop` is to the dense network with its standard error `se`, `behind`
-to fasterai_lr without distillation at the same budget and seed (the first seed for what has none), with its 95 % interval `low` to `high`. Rows that are in the file of results are not computed again. Latency wants
+to fasterai_lr without distillation at the same budget and seed (the first seed for what has none), with its 95 % interval `low` to `high`. A run that was interrupted goes on where it stopped. Latency wants
 an idle machine; `seconds` are without those of `calibrate`, and for distillation without those of the decomposition.
 """
 import argparse, time, warnings
