@@ -273,7 +273,7 @@ def calibrate(
             samples += n_items(b)
     return {n:g.moments(samples*scale**2, n) for n,g in gathers.items() if g.inputs.n}
 
-# %% ../nbs/05_calibrate.ipynb #d7243832
+# %% ../nbs/05_calibrate.ipynb #87aac322
 def _diag(M): return M if M.dim() == 2 else M.diagonal(dim1=-2, dim2=-1) # `[groups, n]`, given a moment or the diagonal of one
 
 def _plus(M, d): return M + (d if M.dim() == 2 else torch.diag_embed(d.expand(M.shape[:-1])))
@@ -310,14 +310,17 @@ class Metric:
         check_kind(kind)
         g,o,self.i,*self.k = geometry.block_shape
         cov = covariance if centre else lambda M,m: M
-        self.inputs,W = cov(moments.inputs, moments.input_mean),weight.flatten(2)
+        self.weight,self.inputs,self._seen = weight.flatten(2),cov(moments.inputs, moments.input_mean),cov(moments.outputs, moments.output_mean)
         if self.inputs is not None: self.inputs = self.inputs + torch.diag_embed(ridge(self.inputs))
-        self.outputs = self._outputs(W, cov(moments.outputs, moments.output_mean))
+        self.narrow = self.inputs is not None and self.inputs.shape[-1] < o # fewer inputs than outputs?
         G = moments.grads if kind=='fisher' else torch.eye(o, dtype=torch.float64).to(moments.grads).expand(g, o, o)
         self.G = .99*G + torch.diag_embed(.01*_mean_diag(G).expand(g, o))
         self.Lo,self._sides = torch.linalg.cholesky(self.G),{}
 
-    def _outputs(self, W, C):
+    @cached_property
+    def outputs(self): # `[groups, o, o]`
+        "The moment of the outputs"
+        W,C = self.weight,self._seen
         add = lambda C,part: C + torch.diag_embed((part*C.shape[-1]*_mean_diag(C)).expand(C.shape[:-1])) # above the rounding in C, whose rank may be low
         if self.inputs is not None: return add(W.double()@self.inputs@W.double().mT, 1e-12)
         WW = torch.stack([symmetric_gram(w) for w in W.to(torch.promote_types(W.dtype, torch.float32))]).double()
@@ -325,7 +328,7 @@ class Metric:
 
     @cached_property
     def total(self): # what it costs to do without the layer
-        return max(.5*float((self.G*self.outputs).sum()), 1e-300)
+        return max(self.cost(self.weight) if self.narrow else .5*float((self.G*self.outputs).sum()), 1e-300)
 
     def side(self, joined:int): # kernel axes joined with the input channels
         "Cholesky factor of the moment of the columns"

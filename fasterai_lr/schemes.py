@@ -232,7 +232,7 @@ def _balance(F, L):
     U,S,Vh = map(torch.stack, zip(*(SVD(m, exact=False).truncate(len(m)) for m in Rl@Rf.mT)))
     return S.sqrt()[...,None]*(Vh@Qf.mT), (Ql@U)*S.sqrt()[...,None,:]
 
-# %% ../nbs/04_schemes.ipynb #fe623fe2
+# %% ../nbs/04_schemes.ipynb #ed1b0626
 @register
 class Svd(_Matrix):
     "The matrix (o | i h w): a thinner copy of the layer to `rank` channels, then a pointwise one to `o`"
@@ -244,17 +244,23 @@ class Svd(_Matrix):
 
     @cached_property
     def svd(self):
-        "Of `W`; with a metric of `LᵀWA^½`, from its Gram matrix `LᵀWAWᵀL`, which is not formed where `L` is diagonal"
-        if self.metric is None or self.metric.diagonal: return super().svd
-        return FromGram(self.metric.Lo.mT @ self.metric.outputs @ self.metric.Lo)
+        "Of `W`; with a metric of `LᵀWR`, `RRᵀ=A`, from the smaller one of its Gram matrices, which are not formed where `L` is diagonal"
+        m = self.metric
+        if m is None or m.diagonal: return super().svd
+        if not m.narrow: return FromGram(m.Lo.mT @ m.outputs @ m.Lo)
+        B = m.Lo.mT @ self.blocks.flatten(2).double() @ m.side(len(self.k))
+        return FromGram(B.mT@B)
 
     def tensors(self, rank):
         if self.metric is None: return self.halves(rank)[::-1]
         if self.metric.diagonal: return self.metric.unscaled(*self.halves(rank)[::-1])
-        U,S,L = self.svd.left(rank),self.svd.spectrum[:,:rank],self.metric.Lo
-        root = S.clamp_min(1e-9*S.max()).sqrt()
-        first = (U/root[:,None]).mT @ L.mT @ self.blocks.flatten(2).double()
-        return first, torch.linalg.solve_triangular(L.mT, U*root[:,None], upper=True)
+        U,S,W = self.svd.left(rank),self.svd.spectrum[:,:rank],self.blocks.flatten(2).double()
+        root = S.clamp_min(max(1e-9*float(S.max()), 1e-30)).sqrt()[:,None]
+        if self.metric.narrow: # `U` is on the side of the inputs
+            R = self.metric.side(len(self.k))
+            return torch.linalg.solve_triangular(R, (U*root).mT, upper=False, left=False), W @ R @ (U/root)
+        L = self.metric.Lo
+        return (U/root).mT @ L.mT @ W, torch.linalg.solve_triangular(L.mT, U*root, upper=True)
 
     def refined(self, rank): return _balance(*self.weights(rank))
 

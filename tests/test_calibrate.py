@@ -488,3 +488,16 @@ def test_what_is_dead_or_constant_breaks_nothing(name, zero):
 def test_metrics_that_do_not_exist():
     layer,moments = _fixed[1]
     with pytest.raises(ValueError, match="metric: 'plain' is not one of 'fisher', 'activation';"): metric_of(layer, moments, 'plain')
+
+@pytest.mark.parametrize('layer, x', [(nn.Linear(20, 70), (300, 20)), (nn.Conv2d(6, 90, (1, 3), groups=2), (20, 6, 8, 8))])
+def test_both_gram_matrices_of_svd_say_the_same(layer, x):
+    layer = copy.deepcopy(layer).double()
+    moments = calibrate(nn.Sequential(layer, nn.Tanh()), torch.randn(x, dtype=torch.float64), half_square)['0']
+    narrow,wide = metric_of(layer, moments),metric_of(layer, moments)
+    assert narrow.narrow
+    wide.narrow = False
+    a,b = (schemes['svd'](Geometry.of(layer), layer.weight, 'layer', m) for m in (narrow, wide))
+    ranks = list(range(1, a.full()+1))
+    for m,n in zip(a.costs(ranks), b.costs(ranks)): assert abs(m - n) <= 1e-9*narrow.total # outputs have 1e-12 on their diagonal, times their number
+    close(a.approximation(2), b.approximation(2), 1e-8)                         # vectors of a Gram matrix in double precision
+    close(a.approximation(ranks[-1]), a.blocks, 1e-12)
