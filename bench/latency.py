@@ -7,6 +7,7 @@ For batches of 1 and 16, in channels_last and in torch's default format: the pla
 fasterai's Tucker with about as many MACs. Weights do not matter for time, so these are random. The machine has to be idle.
 """
 import argparse, time, warnings
+from functools import cache
 from pathlib import Path
 
 import pandas as pd, torch, torchvision
@@ -21,15 +22,21 @@ def build(name, fmt):
     torch.manual_seed(0)
     return getattr(torchvision.models, name)().eval().to(memory_format=formats[fmt])
 
-def peer(dense, macs, x):
-    "fasterai's Tucker with at most the share `macs`, and that share"
+def peer(dense, percent):
+    "fasterai's Tucker, `None` where it fails"
     from fasterai.misc.conv_decomposer import Conv_Decomposer
-    total = count_macs(dense, x[:1])
-    for p in (i/20 for i in range(1, 20)):
-        try: model = Conv_Decomposer().decompose(dense, percent_removed=p, method='tucker')
-        except RuntimeError: continue
-        got = count_macs(model, x[:1])/total
-        if got <= macs: return model,got
+    try: return Conv_Decomposer().decompose(dense, percent_removed=percent, method='tucker')
+    except RuntimeError: return
+
+@cache
+def peer_share(name, percent):
+    "The MACs that it leaves, as a share"
+    dense,x = build(name, 'default'),torch.randn(1, 3, 224, 224)
+    if (model := peer(dense, percent)): return count_macs(model, x)/count_macs(dense, x)
+
+def peer_within(name, macs):
+    "The smallest percentage removed that leaves at most the share `macs`"
+    return next((p for i in range(1, 20) if (s := peer_share(name, p := i/20)) and s <= macs), None)
 
 def row(name, fmt, bs, budget, moments, images, with_peer):
     dense,x = build(name, fmt),torch.randn(bs, 3, 224, 224, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=formats[fmt])
@@ -38,9 +45,9 @@ def row(name, fmt, bs, budget, moments, images, with_peer):
     plan = planner.make(Budget(latency=budget))
     planning = time.perf_counter()-start
     small = plan.apply(dense)
-    res = dict(model=name, format=fmt, batch=bs, budget=budget, predicted=plan.predicted['latency'], measured=measured_ratio(dense, small, x, 15),
+    res = dict(model=name, format=fmt, batch=bs, budget=budget, predicted=plan.predicted['latency'], measured=measured_ratio(dense, small, x, 20.),
                macs=count_macs(small, x[:1])/count_macs(dense, x[:1]), params=count_params(small)/count_params(dense), planning_s=planning)
-    if with_peer and (found := peer(dense, res['macs'], x)): res |= dict(fasterai=measured_ratio(dense, found[0], x, 15), fasterai_macs=found[1])
+    if with_peer and (p := peer_within(name, res['macs'])): res |= dict(fasterai=measured_ratio(dense, peer(dense, p), x, 20.), fasterai_macs=peer_share(name, p))
     return res
 
 def main():

@@ -6,10 +6,10 @@
 __all__ = ['FactoredLayer', 'factored_layers', 'recompose', 'Energy', 'EVBMF', 'schemes', 'register', 'count_macs',
            'count_params', 'measure_latency', 'size_on_disk', 'calibrate', 'classification', 'regression', 'Budget',
            'Plan', 'make_plan', 'FC_Decomposer', 'ConvDecomposer', 'decompose', 'project_', 'smallest',
-           'DecomposeCallback', 'summarize', 'format_summary', 'plot_layers', 'plot_spectra', 'plot_tradeoff',
-           'plot_training', 'tradeoff', 'save_low_rank', 'load_low_rank', 'export_onnx']
+           'DecomposeCallback', 'compare', 'summarize', 'format_summary', 'plot_layers', 'plot_spectra',
+           'plot_tradeoff', 'plot_training', 'tradeoff', 'save_low_rank', 'load_low_rank', 'export_onnx']
 
-# %% ../nbs/14_all.ipynb #86e53947
+# %% ../nbs/14_all.ipynb #8a62f722
 from .layers import FactoredLayer, factored_layers, recompose
 from .rank import Energy, EVBMF
 from .schemes import schemes, register
@@ -18,11 +18,10 @@ from .calibrate import calibrate, classification, regression
 from .plan import Budget, Plan, make_plan
 from .decomposer import FC_Decomposer, ConvDecomposer, decompose, project_, smallest
 from .callback import DecomposeCallback
-from .report import summarize, format_summary, plot_layers, plot_spectra, plot_tradeoff, plot_training, tradeoff
+from .report import compare, summarize, format_summary, plot_layers, plot_spectra, plot_tradeoff, plot_training, tradeoff
 from .export import save_low_rank, load_low_rank, export_onnx
 import fasterai_lr.learner
 
-_all_ = ['FactoredLayer', 'factored_layers', 'recompose', 'Energy', 'EVBMF', 'schemes', 'register', 'count_macs', 'count_params', 'measure_latency',
-         'size_on_disk', 'calibrate', 'classification', 'regression', 'Budget', 'Plan', 'make_plan', 'FC_Decomposer', 'ConvDecomposer', 'decompose', 'project_', 'smallest', 'DecomposeCallback', 'summarize', 'format_summary', 'plot_layers', 'plot_spectra', 'plot_tradeoff', 'plot_training',
-         'tradeoff', 'save_low_rank',
-         'load_low_rank', 'export_onnx']
+_all_ = ['FactoredLayer', 'factored_layers', 'recompose', 'Energy', 'EVBMF', 'schemes', 'register', 'count_macs', 'count_params', 'measure_latency', 'size_on_disk', 'calibrate', 'classification',
+         'regression', 'Budget', 'Plan', 'make_plan', 'FC_Decomposer', 'ConvDecomposer', 'decompose', 'project_', 'smallest', 'DecomposeCallback', 'compare', 'summarize', 'format_summary',
+         'plot_layers', 'plot_spectra', 'plot_tradeoff', 'plot_training', 'tradeoff', 'save_low_rank', 'load_low_rank', 'export_onnx']

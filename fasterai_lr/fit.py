@@ -298,7 +298,7 @@ def _flat(model, name):
     layer = model.get_submodule(name)
     return Geometry.of(layer).to_blocks(layer.weight.detach()).double().flatten(2)
 
-# %% ../nbs/07_fit.ipynb #a6376a3e
+# %% ../nbs/07_fit.ipynb #a5a9434f
 @undisturbed()
 def loss_increase(
     dense:nn.Module, # whose predictions are the labels
@@ -309,14 +309,15 @@ def loss_increase(
     "How far the loss of `model` is above that of `dense` on `data`"
     if loss not in (classification, regression) and not hasattr(loss, 'axis'): return None
     axis,total,samples = 1 if loss is classification else getattr(loss, 'axis', None),0.,0
-    first = lambda out: (out[0] if isinstance(out, (tuple, list)) else out).double()
     for b in Batches(data, next(iter(devices_of(dense)), None)):
-        want,out = (first(_run(m, b)) for m in (dense, model))
+        want,out = (_first(_run(m, b)).double() for m in (dense, model))
         total += float(.5*(out-want).square().sum() if axis is None else F.kl_div(out.log_softmax(axis), want.log_softmax(axis), reduction='sum', log_target=True))
         samples += n_items(b)
     return total/samples
 
-# %% ../nbs/07_fit.ipynb #56e1ef4a
+def _first(out): return out[0] if isinstance(out, (tuple, list)) else out # of a recurrent network, which returns its hidden states too
+
+# %% ../nbs/07_fit.ipynb #657b9954
 def flip_and_crop(
     x:Tensor, # images `[n, channels, h, w]`
     gen:torch.Generator, # for the draws
@@ -395,9 +396,9 @@ def distill(
         with evaluating(res, teacher), torch.enable_grad():
             for _,b in zip((progress or iter)(range(steps)), _forever(Batches(data, next(iter(devices_of(model)), None)))):
                 if augment: b = (augment(b[0], gen), *b[1:])
-                with torch.no_grad(): want = run_model(teacher, b)
-                if not isinstance(want, Tensor): raise TypeError(f"distill: the model returns {type(want).__name__}; only a tensor can be learned from")
-                out = run_model(res, _wide(b) if dtypes else b)
+                with torch.no_grad(): want = _first(run_model(teacher, b))
+                if not isinstance(want, Tensor): raise TypeError(f"distill: the model returns {type(want).__name__}; only a tensor, or the first of a tuple, can be learned from")
+                out = _first(run_model(res, _wide(b) if dtypes else b))
                 l = output_loss(out, want.to(out.dtype), loss) + _feature_loss(feats[0].outs, feats[1].outs)
                 opt.zero_grad()
                 l.backward()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/13_learner.ipynb #6cafc5b4
+# %% ../nbs/13_learner.ipynb #654c4564
 from functools import partial
 from pathlib import Path
 from warnings import warn
@@ -16,12 +16,12 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from fastai.layers import ToTensorBase
 from fastai.learner import Learner
-from fastai.torch_core import apply, cast, distrib_barrier, get_model, rank_distrib, to_device
+from fastai.torch_core import apply, cast, distrib_barrier, get_model, no_random, rank_distrib, to_device
 from .distributed import check_wrapper
 from .layers import recompose, replace_layers
 from .optimizer import check_opt, check_opt_state, load_opt_state, opt_state, swap_layers
-from .callback import calibration_batches, decompose_learner, metric_value, output_kind
-from .report import Summary, plot_spectra, plot_tradeoff, summarize, tradeoff
+from .callback import calibration_batches, decompose_learner, _measure, output_kind
+from .report import Summary, compare, plot_spectra, plot_tradeoff, summarize, tradeoff
 from .export import as_file, changed_layers, export_onnx, read_low_rank, rebuild, save_low_rank
 
 # %% ../nbs/13_learner.ipynb #ad5b1641
@@ -35,19 +35,20 @@ def decompose(self:Learner,
     decompose_learner(self, what, data, **kwargs)
     return self
 
-# %% ../nbs/13_learner.ipynb #668c5df8
-def _inputs(learn, dl, n=None):
-    "The inputs of a batch of `dl`, or its first `n` items, as plain tensors on the model's device"
-    xb = dl.one_batch()[:getattr(dl, 'n_inp', 1)]
-    return to_device(tuple(apply(lambda t: cast(t[:n], Tensor), xb)), next(get_model(learn.model).parameters()).device)
+# %% ../nbs/13_learner.ipynb #7afc6e25
+def _inputs(learn, b=None):
+    "The inputs of the batch `b`, or of one of the validation set, as plain tensors on the model's device"
+    if b is None:
+        with no_random(): b = learn.dls.valid.one_batch()[:getattr(learn.dls.valid, 'n_inp', 1)]
+    return to_device(tuple(apply(lambda t: cast(t, Tensor), b)), next(get_model(learn.model).parameters()).device)
 
 @patch
 def low_rank_summary(self:Learner,
-    sample=None # an input, a tuple or a dict of inputs to count MACs for; `None`: the first item of a training batch
+    sample=None # an input, a tuple or a dict of inputs to count MACs for; `None`: a training item
    )->Summary: # a `DataFrame` that shows itself as a table in a notebook, as text in a terminal
     "The table of `summarize`: what became of each layer, what it costs, and why it stayed as it was"
     model = get_model(self.model)
-    if sample is None and len(self.dls.train) > 0: sample = _inputs(self, self.dls.train, 1)
+    if sample is None and len(self.dls.train) > 0: sample = _inputs(self, calibration_batches(self, 1)[0])
     return summarize(model, sample)
 
 # %% ../nbs/13_learner.ipynb #96118721
@@ -61,15 +62,14 @@ def plot_spectra(self:Learner,
     "The singular values of each layer, relative to the largest, and its rank; see `plot_spectra`"
     return plot_spectra(get_model(self.model), layers, plan, data, output_kind(self), axes)
 
-# %% ../nbs/13_learner.ipynb #f6245345
+# %% ../nbs/13_learner.ipynb #31eb3743
 def _own_value(learn):
     "A function that evaluates a model by the first metric of `learn`, or by its loss, and is named after it"
     try: n = len(learn.dls.valid)
     except (AttributeError, IndexError, TypeError): n = 0
     if not n: raise ValueError("dls: the learner has no validation set to evaluate on; give `evaluate`, a function from a model to a number, or `evaluate=False` for the estimated loss alone")
-    sign,name = (1, learn.metrics[0].name) if learn.metrics else (-1, 'valid_loss')
-    def value(model): return sign*metric_value(learn, model)
-    value.__name__ = name
+    def value(model): return _measure(learn, model)
+    value.__name__ = learn.metrics[0].name if learn.metrics else 'valid_loss'
     return value
 
 @patch
@@ -99,6 +99,17 @@ def plot_tradeoff(self:Learner,
    ): # the axes
     "Draw the table of `Learner.tradeoff`"
     return plot_tradeoff(self.tradeoff(budgets, kind, data, evaluate, **kwargs), kind, ax=ax)
+
+# %% ../nbs/13_learner.ipynb #0ab183f5
+@patch
+def compare(self:Learner,
+    models, # {name: model}
+    sample=None, # a batch of inputs to count and to time with; `None`: a batch of the validation set
+    repeats:int=20 # of each timing
+   )->pd.DataFrame: # see `compare`
+    "What several models cost, and what the learner's first metric, or its loss, says of them over the validation set"
+    value = _own_value(self)
+    return compare(models, _inputs(self) if sample is None else sample, value, repeats)
 
 # %% ../nbs/13_learner.ipynb #2dfecd39
 def _low_rank_file(learn, file): return as_file(learn.path/learn.model_dir/file, '.pth')
@@ -149,7 +160,7 @@ def load_low_rank(self:Learner,
     if opt is not None: load_opt_state(self.opt, opt)
     return self
 
-# %% ../nbs/13_learner.ipynb #498de26d
+# %% ../nbs/13_learner.ipynb #b8d7be80
 @patch
 def export_onnx(self:Learner,
     file, # in `self.path`, or an absolute path; `.onnx` is added where there is no suffix
@@ -157,6 +168,6 @@ def export_onnx(self:Learner,
    )->Path: # the file
     "Write the model as ONNX, for batches of any size, and compare it with the model on real inputs; see `export_onnx`"
     model = get_model(self.model)
-    if sample is None: sample = _inputs(self, self.dls.valid)
+    if sample is None: sample = _inputs(self)
     untyped = {n: nn.Identity() for n,m in model.named_modules() if isinstance(m, ToTensorBase)}       # at the end of a U-Net; ONNX has no tensor classes
     return export_onnx(replace_layers(model, untyped), sample, self.path/file)

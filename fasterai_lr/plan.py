@@ -288,7 +288,7 @@ def _fresh(layer, scheme, rank):
     if w.dim()==4 and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous(): res = res.to(memory_format=torch.channels_last)
     return res.train(layer.training)
 
-# %% ../nbs/07_plan.ipynb #e5a6a2ab
+# %% ../nbs/07_plan.ipynb #76ffd7b4
 class Planner:
     "What is known about a model before a budget is chosen"
     @undisturbed()
@@ -333,11 +333,15 @@ class Planner:
         total = total or getattr(self, kind)
         if not total: raise ValueError(f"{kind}: {budget.value} of nothing; the model has no {kind} to save on")
         rest = total - sum(getattr(o[0], kind) for o in options.values())
-        least = sum(min(getattr(p, kind) for p in o) for o in options.values())
         try: chosen = choose(options, budget.value*total - rest, kind)
-        except ValueError: raise ValueError(f"{kind}: {budget.value} cannot be reached; the smallest is {ceil((least+rest)/total*1e4)/1e4}") from None
+        except ValueError: raise ValueError(f"{kind}: {budget.value} cannot be reached; the smallest is {ceil(self.least(kind, options, total)*1e4)/1e4}") from None
         left = budget.value - (rest + sum(getattr(o, kind) for o in chosen.values()))/total
         return self._as_plan(chosen, options, budget, left)
+
+    def least(self, kind, options=None, total=None)->float:
+        "The smallest fraction that can be reached"
+        options,total = options or self.all_options(),total or getattr(self, kind)
+        return 1 - sum(getattr(o[0], kind) - min(getattr(p, kind) for p in o) for o in options.values())/total
 
     def _as_plan(self, chosen, options, budget, left):
         layers = {f.name: asdict(self._record(f, chosen.get(f.name))) for f in self.found}
@@ -359,10 +363,15 @@ class Planner:
         rec.params_after,rec.error = option.params,option.error
         return rec
 
-# %% ../nbs/07_plan.ipynb #705b085b
+# %% ../nbs/07_plan.ipynb #d68df8d9
 def _step(full): return 8 if full >= 64 else 4 if full >= 16 else 1
 
 def _knots(n, most=5): return sorted({round(i) for i in np.linspace(0, n-1, min(n, most))})
+
+def _timed(models, sample, seconds):
+    "`measure_latency` of a dict of models, repeated 3 to 15 times, as the seconds allow"
+    once = measure_latency(next(iter(models.values())), sample, 1, 1).ms
+    return measure_latency(models, sample, int(min(15, max(3, seconds*1e3/len(models)/once))), 1, 2)
 
 def _time_all(models, inputs, seconds):
     "Milliseconds of each of `models` for all of the `inputs`, which are on the meta device"
@@ -371,9 +380,7 @@ def _time_all(models, inputs, seconds):
     for key,x in kinds.items():
         times = sum((tuple(o.shape), o.stride(), o.dtype) == key for o in inputs)
         sample = torch.empty_like(x, device=device).normal_(generator=torch.Generator(device).manual_seed(0))
-        once = measure_latency(models['dense'], sample, 1, 1).ms
-        repeats = int(min(15, max(3, seconds*1e3/len(models)/once)))
-        for k,v in measure_latency(models, sample, repeats, 1, 2).items(): total[k] += times*v.least
+        for k,v in _timed(models, sample, seconds).items(): total[k] += times*v.least
     return total
 
 def time_options(layer, options, inputs, seconds=1.)->list:
@@ -402,30 +409,36 @@ def timed_options(self:Planner, progress=None):
         res[n] = [replace(o, latency=known[key][o.scheme, o.rank]) for o in options if (o.scheme, o.rank) in known[key]]
     return res
 
-# %% ../nbs/07_plan.ipynb #674243ef
-def measured_ratio(dense, other, sample, repeats=11):
+# %% ../nbs/07_plan.ipynb #0d234e13
+def measured_ratio(
+    dense,
+    other,
+    sample, # what they are called with
+    seconds=10. # to spend on it, about
+   )->float:
     "The time of `other` as a fraction of that of `dense`"
-    ms = measure_latency([dense, other], sample, repeats)
-    return ms[1].ms/ms[0].ms
+    ms = _timed({'dense': dense, 'other': other}, sample, seconds)
+    return ms['other'].ms/ms['dense'].ms
 
 @patch
 def latency_plan(self:Planner, budget:Budget, tries=4, progress=None)->Plan:
     "The plan for a budget of milliseconds, measured"
-    options,total = self.timed_options(progress),measure_latency(self.model, self.sample, 11).ms
-    aim,best = budget.value,None
-    for _ in range(tries):
+    if 'latency' not in self.options: self.options['latency'] = self.timed_options(progress),_timed({'dense': self.model}, self.sample, 5.)['dense'].ms
+    (options,total),aim,tried = self.options['latency'],budget.value,[]
+    while len(tried) < tries:
         try: plan = self.plan(Budget(latency=aim), options, total)
-        except ValueError as e:
-            if best is None: raise
+        except ValueError:
+            if not tried: raise
             break
-        plan.measured['latency'] = measured_ratio(self.model, plan.skeleton(self.model), self.sample)
-        if best is None or plan.measured['latency'] < best.measured['latency']: best = plan
-        if plan.measured['latency'] <= budget.value: break
-        aim = max(.01, aim*budget.value/plan.measured['latency']*.98)
+        tried.append(plan)
+        got = plan.measured['latency'] = measured_ratio(self.model, plan.skeleton(self.model), self.sample)
+        if .9*budget.value <= got <= budget.value: break
+        aim = min(1., max(.01, aim*budget.value/got*.98))
+    best = max(tried, key=lambda p: (p.measured['latency'] <= budget.value, -abs(p.measured['latency']-budget.value)))
     best.budget = {'latency': budget.value}
     return best
 
-# %% ../nbs/07_plan.ipynb #c630bfb6
+# %% ../nbs/07_plan.ipynb #a9d7fd36
 @patch
 def drop_plan(self:Planner, budget:Budget, evaluate, steps=6, progress=None, **kwargs)->Plan:
     "The plan of least MACs whose value of `evaluate` is at most `budget.max_drop` below that of the dense model"
@@ -440,12 +453,6 @@ def drop_plan(self:Planner, budget:Budget, evaluate, steps=6, progress=None, **k
     if best is None: best = self.plan(Budget(macs=1.))
     best.budget = {'max_drop': budget.value}
     return best
-
-@patch
-def least(self:Planner, kind):
-    "The smallest fraction that can be reached"
-    options,total = self.all_options(),getattr(self, kind)
-    return 1 - sum(getattr(o[0], kind) - min(getattr(p, kind) for p in o) for o in options.values())/total
 
 # %% ../nbs/07_plan.ipynb #dba422b1
 @patch

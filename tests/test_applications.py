@@ -122,10 +122,10 @@ def test_application_without_a_layer_to_decompose(name, tmp_path):
 
 @pytest.mark.parametrize('name', apps)
 def test_application_with_a_budget(name, tmp_path):
-    "Each keeps to a budget halfway between the dense model and the smallest that it can be, with the dense one as its teacher, and trains on"
+    "Each keeps to a budget halfway between the dense model and the smallest that it can be, with the dense one as its teacher before and after, and trains on"
     learn = mk(apps[name][0], tmp_path)
     n,least = count_params(learn.model),smallest(learn.model, calibration_batches(learn, 2)[0], 'params')
-    c = DecomposeCallback(1, Budget(params=(1+least)/2), ft_lr=1e-2, distill=.5)
+    c = DecomposeCallback(1, Budget(params=(1+least)/2), ft_lr=1e-2, distill=.5, distill_steps=3)
     with learn.no_bar(): learn.fit_one_cycle(2, 1e-2, cbs=c)
     rec, = c.history
     assert 0 < rec['decomposed'] == len(factored_layers(learn.model)) and count_params(learn.model) == rec['params_after'] <= (1+least)/2*n

@@ -102,6 +102,24 @@ def test_tradeoff_looks_and_does_not_touch():
         other.decompose(Budget(params=r.budget))
         assert other.validate()[1] == pytest.approx(r.distance, rel=1e-4) and count_params(other.model)/count_params(learn.model) == pytest.approx(r.params, rel=1e-12)
 
+def wrong(inp, targ): return (inp - targ).abs().mean()
+wrong.__name__ = 'error_rate' # a metric of which less is better
+
+def test_models_side_by_side():
+    learn = mk_learn(metrics=wrong)
+    learn.fit(1, 1e-2)
+    dense = copy.deepcopy(learn.model)
+    learn.decompose(Budget(params=.8))
+    before = state(learn)
+    table = learn.compare({'dense': dense, 'decomposed': learn.model}, repeats=1)
+    assert same(before, state(learn))
+    assert list(table.columns) == ['parameters', 'MACs', 'MB', 'ms', 'error_rate'] and list(table.index) == ['dense', 'decomposed']
+    total = learn.low_rank_summary().loc['total']
+    assert list(table.parameters) == [total.params_before, total.params_after] and list(table.MACs) == [total.macs_before, total.macs_after]
+    assert table.error_rate['decomposed'] == pytest.approx(learn.validate()[1], rel=1e-5)   # a mean of float32 numbers, in other batches
+    assert (table.ms > 0).all() and table.error_rate['dense'] > 0
+    assert learn.tradeoff((.8,)).error_rate[0] > 0      # as it is, although less of it is better
+
 def test_tradeoff_without_a_metric_is_the_loss():
     learn = mk_learn()
     table = learn.tradeoff((.8,))

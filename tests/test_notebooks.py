@@ -14,9 +14,10 @@ def notebooks(root):
     return sorted(p for p in paths if not any(o[0] in '_.' for o in p.parts))
 
 def case(path):
-    "A pytest case, marked slow where the notebook's first cell says `- slow: true`"
-    slow = str2bool(nb_frontmatter(read_nb(root/path)).get('slow', False))
-    return pytest.param(path, id=path.as_posix(), marks=[pytest.mark.slow] if slow else [])
+    "A pytest case, marked by what the notebook's first cell says: `- slow: true`, or `- data: NAME` of what it loads with `untar_data`"
+    said = nb_frontmatter(read_nb(root/path))
+    marks = [pytest.mark.slow]*str2bool(said.get('slow', False)) + [pytest.mark.data]*('data' in said)
+    return pytest.param(path, id=path.as_posix(), marks=marks)
 
 def copy_project(to):
     "What running a notebook needs, in the folder `to`: whatever a notebook writes then stays there"
