@@ -18,7 +18,7 @@ import pandas as pd, torch
 import cifar, imagenette
 from fasterai_lr.cost import count_macs, count_params, measure_latency
 from fasterai_lr.decomposer import ConvDecomposer
-from fasterai_lr.fit import distill, fit, flip_and_crop
+from fasterai_lr.fit import distill, fit, flip_crop_and_mix
 from fasterai_lr.plan import Budget, Planner
 
 nets = dict(resnet20=(cifar.resnet20, cifar.images), resnet18=(imagenette.resnet18, imagenette.images))
@@ -55,7 +55,7 @@ def seeing(dense, x, macs, batches, planner, steps, seed):
         return fit(dense, {n: (l['scheme'], l['rank']) for n,l in layers.items() if l['scheme']}, batches, planner().moments, seed=seed)
     closed = cache(lambda: planned('fisher'))
     makes = {ours: closed}
-    if steps: makes[f'{ours}, distilled'] = lambda: distill(closed(), dense, batches, steps, augment=flip_and_crop, seed=seed)
+    if steps: makes[f'{ours}, distilled'] = lambda: distill(closed(), dense, batches, steps, augment=flip_crop_and_mix, seed=seed)
     return makes | {'Fisher, ranks by budget': lambda: planned('fisher', sequential=False), 'activations, ranks by budget': lambda: planned('activation', sequential=False),
                     'one fraction, sequential fit': one_fraction}
 
