@@ -88,7 +88,7 @@ def _as_html(rows):
     *layers,total = rows.values.tolist()
     return '\n'.join(['<table class="dataframe">', f"<thead>{line('th', rows)}</thead>", '<tbody>', *(line('td', l) for l in layers), line('th', total), '</tbody></table>'])
 
-# %% ../nbs/11_report.ipynb #cc8e58d8
+# %% ../nbs/11_report.ipynb #0ddcb31f
 def compare(
     models, # {name: model}
     sample, # a batch of inputs, as the models take it
@@ -96,7 +96,8 @@ def compare(
     repeats:int=20 # of each timing
    )->pd.DataFrame: # one row a model; columns `parameters`, `MACs`, `MB` on disk, `ms` for the sample, and what `evaluate` says, named as it is (or `value`)
     "What several models cost, and what they are worth, side by side"
-    times = measure_latency(dict(models), sample, repeats)
+    if not isinstance(models, dict) or not models: raise TypeError(f"models: {models!r:.80} is not a dict; give {{name: model}}")
+    times = measure_latency(models, sample, repeats)
     rows = {n: dict(parameters=count_params(m), MACs=count_macs(m, sample)//n_items(sample), MB=size_on_disk(m)/1e6, ms=times[n].ms) for n,m in models.items()}
     if evaluate:
         value = _evaluation(evaluate)
