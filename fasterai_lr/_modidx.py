@@ -477,7 +477,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterai_lr.plan.Planner._as_plan': ('plan.html#planner._as_plan', 'fasterai_lr/plan.py'),
                                   'fasterai_lr.plan.Planner._record': ('plan.html#planner._record', 'fasterai_lr/plan.py'),
                                   'fasterai_lr.plan.Planner.all_options': ('plan.html#planner.all_options', 'fasterai_lr/plan.py'),
-                                  'fasterai_lr.plan.Planner.drop_plan': ('plan.html#planner.drop_plan', 'fasterai_lr/plan.py'),
+                                  'fasterai_lr.plan.Planner.drop_search': ('plan.html#planner.drop_search', 'fasterai_lr/plan.py'),
                                   'fasterai_lr.plan.Planner.latency_plan': ('plan.html#planner.latency_plan', 'fasterai_lr/plan.py'),
                                   'fasterai_lr.plan.Planner.least': ('plan.html#planner.least', 'fasterai_lr/plan.py'),
                                   'fasterai_lr.plan.Planner.make': ('plan.html#planner.make', 'fasterai_lr/plan.py'),

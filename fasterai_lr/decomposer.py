@@ -199,7 +199,7 @@ class ConvDecomposer(Decomposer):
         cls = Svd if all(k == 1 for k in geom.kernel) or metric is not None and metric.inputs is None else schemes[self.method]
         return cls(geom, found.layer.weight, found.name, metric)
 
-# %% ../nbs/08_decomposer.ipynb #9f8546ff
+# %% ../nbs/08_decomposer.ipynb #cfa0b7cf
 def as_decomposers(what):
     "`what` as a list of decomposers"
     if what is None: return [FC_Decomposer(), ConvDecomposer('spatial', rank=0.25)]
@@ -243,8 +243,8 @@ def _fitted(decomposers, model, data, args=(), metric='fisher', loss=classificat
 def _planned(model, budget, data, metric='fisher', loss=classification, schemes=('svd', 'spatial'), evaluate=None, seed=0, progress=None, max_size=8192, **kwargs):
     "The plan for a budget, carried out"
     planner = Planner(model, data, metric, schemes, loss, seed=seed, progress=progress, max_size=max_size)
-    plan = planner.make(budget, evaluate, progress)
-    return plan.apply(model, planner.batches, moments=planner.moments, metric=metric, loss=loss, seed=seed, progress=progress, max_size=max_size, **kwargs)
+    if budget.kind == 'max_drop': return planner.drop_search(budget, evaluate, progress=progress, seed=seed, max_size=max_size, **kwargs)[1]
+    return planner.make(budget, progress=progress).apply(model, planner.batches, moments=planner.moments, metric=metric, loss=loss, seed=seed, progress=progress, max_size=max_size, **kwargs)
 
 def factorize(
     model:nn.Module, # left untouched

@@ -288,7 +288,7 @@ def _fresh(layer, scheme, rank):
     if w.dim()==4 and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous(): res = res.to(memory_format=torch.channels_last)
     return res.train(layer.training)
 
-# %% ../nbs/07_plan.ipynb #76ffd7b4
+# %% ../nbs/07_plan.ipynb #8ebc5ef0
 class Planner:
     "What is known about a model before a budget is chosen"
     @undisturbed()
@@ -296,7 +296,7 @@ class Planner:
         check_kind(metric)
         for s in schemes:
             if s not in known_schemes: raise ValueError(f"schemes: {s!r} is not one of {', '.join(map(repr, known_schemes))}")
-        self.model,self.metric,self.schemes = model,metric,schemes
+        self.model,self.metric,self.schemes,self.loss = model,metric,schemes,loss
         self.batches = Batches(data, next(iter(devices_of(model)), None))
         self.moments = calibrate(model, self.batches, loss, max_size, seed=seed, progress=progress) if moments is None else moments
         self.sample = next(iter(self.batches if sample is None else Batches([sample], self.batches.device)))
@@ -438,28 +438,31 @@ def latency_plan(self:Planner, budget:Budget, tries=4, progress=None)->Plan:
     best.budget = {'latency': budget.value}
     return best
 
-# %% ../nbs/07_plan.ipynb #a9d7fd36
+# %% ../nbs/07_plan.ipynb #ebff97ed
 @patch
-def drop_plan(self:Planner, budget:Budget, evaluate, steps=6, progress=None, **kwargs)->Plan:
-    "The plan of least MACs whose value of `evaluate` is at most `budget.max_drop` below that of the dense model"
+def drop_search(self:Planner, budget:Budget, evaluate, steps=6, progress=None, **kwargs)->tuple: # (`Plan`, the model made by it); `kwargs` are for `fit`
+    "The plan of least MACs whose value of `evaluate` is at most `budget.max_drop` below that of the dense model, carried out"
     if evaluate is None: raise ValueError("evaluate: a budget of max_drop needs a function from a model to a number, larger is better")
-    want,low,high,best = float(evaluate(self.model)) - budget.value,self.least('macs'),1.,None
+    def tried(share):
+        plan = self.plan(Budget(macs=share))
+        model = plan.apply(self.model, self.batches, moments=self.moments, metric=self.metric, loss=self.loss, **kwargs)
+        return plan, model, float(evaluate(model))
+    dense,low,high,best = float(evaluate(self.model)),self.least('macs'),1.,None
     for _ in (progress or iter)(range(steps)):
-        mid = (low*high)**.5
-        plan = self.plan(Budget(macs=mid))
-        value = float(evaluate(plan.apply(self.model, self.batches, moments=self.moments, metric=self.metric, **kwargs)))
-        if value >= want: high,best = mid,plan; plan.measured |= dict(metric=value, dense_metric=want+budget.value)
+        found = tried(mid := (low*high)**.5)
+        if found[2] >= dense - budget.value: high,best = mid,found
         else: low = mid
-    if best is None: best = self.plan(Budget(macs=1.))
-    best.budget = {'max_drop': budget.value}
-    return best
+    plan,model,value = best or tried(1.)
+    plan.budget = model.low_rank_plan['budget'] = {'max_drop': budget.value}
+    for m in (plan.measured, model.low_rank_plan['measured']): m |= dict(metric=value, dense_metric=dense)
+    return plan,model
 
-# %% ../nbs/07_plan.ipynb #dba422b1
+# %% ../nbs/07_plan.ipynb #a6d2ad95
 @patch
 def make(self:Planner, budget:Budget, evaluate=None, progress=None)->Plan:
     "The plan for any budget"
     if budget.kind == 'latency': return self.latency_plan(budget, progress=progress)
-    if budget.kind == 'max_drop': return self.drop_plan(budget, evaluate, progress=progress)
+    if budget.kind == 'max_drop': return self.drop_search(budget, evaluate, progress=progress)[0]
     return self.plan(budget)
 
 def make_plan(

@@ -278,6 +278,22 @@ def test_the_smallest_model_that_keeps_the_metric(drop, want, planned):
     assert plan.predicted['macs'] == pytest.approx(min(inside), abs=1e-12)        # the smallest of those that passed
     json.dumps(plan.layers), json.dumps(plan.measured)
 
+def test_the_model_that_was_judged_comes_back(planned):
+    net,seen = planned[0],[]
+    dense = count_macs(net, images[:2])
+    def evaluate(m):
+        seen.append(m)
+        return 1. if count_macs(m, images[:2]) >= .5*dense else 0.
+    state = decompose(net, Budget(max_drop=.1), images, evaluate=evaluate).state_dict()
+    same = [m for m in seen if m.state_dict().keys() == state.keys() and all(torch.equal(t, state[k]) for k,t in m.state_dict().items())]
+    assert len(same) == 1 and evaluate(same[0]) == 1.
+
+def test_a_budget_of_accuracy_for_a_model_of_one_number():
+    net = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1), nn.Flatten(0))
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    res = decompose(net, Budget(max_drop=.1), x, loss=regression, evaluate=lambda m: 1.)
+    assert count_macs(res, x) < .5*count_macs(net, x) and res(x).shape == (64,)
+
 def test_a_looser_budget_of_accuracy_never_gives_a_larger_model(planned):
     net = planned[0]
     with torch.no_grad(): want = net(images)
