@@ -63,7 +63,7 @@ def regression(out:Tensor, gen=None): # any shape
     "A scalar whose gradient has the covariance of a squared error's, `½(out-y)²` with `y` of unit variance around `out`"
     return (out*torch.randn(out.shape, generator=gen).to(out)).sum()
 
-# %% ../nbs/05_calibrate.ipynb #879d6746
+# %% ../nbs/05_calibrate.ipynb #2980aeec
 def _to(x, device):
     if isinstance(x, Tensor): return x.detach().to(device).as_subclass(Tensor) # fastai's typed tensors are plain ones here
     if isinstance(x, dict): return type(x)((k, _to(v, device)) for k,v in x.items())
@@ -75,10 +75,29 @@ def _inputs(b, n_inp):
     if isinstance(b, (tuple, list)) and b: return tuple(b[:n_inp or max(1, len(b)-1)])
     raise TypeError(f"data: a batch is {type(b).__name__}; expected a tensor, a dict, or a tuple of inputs and targets")
 
+class _Taken:
+    "The batches of a loader until there are `most` items; read once, then kept"
+    def __init__(self, loader, most=2000): self.loader,self.most,self.n_inp,self.kept = loader,most,getattr(loader, 'n_inp', None),None
+
+    def __len__(self): return len(self.loader if self.kept is None else self.kept)
+
+    def __iter__(self):
+        if self.kept is None: yield from self._read()
+        else: yield from self.kept
+
+    def _read(self):
+        kept,n = [],0
+        for b in self.loader:
+            kept.append(b)
+            n += n_items(_inputs(b, self.n_inp))
+            yield b
+            if n >= self.most: break
+        self.kept = kept
+
 class Batches:
     "The inputs in `data`, batch by batch, on `device`; can be gone through again and again"
     def __init__(self,
-        data, # a tensor, a list of batches, a DataLoader, or fastai `DataLoaders`
+        data, # a tensor, a list of batches; or a DataLoader or fastai `DataLoaders`, of which the first 2,000 training items are taken
         device=None, # to move them to
         bs:int=64): # for a tensor
         if isinstance(data, Batches): data = data.data
@@ -87,6 +106,7 @@ class Batches:
         if not hasattr(self.data, '__iter__') or isinstance(self.data, str):
             raise TypeError(f"data: {type(data).__name__} holds no batches; expected a tensor, a list of batches, a DataLoader or DataLoaders")
         if isinstance(self.data, Iterator): raise TypeError("data: an iterator can be gone through only once; give a list of batches")
+        if hasattr(self.data, 'dataset'): self.data = _Taken(self.data)             # a loader of whatever kind
 
     def __len__(self): return len(self.data)
 
@@ -213,7 +233,7 @@ class _Gather:
         by_output = few and not self.inputs.small
         return Moments(G, moment if by_output else None, (W@mean[...,None])[...,0], None if by_output else moment, mean, self.inputs.n)
 
-# %% ../nbs/05_calibrate.ipynb #6d5d1bac
+# %% ../nbs/05_calibrate.ipynb #c8037bf4
 @contextmanager
 def undisturbed():
     "Random states of torch's CPU generator, Python and NumPy, which a data loader may draw from, are restored afterwards; inference mode is left meanwhile"
@@ -251,7 +271,7 @@ def _scalar(loss, out, gen):
 
 def calibrate(
     model:nn.Module,
-    data, # a tensor, a list of batches, a DataLoader, or fastai `DataLoaders`; no labels are needed
+    data, # a tensor, a list of batches; or a DataLoader or fastai `DataLoaders`, of which the first 2,000 training items are taken; no labels are needed
     loss=classification, # `regression`, or a function from the model's output to a scalar, summed over the samples
     max_size:int=8192, # no moment larger than this squared is formed
     most:int=8192, # positions a batch and layer that the moments of patches are taken over

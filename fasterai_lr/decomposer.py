@@ -199,7 +199,7 @@ class ConvDecomposer(Decomposer):
         cls = Svd if all(k == 1 for k in geom.kernel) or metric is not None and metric.inputs is None else schemes[self.method]
         return cls(geom, found.layer.weight, found.name, metric)
 
-# %% ../nbs/08_decomposer.ipynb #cfa0b7cf
+# %% ../nbs/08_decomposer.ipynb #898e76a9
 def as_decomposers(what):
     "`what` as a list of decomposers"
     if what is None: return [FC_Decomposer(), ConvDecomposer('spatial', rank=0.25)]
@@ -274,7 +274,7 @@ def factorize(
 def decompose(
     model:nn.Module, # left untouched
     what=None, # a decomposer or a list of them, a `Budget` or a `Plan`; `None`: with data half of the MACs that can be saved, without `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
-    data=None, # a little of what the model is used on, without labels: a tensor, a list of batches, a DataLoader or fastai `DataLoaders`
+    data=None, # a little of what the model is used on, without labels: a tensor, a list of batches; or a DataLoader or fastai `DataLoaders`, of which the first 2,000 training items are taken
     **kwargs # with data: `metric`, `loss`, `seed`, `progress`, for a `Budget` `schemes` and `evaluate`, and what else `fit` takes
    )->nn.Module:
     "A copy of `model` with low-rank layers; with data, ranks are chosen by what they do to the outputs, and the layers fitted to make up for each other"

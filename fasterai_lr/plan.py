@@ -457,7 +457,7 @@ def drop_search(self:Planner, budget:Budget, evaluate, steps=6, progress=None, *
     for m in (plan.measured, model.low_rank_plan['measured']): m |= dict(metric=value, dense_metric=dense)
     return plan,model
 
-# %% ../nbs/07_plan.ipynb #a6d2ad95
+# %% ../nbs/07_plan.ipynb #e40befea
 @patch
 def make(self:Planner, budget:Budget, evaluate=None, progress=None)->Plan:
     "The plan for any budget"
@@ -467,7 +467,7 @@ def make(self:Planner, budget:Budget, evaluate=None, progress=None)->Plan:
 
 def make_plan(
     model:nn.Module,
-    data, # a little of it: a tensor, a list of batches, a DataLoader, or fastai `DataLoaders`; no labels are needed
+    data, # a little of it, without labels: a tensor, a list of batches; or a DataLoader or fastai `DataLoaders`, of which the first 2,000 training items are taken
     budget:Budget, # what the model may have
     schemes=('svd', 'spatial'), # to choose from
     metric:str='fisher', # or 'activation'
