@@ -176,7 +176,7 @@ def measured(
     res = {k: c(model)/max(1, c(dense)) for k,c in counts.items()} | dict(loss=loss_increase(dense, model, batches, loss))
     return {k:v for k,v in res.items() if v is not None}
 
-# %% ../nbs/07_plan.ipynb #aa7fd5a6
+# %% ../nbs/07_plan.ipynb #be843409
 @dataclass
 class Plan:
     "Which layer becomes what"
@@ -272,7 +272,8 @@ class Plan:
         "One row a layer, as a `DataFrame`"
         import pandas as pd
         cols = ['type', 'scheme', 'rank', 'full_rank', 'params_before', 'params_after', 'error', 'status', 'reason']
-        return pd.DataFrame.from_dict(self.layers, orient='index', columns=cols)
+        res = pd.DataFrame.from_dict(self.layers, orient='index', columns=cols)
+        return res.assign(**{c: pd.Series({n: r.get(c) for n,r in self.layers.items()}, dtype=object) for c in ('rank', 'full_rank')}) # ints, not floats
 
     def __str__(self):
         head = f"Plan for {self.budget}: {len(self.choices)} of {len(self.layers)} layers factored"

@@ -182,7 +182,7 @@ def test_round_trips(planned, plan, tmp_path):
     plan.save(tmp_path/'plan.json')
     back = Plan.load(tmp_path/'plan.json')
     assert back == plan and back.choices == plan.choices and back.choices['3'] == ('tucker', (3, 2))
-    assert str(back) == str(plan) and '3' in str(plan) and len(plan.summary()) == len(plan.layers)
+    assert str(back) == str(plan) and '3' in str(plan) and '3.0' not in str(plan.summary()['rank']) and len(plan.summary()) == len(plan.layers)
     assert Plan.of(plan.apply(net).low_rank_plan).choices == plan.choices
 
 def test_the_skeleton_takes_the_state_dict(planned, plan):
