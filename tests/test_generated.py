@@ -53,7 +53,7 @@ def test_stale_files_are_found(tmp_path):
 
 def test_readme_commands():
     text = (root/'README.md').read_text()
-    assert readme.command(text, 'Run the tests').endswith('.venv/bin/python -m pytest')
+    assert readme.command(text, 'Run the tests').endswith('.venv/bin/python -m pytest -n 2')
     assert readme.command(text, 'Run the main job').endswith('.venv/bin/python -m fasterai_lr.digits')
 
 @pytest.mark.parametrize('text', ['', '## Go\nprose\n```sh\na\n```', '## Go\n```sh\na\nb\n```', '## Go\n```sh\na\n```\n## Go\n```sh\na\n```'])
