@@ -354,6 +354,22 @@ def test_where_the_model_is_slower_than_its_layers_the_plan_is_made_again(monkey
     plan = make_plan(timed_net(), images, Budget(latency=.6))
     assert plan.measured['latency'] <= .6 and plan.predicted['latency'] < .6/1.1 and plan.budget == {'latency': .6}
 
+def test_where_the_model_is_faster_than_its_layers_nothing_is_given_away(monkeypatch):
+    clock = Clock(by_size)
+    monkeypatch.setattr(plan_module, 'measure_latency', clock)
+    monkeypatch.setattr(plan_module, 'measured_ratio', lambda dense, other, sample: .7*clock.ms(other)/clock.ms(dense))
+    plan = make_plan(timed_net(), images, Budget(latency=.5))
+    assert .45 <= plan.measured['latency'] <= .5 and plan.predicted['latency'] > .6 and plan.budget == {'latency': .5} # .7 of .6 and more
+
+def test_options_are_timed_once_for_all_budgets_of_time(monkeypatch):
+    clock = Clock(by_size)
+    monkeypatch.setattr(plan_module, 'measure_latency', clock)
+    monkeypatch.setattr(plan_module, 'measured_ratio', lambda dense, other, sample: clock.ms(other)/clock.ms(dense))
+    planner = Planner(timed_net(), images)
+    first = planner.make(Budget(latency=.8))
+    calls = clock.calls
+    assert planner.make(Budget(latency=.5)).predicted['latency'] < first.predicted['latency'] and clock.calls == calls > 0
+
 def test_layers_of_one_shape_are_timed_once(monkeypatch):
     clock = Clock(by_size)
     monkeypatch.setattr(plan_module, 'measure_latency', clock)
