@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['calibration_batches', 'output_kind', 'metric_value', 'decompose_learner', 'DecomposeCallback']
 
-# %% ../nbs/10_callback.ipynb #3e657516
+# %% ../nbs/10_callback.ipynb #3dd663e6
 import copy, math, re
 from functools import partial
 from numbers import Integral, Real
@@ -15,6 +15,7 @@ from warnings import warn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
 from fastcore.foundation import L
@@ -32,7 +33,7 @@ from fastai.callback.training import GradientAccumulation
 from .calibrate import Batches, classification, n_items, regression
 from .cost import count_macs, count_params
 from .decomposer import as_decomposers, factorize, half_saved, smallest
-from .distributed import check_wrapper, on_first_rank
+from .distributed import check_wrapper, in_all, on_first_rank, shared_moments
 from .fit import output_loss
 from .layers import FactoredLayer, evaluating, factored_layers, find_layers, recompose, run_model
 from .optimizer import check_opt, swap_layers
@@ -124,7 +125,7 @@ def metric_value(
     value = _measure(learn, model)
     return -value if _less_is_better.search(_metric(learn).name) else value
 
-# %% ../nbs/10_callback.ipynb #11855435
+# %% ../nbs/10_callback.ipynb #f2c0c33c
 def _again(model, new, plan):
     "Of what a second decomposition came to, what makes a layer smaller than it is already; with a plan that says so"
     now,known = factored_layers(model),known_records(model)
@@ -152,20 +153,36 @@ def _default(learn, data):
         warn(f"what: the model cannot be run outside of the fit, so that its layers are decomposed by their weights alone ({type(e).__name__}: {e})")
         return as_decomposers(None)
 
-def _factorize(learn, what, data, bar, **kwargs):
-    "What `factorize` makes of the learner's model; of what its factored layers stand for, if it has some"
-    model = get_model(learn.model)
+def _settled(learn, what, data, kwargs):
+    "What to do with which data, and the arguments of `decompose` that the learner knows"
     if what is None:
         what = _default(learn, data)
-        if not _needs_data(what): data,kwargs = None,{}
-    if data is not None or _needs_data(what): data = _data(learn, data)
-    if isinstance(what, Budget) and what.kind == 'max_drop': kwargs.setdefault('evaluate', partial(metric_value, learn))
-    if data is not None: kwargs.setdefault('loss', output_kind(learn))
-    device = next(model.parameters()).device.type
+        if not _needs_data(what): return what,None,{}
+    if data is None and not _needs_data(what): return what,None,kwargs
+    data = Batches(_data(learn, data), next(get_model(learn.model).parameters()).device)
+    if isinstance(what, Budget) and what.kind == 'max_drop': kwargs = dict(evaluate=partial(metric_value, learn)) | kwargs
+    return what,data,dict(loss=output_kind(learn)) | kwargs
+
+def _subject(learn, what):
+    "The model to decompose; with a budget or a plan, what its factored layers stand for"
+    model = get_model(learn.model)
     _reset(model)
-    with torch.autocast(device, enabled=False):
-        if not factored_layers(model) or not _needs_data(what): return factorize(model, what, data, progress=bar, **kwargs)
-        return _again(model, *factorize(recompose(model), what, data, progress=bar, **kwargs))
+    return recompose(model) if factored_layers(model) and _needs_data(what) else model
+
+def _outside_autocast(learn): return torch.autocast(next(learn.model.parameters()).device.type, enabled=False)
+
+_of_moments = 'loss','seed','max_size' # arguments of `decompose` that are `calibrate`'s
+
+def _moments(learn, what, data, kwargs):
+    "Those of all processes' data, where there are several"
+    if data is None or 'moments' in kwargs or not isinstance(learn.model, DistributedDataParallel): return {}
+    with _outside_autocast(learn): return dict(moments=shared_moments(learn.model, _subject(learn, what), data, **{k:v for k,v in kwargs.items() if k in _of_moments}))
+
+def _factorize(learn, what, data, bar, **kwargs):
+    "What `factorize` makes of the learner's model"
+    model = _subject(learn, what)
+    with _outside_autocast(learn): res = factorize(model, what, data, progress=bar, **kwargs)
+    return res if model is get_model(learn.model) else _again(get_model(learn.model), *res)
 
 def decompose_learner(
     learn, # a `Learner`; its model is changed in place, its optimizer, if it has one yet, re-pointed
@@ -177,6 +194,8 @@ def decompose_learner(
     "Replace the layers of `learn.model` by their factors"
     model = get_model(learn.model)
     bar = None if not hasattr(learn, 'progress') else partial(progress_bar, leave=False) if mbar is None else mbar.progress
+    what,data,kwargs = in_all(lambda: _settled(learn, what, data, kwargs), learn.model)
+    kwargs = kwargs | _moments(learn, what, data, kwargs)
     new,plan = on_first_rank(lambda: _factorize(learn, what, data, bar, **kwargs), learn.model)
     before,done = count_params(model),sum(isinstance(m, FactoredLayer) for m in new.values())
     swap_layers(learn, new)

@@ -199,7 +199,7 @@ class ConvDecomposer(Decomposer):
         cls = Svd if all(k == 1 for k in geom.kernel) or metric is not None and metric.inputs is None else schemes[self.method]
         return cls(geom, found.layer.weight, found.name, metric)
 
-# %% ../nbs/08_decomposer.ipynb #898e76a9
+# %% ../nbs/08_decomposer.ipynb #85255ddf
 def as_decomposers(what):
     "`what` as a list of decomposers"
     if what is None: return [FC_Decomposer(), ConvDecomposer('spatial', rank=0.25)]
@@ -222,9 +222,9 @@ def changed_modules(
             if any(not torch.equal(t, now[k]) for k,t in was.items()): res[n] = m
     return res
 
-def _fitted(decomposers, model, data, args=(), metric='fisher', loss=classification, seed=0, progress=None, max_size=8192, **kwargs):
+def _fitted(decomposers, model, data, args=(), metric='fisher', loss=classification, moments=None, seed=0, progress=None, max_size=8192, **kwargs):
     "Like `factorize`, with ranks chosen in the metric of the data, and fitted to it"
-    planner = Planner(model, data, metric, loss=loss, seed=seed, progress=progress, max_size=max_size)
+    planner = Planner(model, data, metric, loss=loss, moments=moments, seed=seed, progress=progress, max_size=max_size)
     of_layer = lambda n: planner.metric_of(n) if n in planner.uses else None
     chosen,records = {},{}
     for d in decomposers:
@@ -240,9 +240,9 @@ def _fitted(decomposers, model, data, args=(), metric='fisher', loss=classificat
     res = replace_layers_(res, {n: s.build(r, f.layer) for n,(f,s,r) in chosen.items() if n not in reached})
     return changed_modules(model, res), dict(layers=merged_records(model, records), predicted=predicted, measured=measured(model, res, planner.batches, loss))
 
-def _planned(model, budget, data, metric='fisher', loss=classification, schemes=('svd', 'spatial'), evaluate=None, seed=0, progress=None, max_size=8192, **kwargs):
+def _planned(model, budget, data, metric='fisher', loss=classification, schemes=('svd', 'spatial'), evaluate=None, moments=None, seed=0, progress=None, max_size=8192, **kwargs):
     "The plan for a budget, carried out"
-    planner = Planner(model, data, metric, schemes, loss, seed=seed, progress=progress, max_size=max_size)
+    planner = Planner(model, data, metric, schemes, loss, moments, seed=seed, progress=progress, max_size=max_size)
     if budget.kind == 'max_drop': return planner.drop_search(budget, evaluate, progress=progress, seed=seed, max_size=max_size, **kwargs)[1]
     return planner.make(budget, progress=progress).apply(model, planner.batches, moments=planner.moments, metric=metric, loss=loss, seed=seed, progress=progress, max_size=max_size, **kwargs)
 
@@ -275,7 +275,7 @@ def decompose(
     model:nn.Module, # left untouched
     what=None, # a decomposer or a list of them, a `Budget` or a `Plan`; `None`: with data half of the MACs that can be saved, without `FC_Decomposer()` and `ConvDecomposer('spatial', rank=0.25)`
     data=None, # a little of what the model is used on, without labels: a tensor, a list of batches; or a DataLoader or fastai `DataLoaders`, of which the first 2,000 training items are taken
-    **kwargs # with data: `metric`, `loss`, `seed`, `progress`, for a `Budget` `schemes` and `evaluate`, and what else `fit` takes
+    **kwargs # with data: `metric`, `loss`, `moments`, `seed`, `progress`, for a `Budget` `schemes` and `evaluate`, and what else `fit` takes
    )->nn.Module:
     "A copy of `model` with low-rank layers; with data, ranks are chosen by what they do to the outputs, and the layers fitted to make up for each other"
     return _with_plan(model, *factorize(model, what, data, **kwargs))

@@ -14,13 +14,15 @@ from fastai.callback.schedule import *
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.distributed import *
+from fasterai_lr.calibrate import calibrate
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
+from fasterai_lr.distributed import shared_moments
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
 from fasterai_lr.plan import Budget
 from fasterai_lr.rank import Energy
-import fasterai_lr.callback as module
+import fasterai_lr.callback as module, fasterai_lr.distributed as distributed
 
 torch.set_num_threads(1)
 warnings.filterwarnings('ignore', category=FutureWarning)
@@ -90,17 +92,20 @@ def one_process():
     return seen(learn, w, c, losses=[v[1] for v in learn.recorder.values])
 
 def budget_fit(learn):
-    "Budgets in a metric without random signs, and which items were calibrated on"
-    drawn,real = [],module.calibration_batches
+    "Budgets in a metric without random signs, and which items this process has drawn and calibrated on"
+    drawn,shares,real,part = [],[],module.calibration_batches,distributed.calibrate
     def draw(learn, n=2000):
         res = real(learn, n)
         if n > 1: drawn.extend(b[0] for b in res)
         return res
+    def gather(model, data, *args, **kwargs):
+        shares.extend(b[0] for b in data)
+        return part(model, data, *args, **kwargs)
     w,c = Watch(),DecomposeCallback({1: Budget(params=.7), 2: Budget(params=.5)}, ft_lr=1e-2, metric='activation')
-    module.calibration_batches = draw
+    module.calibration_batches,distributed.calibrate = draw,gather
     try: learn.fit_one_cycle(3, 1e-2, cbs=[c, w])
-    finally: module.calibration_batches = real
-    return seen(learn, w, c, drawn=torch.cat(drawn) if drawn else None, losses=[v[1] for v in learn.recorder.values])
+    finally: module.calibration_batches,distributed.calibrate = real,part
+    return seen(learn, w, c, drawn=torch.cat(drawn), shares=torch.cat(shares) if shares else None, losses=[v[1] for v in learn.recorder.values])
 
 def run_budget(path):
     "As `run_equal`"
@@ -146,6 +151,44 @@ def run_diverged(path):
         with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2, cbs=[p, c, w])
     finally: module.factorize = real
     return seen(learn, w, c, calls=len(calls), at_swap=p.state)
+
+class Two(nn.Module):
+    "Two inputs"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c = nn.Linear(8,6),nn.Conv1d(2,5,3),nn.Linear(6+5*6,4)
+    def forward(self, x, y): return self.c(torch.cat((self.a(x), self.b(y).flatten(1)), 1))
+
+class Gated(nn.Module):
+    "A layer that items with a negative first feature do not reach"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(8,6),nn.Linear(8,6)
+    def forward(self, x):
+        res = self.a(x)
+        return res + self.b(x) if (x[:,0] > 0).all() else res
+
+def squares(out): return out.square().sum()     # without random signs
+
+def run_moments(path):
+    "Moments of the items of all, of shares of different sizes, of which one is empty, of two inputs, and of a layer that only some reach; and errors in one of the processes"
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(2)
+    x,y = torch.randn(50, 8, generator=g),torch.randn(50, 2, 8, generator=g)
+    two,gated = Two(),Gated()
+    pairs = module._Inputs(zip(x.split(16), y.split(16)))
+    pairs.n_inp = 2
+    halves = [x[:20].abs(), -x[20:].abs()]
+    cases = dict(two=(two, pairs), one=(two, [(x, y, x)]), gated=(gated, halves), wide=(nn.Linear(8, 6), x))
+    res = {}
+    for name,(model,data) in cases.items():
+        kw = dict(loss=squares, max_size=4 if name == 'wide' else 8192)
+        res[name] = shared_moments(DDP(model), model, data, **kw),calibrate(model, data, **kw)
+    errors = []
+    for i in range(2):
+        try: shared_moments(DDP(gated), gated, [x[:8]/(dist.get_rank() != i), x[8:]/(dist.get_rank() != i)], loss=squares)
+        except Exception as e: errors.append(f'{type(e).__name__}: {e}')
+    return dict(res=res, errors=errors)
 
 def run_before(path):
     "`learn.decompose` in all processes, then a fit"

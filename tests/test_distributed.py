@@ -16,7 +16,7 @@ here,scripts = Path(__file__).resolve().parent,Path(sys.executable).parent
 launchers = dict(accelerate=['accelerate', 'launch', '--multi_gpu', '--num_machines=1', '--num_processes=2', '--mixed_precision=no', '--dynamo_backend=no', '--main_process_port'],
                  bf16=['accelerate', 'launch', '--multi_gpu', '--num_machines=1', '--num_processes=2', '--mixed_precision=bf16', '--dynamo_backend=no', '--main_process_port'],
                  torchrun=['torchrun', '--nnodes=1', '--nproc-per-node=2', '--master-port'])
-fast = ['ctx', 'equal', 'budget', 'guard', 'frozen', 'diverged', 'before', 'saved', 'plain', 'root', 'error', 'wrong_name', 'refused']
+fast = ['ctx', 'equal', 'budget', 'moments', 'guard', 'frozen', 'diverged', 'before', 'saved', 'plain', 'root', 'error', 'wrong_name', 'refused']
 
 def free_port():
     with socket.socket() as s:
@@ -65,20 +65,44 @@ def test_equals_one_process_with_the_whole_batch(runs):
     assert_close(a['losses'], one['losses'], rtol=1e-5, atol=0)
 
 def test_a_budget_is_calibrated_on_the_items_of_all(runs):
-    "The first process draws from the whole training set, not from its share, and comes to what one process would have come to"
+    "All draw the same items of the whole training set and gather the moments of a part of them each; what comes of it is what one process would have come to"
     a,b = runs['budget']
     check_both(a, b)
     one = ddp_script.budget_in_one_process()
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))          # those of `mk_learn`
-    assert b['drawn'] is None and a['drawn'].shape == one['drawn'].shape == (128, 8)        # all 64, at each of two steps
-    rows = lambda t: sorted(map(tuple, t.tolist()))
+    assert torch.equal(a['drawn'], b['drawn']) and a['drawn'].shape == one['drawn'].shape == (128, 8)   # all 64, at each of two steps
+    rows = lambda *ts: sorted(map(tuple, torch.cat(ts).tolist()))
     assert rows(a['drawn'][:64]) == rows(a['drawn'][64:]) == rows(one['drawn'][:64]) == rows(x)
+    for step in (slice(0, 32), slice(32, 64)): assert rows(a['shares'][step], b['shares'][step]) == rows(x)
+    assert len(a['shares']) == len(b['shares']) == 64 and one['shares'] is None
     assert [(h['epoch'], h['params_after'], h['macs_after']) for h in a['history']] == [(h['epoch'], h['params_after'], h['macs_after']) for h in one['history']]
     assert {n: l['rank'] for n,l in a['plan']['layers'].items()} == {n: l['rank'] for n,l in one['plan']['layers'].items()}
     # factors may have either sign, their products are compared; float32 training as in the test above, and a solve with sums in another order
     outs = [torch.nn.functional.linear(x, o['state'].get('0.1.weight', torch.eye(1))@o['state']['0.0.weight']) for o in (a, one)]
     assert_close(*outs, rtol=0, atol=1e-3)
     assert_close(a['losses'], one['losses'], rtol=1e-3, atol=0)
+
+def test_moments_are_those_of_all_items(runs):
+    a,b = runs['moments']
+    for name,(shared,one) in a['res'].items():
+        other = b['res'][name][0]
+        assert list(shared) == list(other) and set(shared) == set(one) and len(one) > 0
+        for n,m in shared.items():
+            assert m.positions == one[n].positions
+            for k,t in vars(m).items():
+                want = getattr(one[n], k)
+                assert (t is None) == (want is None), k
+                if k == 'positions' or t is None: continue
+                assert torch.equal(t, getattr(other[n], k))
+                assert_close(t, want, rtol=1e-5, atol=1e-6)         # sums in float64 of products in float32 of batches in another order
+    assert {len(shared) for shared,_ in a['res'].values()} == {1, 2, 3}
+    assert a['res']['wide'][0][''].grads.dim() == 2
+
+def test_what_fails_in_one_process_fails_in_all(runs):
+    a,b = runs['moments']
+    own,others = 'ValueError: data: the moment of layer','RuntimeError: in process {}: ValueError: data: the moment of layer'
+    assert [e.startswith(w) for e,w in zip(a['errors'], (own, others.format(1)), strict=True)] == [True]*2
+    assert [e.startswith(w) for e,w in zip(b['errors'], (others.format(0), own), strict=True)] == [True]*2
 
 def test_a_guard_and_a_budget_of_accuracy(runs):
     a,b = runs['guard']
