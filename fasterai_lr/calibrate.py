@@ -293,10 +293,15 @@ def calibrate(
             samples += n_items(b)
     return {n:g.moments(samples*scale**2, n) for n,g in gathers.items() if g.inputs.n}
 
-# %% ../nbs/05_calibrate.ipynb #87aac322
+# %% ../nbs/05_calibrate.ipynb #545154ce
 def _diag(M): return M if M.dim() == 2 else M.diagonal(dim1=-2, dim2=-1) # `[groups, n]`, given a moment or the diagonal of one
 
-def _plus(M, d): return M + (d if M.dim() == 2 else torch.diag_embed(d.expand(M.shape[:-1])))
+def _plus(M, d):
+    "`M` with `d` added to its diagonal"
+    if M.dim() == 2: return M + d
+    res = M.clone()
+    res.diagonal(dim1=-2, dim2=-1).add_(d)
+    return res
 
 def _mean_diag(M): # one where nothing depends on the layer or nothing reaches it
     d = _diag(M).mean(-1, keepdim=True)
@@ -331,17 +336,17 @@ class Metric:
         g,o,self.i,*self.k = geometry.block_shape
         cov = covariance if centre else lambda M,m: M
         self.weight,self.inputs,self._seen = weight.flatten(2),cov(moments.inputs, moments.input_mean),cov(moments.outputs, moments.output_mean)
-        if self.inputs is not None: self.inputs = self.inputs + torch.diag_embed(ridge(self.inputs))
+        if self.inputs is not None: self.inputs = _plus(self.inputs, ridge(self.inputs))
         self.narrow = self.inputs is not None and self.inputs.shape[-1] < o # fewer inputs than outputs?
         G = moments.grads if kind=='fisher' else torch.eye(o, dtype=torch.float64).to(moments.grads).expand(g, o, o)
-        self.G = .99*G + torch.diag_embed(.01*_mean_diag(G).expand(g, o))
+        self.G = _plus(.99*G, .01*_mean_diag(G))
         self.Lo,self._sides = torch.linalg.cholesky(self.G),{}
 
     @cached_property
     def outputs(self): # `[groups, o, o]`
         "The moment of the outputs"
         W,C = self.weight,self._seen
-        add = lambda C,part: C + torch.diag_embed((part*C.shape[-1]*_mean_diag(C)).expand(C.shape[:-1])) # above the rounding in C, whose rank may be low
+        add = lambda C,part: _plus(C, part*C.shape[-1]*_mean_diag(C)) # above the rounding in C, whose rank may be low
         if self.inputs is not None: return add(W.double()@self.inputs@W.double().mT, 1e-12)
         WW = torch.stack([symmetric_gram(w) for w in W.to(torch.promote_types(W.dtype, torch.float32))]).double()
         return add(C + 1e-3*(_mean_diag(C)/_mean_diag(WW))[...,None]*WW, 1e-6)

@@ -66,7 +66,7 @@ def count_macs(
     "The multiply-accumulates of `model` on `sample`"
     return macs_per_layer(model, sample)['']
 
-# %% ../nbs/06_cost.ipynb #0b070090
+# %% ../nbs/06_cost.ipynb #40830f8e
 Latency = namedtuple('Latency', 'ms spread least')
 Latency.__doc__ = "Milliseconds of one call: the median over the repeats, their interquartile range, and the shortest, which other programs disturb least"
 
@@ -74,7 +74,7 @@ def measure_latency(
     models, # One model, or a dict or list of models to compare
     sample, # Input for all: a tensor, a tuple of arguments or a dict of keyword arguments
     repeats:int=20, # Measurements of each model
-    warmup:int=3, # Calls before the first measurement
+    warmup:int=3, # Calls before the first measurement, at least one; the last tells how many calls a measurement needs
     min_ms:float=5, # A faster model is called several times for each measurement
 ): # A `Latency`, or a dict or list of them like `models`
     "The measured time of one call of each of `models`, taken in turns"
@@ -83,7 +83,7 @@ def measure_latency(
     if repeats<1: raise ValueError(f"repeats={repeats}: expected an int >= 1")
     devices,ms = devices_of(*models.values()),{k:[] for k in models}
     with evaluating(*models.values()), torch.no_grad():
-        for m in models.values(): _time(m, sample, warmup, devices)
+        for m in models.values(): _time(m, sample, warmup-1, devices)
         calls = {k:max(1, math.ceil(min_ms/_time(m, sample, 1, devices))) for k,m in models.items()}
         for i in range(repeats):
             for k in list(models)[::(-1)**i]: ms[k].append(_time(models[k], sample, calls[k], devices))

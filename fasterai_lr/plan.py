@@ -364,15 +364,15 @@ class Planner:
         rec.params_after,rec.error = option.params,option.error
         return rec
 
-# %% ../nbs/07_plan.ipynb #d68df8d9
+# %% ../nbs/07_plan.ipynb #bff367e6
 def _step(full): return 8 if full >= 64 else 4 if full >= 16 else 1
 
-def _knots(n, most=5): return sorted({round(i) for i in np.linspace(0, n-1, min(n, most))})
+def _knots(n, most=4): return sorted({round(i) for i in np.linspace(0, n-1, min(n, most))})
 
-def _timed(models, sample, seconds):
-    "`measure_latency` of a dict of models, repeated 3 to 15 times, as the seconds allow"
-    once = measure_latency(next(iter(models.values())), sample, 1, 1).ms
-    return measure_latency(models, sample, int(min(15, max(3, seconds*1e3/len(models)/once))), 1, 2)
+def _timed(models, sample, seconds, least=2, once=None):
+    "`measure_latency` of a dict of models, repeated up to 15 times, as the seconds allow; `once`: the milliseconds of the first, if known"
+    once = once or measure_latency(next(iter(models.values())), sample, 1, 1).ms
+    return measure_latency(models, sample, int(min(15, max(least, seconds*1e3/len(models)/once))), 1 if once > 40 else 2, 2)
 
 def _time_all(models, inputs, seconds):
     "Milliseconds of each of `models` for all of the `inputs`, which are on the meta device"
@@ -410,21 +410,24 @@ def timed_options(self:Planner, progress=None):
         res[n] = [replace(o, latency=known[key][o.scheme, o.rank]) for o in options if (o.scheme, o.rank) in known[key]]
     return res
 
-# %% ../nbs/07_plan.ipynb #0d234e13
+# %% ../nbs/07_plan.ipynb #f52806f8
 def measured_ratio(
     dense,
     other,
     sample, # what they are called with
-    seconds=10. # to spend on it, about
+    seconds=10., # to spend on it, about; if that is not enough for four measurements of each, more
+    once=None # milliseconds of `dense`, if known
    )->float:
     "The time of `other` as a fraction of that of `dense`"
-    ms = _timed({'dense': dense, 'other': other}, sample, seconds)
+    ms = _timed({'dense': dense, 'other': other}, sample, seconds, 4, once)
     return ms['other'].ms/ms['dense'].ms
 
 @patch
-def latency_plan(self:Planner, budget:Budget, tries=4, progress=None)->Plan:
+def latency_plan(self:Planner, budget:Budget, tries=3, progress=None)->Plan:
     "The plan for a budget of milliseconds, measured"
-    if 'latency' not in self.options: self.options['latency'] = self.timed_options(progress),_timed({'dense': self.model}, self.sample, 5.)['dense'].ms
+    if 'latency' not in self.options:
+        options = self.timed_options(progress)
+        self.options['latency'] = options,_timed({'dense': self.model}, self.sample, 5., once=sum(os[0].latency for os in options.values()))['dense'].least # as those of the layers
     (options,total),aim,tried = self.options['latency'],budget.value,[]
     while len(tried) < tries:
         try: plan = self.plan(Budget(latency=aim), options, total)
@@ -432,7 +435,7 @@ def latency_plan(self:Planner, budget:Budget, tries=4, progress=None)->Plan:
             if not tried: raise
             break
         tried.append(plan)
-        got = plan.measured['latency'] = measured_ratio(self.model, plan.skeleton(self.model), self.sample)
+        got = plan.measured['latency'] = measured_ratio(self.model, plan.skeleton(self.model), self.sample, once=total)
         if .9*budget.value <= got <= budget.value: break
         aim = min(1., max(.01, aim*budget.value/got*.98))
     best = max(tried, key=lambda p: (p.measured['latency'] <= budget.value, -abs(p.measured['latency']-budget.value)))
