@@ -25,12 +25,19 @@ nets = dict(resnet20=(cifar.resnet20, cifar.images), resnet18=(imagenette.resnet
 ours = 'fasterai_lr'
 
 def shrunk(make, macs, x, dense, fractions=[i/40 for i in range(40, 0, -1)]):
-    "What `make` returns for the largest of the fractions that leaves at most the share `macs`"
-    total = count_macs(dense, x)
-    for f in fractions:
-        try: model = make(f)
-        except RuntimeError: continue # fasterai's tucker at some ranks
-        if count_macs(model, x) <= macs*total: return model
+    "What `make` returns for the largest of the fractions, found by bisection, that leaves at most the share `macs`"
+    limit,low,high,best = macs*count_macs(dense, x),0,len(fractions),None
+    while low < high:
+        mid = at = (low+high)//2
+        while at < high and (model := attempted(make, fractions[at])) is None: at += 1
+        if at == high: high = mid
+        elif count_macs(model, x) <= limit: high,best = mid,model
+        else: low = at+1
+    return best
+
+def attempted(make, f):
+    try: return make(f)
+    except RuntimeError: pass # fasterai's tucker at some ranks
 
 def peer(dense, f, method):
     from fasterai.misc.conv_decomposer import Conv_Decomposer
