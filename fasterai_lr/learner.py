@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/13_learner.ipynb #654c4564
+# %% ../nbs/13_learner.ipynb #fba7ee3d
 from functools import partial
 from pathlib import Path
 from warnings import warn
@@ -20,7 +20,7 @@ from fastai.torch_core import apply, cast, distrib_barrier, get_model, no_random
 from .distributed import check_wrapper
 from .layers import recompose, replace_layers
 from .optimizer import check_opt, check_opt_state, load_opt_state, opt_state, swap_layers
-from .callback import calibration_batches, decompose_learner, _measure, output_kind
+from .callback import calibration_batches, decompose_learner, measure_metric, output_kind
 from .report import Summary, compare, plot_spectra, plot_tradeoff, summarize, tradeoff
 from .export import as_file, changed_layers, export_onnx, read_low_rank, rebuild, save_low_rank
 
@@ -62,13 +62,13 @@ def plot_spectra(self:Learner,
     "The singular values of each layer, relative to the largest, and its rank; see `plot_spectra`"
     return plot_spectra(get_model(self.model), layers, plan, data, output_kind(self), axes)
 
-# %% ../nbs/13_learner.ipynb #31eb3743
+# %% ../nbs/13_learner.ipynb #50bf544c
 def _own_value(learn):
     "A function that evaluates a model by the first metric of `learn`, or by its loss, and is named after it"
     try: n = len(learn.dls.valid)
     except (AttributeError, IndexError, TypeError): n = 0
     if not n: raise ValueError("dls: the learner has no validation set to evaluate on; give `evaluate`, a function from a model to a number, or `evaluate=False` for the estimated loss alone")
-    def value(model): return _measure(learn, model)
+    def value(model): return measure_metric(learn, model)
     value.__name__ = learn.metrics[0].name if learn.metrics else 'valid_loss'
     return value
 

@@ -6,7 +6,7 @@
 __all__ = ['layer_types', 'Record', 'dense_record', 'known_records', 'merged_records', 'Budget', 'Option', 'chain_macs',
            'layer_options', 'choose', 'measured', 'Plan', 'Planner', 'time_options', 'measured_ratio', 'make_plan']
 
-# %% ../nbs/07_plan.ipynb #6245c9f8
+# %% ../nbs/07_plan.ipynb #0571c9fb
 import copy, json
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .layers import Geometry, devices_of, factored_layers, find_layers, replace_layers
+from .layers import Geometry, devices_of, factored_layers, find_layers, memory_format, replace_layers
 from .schemes import exceeds, schemes as known_schemes
 from .calibrate import Batches, calibrate, check_kind, classification, make_metric, undisturbed
 from .cost import count_macs, count_params, macs_per_layer, measure_latency
@@ -176,7 +176,7 @@ def measured(
     res = {k: c(model)/max(1, c(dense)) for k,c in counts.items()} | dict(loss=loss_increase(dense, model, batches, loss))
     return {k:v for k,v in res.items() if v is not None}
 
-# %% ../nbs/07_plan.ipynb #be843409
+# %% ../nbs/07_plan.ipynb #583d6541
 @dataclass
 class Plan:
     "Which layer becomes what"
@@ -235,6 +235,7 @@ class Plan:
             res = self._with(fit(model, self.choices, data, **kwargs))
             res.low_rank_plan['measured'] |= measured(model, res, data, kwargs.get('loss', classification))
             return res
+        if kwargs: raise TypeError(f"{', '.join(kwargs)}: only with data")
         new = {}
         for n,(scheme,rank) in self.choices.items():
             layer = model.get_submodule(n)
@@ -285,8 +286,7 @@ def _fresh(layer, scheme, rank):
     res = known_schemes[scheme](Geometry.of(layer)).skeleton(rank).to_empty(device=layer.weight.device).to(layer.weight.dtype)
     for m in res:
         if hasattr(m, 'reset_parameters'): m.reset_parameters()
-    w = layer.weight
-    if w.dim()==4 and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous(): res = res.to(memory_format=torch.channels_last)
+    if (fmt := memory_format(layer.weight)) != torch.contiguous_format: res = res.to(memory_format=fmt)
     return res.train(layer.training)
 
 # %% ../nbs/07_plan.ipynb #8ebc5ef0

@@ -508,7 +508,7 @@ def test_the_record_leaves_no_trace(monkeypatch):
     for measures in (True, False):
         learn = mk_learn(opt_func=Adam)
         if not measures:
-            for o in ('_count_macs', '_measure'): monkeypatch.setattr(module, o, lambda *args: None)
+            for o in ('_count_macs', 'measure_metric'): monkeypatch.setattr(module, o, lambda *args: None)
         learn.fit_one_cycle(3, 1e-2, cbs=cb(0))
         res.append(snapshot(learn.model))
         assert ('macs_after' in learn.recorder.decomposed[0]) == ('metric' in learn.recorder.decomposed[0]) == measures
