@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_wrapper', 'on_first_rank', 'in_all', 'shared_moments', 'rewrap_']
 
-# %% ../nbs/08a_distributed.ipynb #bc151630
+# %% ../nbs/08a_distributed.ipynb #77718fdb
 import copy
 from itertools import chain, islice
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .calibrate import Batches, Moments, calibrate, n_items
+from .calibrate import Batches, Moments, calibrate, n_items, undisturbed
 from .layers import devices_of
 
 # %% ../nbs/08a_distributed.ipynb #1e5072d9
@@ -70,7 +70,7 @@ def on_first_rank(
         for t in _tensors(m): _send(t)
     return res
 
-# %% ../nbs/08a_distributed.ipynb #08b1eb72
+# %% ../nbs/08a_distributed.ipynb #47db2c0a
 def _exchange(o, device):
     "What each process has for `o`, in their order"
     boxes = [[o] for _ in range(dist.get_world_size())]
@@ -90,18 +90,16 @@ def in_all(
         if t: raise RuntimeError(f'in process {i}: {t}')
     return res
 
-class _Share:
-    "Every `n`-th batch of `data` from the `i`-th on"
-    def __init__(self, data, i, n): self.data,self.i,self.n,self.n_inp = data,i,n,getattr(data, 'n_inp', None)
-    def __len__(self): return len(range(self.i, len(self.data), self.n))
-    def __iter__(self): return islice(self.data, self.i, None, self.n)
+class _Share(list): "Batches of inputs, of which each has `n_inp`"
 
+@undisturbed()
 def _part(model, batches, seed, kwargs):
     "The moments of this process's share of the batches, and how many items that is; the first process has some, if there are any"
     rank = dist.get_rank()
-    share = Batches(_Share(batches.data, rank, dist.get_world_size()), batches.device)
-    if rank and not len(share): return {},0
-    return calibrate(model, share, seed=seed+rank, **kwargs),sum(map(n_items, share))
+    share = _Share(islice(batches.data, rank, None, dist.get_world_size()))
+    share.n_inp = getattr(batches.data, 'n_inp', None)
+    if rank and not share: return {},0
+    return calibrate(model, share, seed=seed+rank, **kwargs),sum(map(n_items, Batches(share)))
 
 def _sizes(m): return {f: None if t is None else t.shape for f,t in vars(m).items() if f != 'positions'}
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn, distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import DataLoader as TorchLoader, IterableDataset
 from fastai.basics import *
 from fastai.metrics import mae
 from fastai.callback.progress import ProgressCallback
@@ -168,6 +169,10 @@ class Gated(nn.Module):
         res = self.a(x)
         return res + self.b(x) if (x[:,0] > 0).all() else res
 
+class Stream(IterableDataset):
+    "Items of unknown number"
+    def __iter__(self): yield from torch.randn(50, 8, generator=torch.Generator().manual_seed(2))
+
 def squares(out): return out.square().sum()     # without random signs
 
 def run_moments(path):
@@ -179,16 +184,17 @@ def run_moments(path):
     pairs = module._Inputs(zip(x.split(16), y.split(16)))
     pairs.n_inp = 2
     halves = [x[:20].abs(), -x[20:].abs()]
-    cases = dict(two=(two, pairs), one=(two, [(x, y, x)]), gated=(gated, halves), wide=(nn.Linear(8, 6), x))
-    res = {}
+    cases = dict(two=(two, pairs), one=(two, [(x, y, x)]), gated=(gated, halves), wide=(nn.Linear(8, 6), x), stream=(gated, TorchLoader(Stream(), 16)))
+    res,rng = {},torch.get_rng_state()
     for name,(model,data) in cases.items():
         kw = dict(loss=squares, max_size=4 if name == 'wide' else 8192)
         res[name] = shared_moments(DDP(model), model, data, **kw),calibrate(model, data, **kw)
-    errors = []
+    shared_moments(DDP(gated), gated, TorchLoader(x, 16, shuffle=True), loss=squares)
+    undisturbed,errors = torch.equal(rng, torch.get_rng_state()),[]
     for i in range(2):
         try: shared_moments(DDP(gated), gated, [x[:8]/(dist.get_rank() != i), x[8:]/(dist.get_rank() != i)], loss=squares)
         except Exception as e: errors.append(f'{type(e).__name__}: {e}')
-    return dict(res=res, errors=errors)
+    return dict(res=res, errors=errors, undisturbed=undisturbed)
 
 def run_before(path):
     "`learn.decompose` in all processes, then a fit"

@@ -96,7 +96,7 @@ def test_moments_are_those_of_all_items(runs):
                 assert torch.equal(t, getattr(other[n], k))
                 assert_close(t, want, rtol=1e-5, atol=1e-6)         # sums in float64 of products in float32 of batches in another order
     assert {len(shared) for shared,_ in a['res'].values()} == {1, 2, 3}
-    assert a['res']['wide'][0][''].grads.dim() == 2
+    assert a['res']['wide'][0][''].grads.dim() == 2 and a['undisturbed'] and b['undisturbed']
 
 def test_what_fails_in_one_process_fails_in_all(runs):
     a,b = runs['moments']
