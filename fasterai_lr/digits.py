@@ -61,7 +61,7 @@ def _accuracy(dls, model):
     learn = Learner(dls, model, metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): return float(learn.validate()[1])
 
-# %% ../nbs/15_digits.ipynb #85df4e87
+# %% ../nbs/15_digits.ipynb #9f87a041
 what = [FC_Decomposer(rank=48), ConvDecomposer('spatial', rank=56)]
 
 def train_digits(
@@ -73,13 +73,13 @@ def train_digits(
     seed:int=0
    )->SimpleNamespace: # the two learners, and accuracies on the validation images
     "Train the network dense, and again with a `DecomposeCallback`"
-    dls = digits_dls(fold)
     def fit(*cbs):
-        set_seed(seed, reproducible=True)
-        learn = Learner(dls, digits_vgg(), metrics=accuracy)
+        set_seed(seed, reproducible=True)                       # before the loaders, which draw a seed of their own
+        learn = Learner(digits_dls(fold), digits_vgg(), metrics=accuracy)
         learn.fit_one_cycle(epochs, lr, cbs=cbs)
         return learn
     dense,keep = fit(),_KeepSwapped()
+    dls = dense.dls
     small = fit(DecomposeCallback(at_epoch, what, ft_lr=ft_lr), keep)
     after,end = _accuracy(dls, keep.kept),_accuracy(dls, small.model)
     return SimpleNamespace(dense=dense, small=small, dense_accuracy=_accuracy(dls, dense.model), swap_accuracy=after, accuracy=end)

@@ -25,3 +25,9 @@ def test_report_of_a_short_run(tmp_path, capsys):
     for text in ('789,834 →    202,570', 'spatial   56', 'latency of 64 images', f'dense {r.dense_accuracy:.2%}', f'right after the decomposition {r.swap_accuracy:.2%}',
                  f'fine-tuned {r.accuracy:.2%}', 'rank 48 is above its full rank 10'): assert text in out, text
     assert [d['epoch'] for d in r.small.recorder.decomposed] == [1]
+
+def test_a_run_is_the_same_every_time():
+    "Loaders draw a seed of their own where they are made"
+    a,b = (train_digits(epochs=2, at_epoch=1, seed=3) for _ in range(2))
+    assert a.small.recorder.losses == b.small.recorder.losses and a.dense.recorder.losses == b.dense.recorder.losses and len(a.small.recorder.losses) > 20
+    assert a.accuracy == b.accuracy
