@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['calibration_batches', 'output_kind', 'measure_metric', 'metric_value', 'decompose_learner', 'DecomposeCallback']
 
-# %% ../nbs/10_callback.ipynb #3dd663e6
+# %% ../nbs/10_callback.ipynb #4b46d69a
 import copy, math, re
 from functools import partial
 from numbers import Integral, Real
@@ -30,7 +30,7 @@ from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.schedule import SchedCos, SchedNo
 from fastai.callback.tracker import TrackerCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
-from .calibrate import Batches, classification, n_items, regression
+from .calibrate import Batches, Inputs, classification, n_items, regression
 from .cost import count_macs, count_params
 from .decomposer import as_decomposers, factorize, half_saved, smallest
 from .distributed import check_wrapper, in_all, on_first_rank, shared_moments
@@ -39,9 +39,7 @@ from .layers import FactoredLayer, evaluating, factored_layers, find_layers, rec
 from .optimizer import check_opt, swap_layers
 from .plan import Budget, Plan, known_records, layer_types
 
-# %% ../nbs/10_callback.ipynb #93538311
-class _Inputs(list): "Batches of inputs alone, of which each has `n_inp`"
-
+# %% ../nbs/10_callback.ipynb #3c62f850
 def _whole(dl):
     "What gives all items, where `dl` is a `DistributedDL` and gives each process its share"
     return dl.dl if type(dl).__name__ == 'DistributedDL' else dl
@@ -58,7 +56,7 @@ def calibration_batches(
     seed:int=0 # of the draw
    )->list: # of tuples of inputs
     "Inputs of training items drawn at random, without random augmentation; random states are left alone"
-    train,res,left = _whole(learn.dls.train),_Inputs(),n
+    train,res,left = _whole(learn.dls.train),Inputs(),n
     rng = getattr(train, 'rng', None)               # a torch `DataLoader` has none
     state = rng and rng.getstate()
     with no_random(seed):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_wrapper', 'on_first_rank', 'in_all', 'shared_moments', 'rewrap_']
 
-# %% ../nbs/08a_distributed.ipynb #77718fdb
+# %% ../nbs/08a_distributed.ipynb #b7ea1c97
 import copy
 from itertools import chain, islice
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .calibrate import Batches, Moments, calibrate, n_items, undisturbed
+from .calibrate import Batches, Inputs, Moments, calibrate, n_items, undisturbed
 from .layers import devices_of
 
 # %% ../nbs/08a_distributed.ipynb #1e5072d9
@@ -70,7 +70,7 @@ def on_first_rank(
         for t in _tensors(m): _send(t)
     return res
 
-# %% ../nbs/08a_distributed.ipynb #47db2c0a
+# %% ../nbs/08a_distributed.ipynb #b4c8db34
 def _exchange(o, device):
     "What each process has for `o`, in their order"
     boxes = [[o] for _ in range(dist.get_world_size())]
@@ -90,13 +90,11 @@ def in_all(
         if t: raise RuntimeError(f'in process {i}: {t}')
     return res
 
-class _Share(list): "Batches of inputs, of which each has `n_inp`"
-
 @undisturbed()
 def _part(model, batches, seed, kwargs):
     "The moments of this process's share of the batches, and how many items that is; the first process has some, if there are any"
     rank = dist.get_rank()
-    share = _Share(islice(batches.data, rank, None, dist.get_world_size()))
+    share = Inputs(islice(batches.data, rank, None, dist.get_world_size()))
     share.n_inp = getattr(batches.data, 'n_inp', None)
     if rank and not share: return {},0
     return calibrate(model, share, seed=seed+rank, **kwargs),sum(map(n_items, Batches(share)))

@@ -15,7 +15,7 @@ from fastai.callback.schedule import *
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.distributed import *
-from fasterai_lr.calibrate import calibrate
+from fasterai_lr.calibrate import Inputs, calibrate
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
 from fasterai_lr.distributed import shared_moments
@@ -181,7 +181,7 @@ def run_moments(path):
     g = torch.Generator().manual_seed(2)
     x,y = torch.randn(50, 8, generator=g),torch.randn(50, 2, 8, generator=g)
     two,gated = Two(),Gated()
-    pairs = module._Inputs(zip(x.split(16), y.split(16)))
+    pairs = Inputs(zip(x.split(16), y.split(16)))
     pairs.n_inp = 2
     halves = [x[:20].abs(), -x[20:].abs()]
     cases = dict(two=(two, pairs), one=(two, [(x, y, x)]), gated=(gated, halves), wide=(nn.Linear(8, 6), x), stream=(gated, TorchLoader(Stream(), 16)))
