@@ -34,6 +34,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'fasterai_lr/calibrate.py'),
                                        'fasterai_lr.calibrate.InputMoments.n': ( 'calibrate.html#inputmoments.n',
                                                                                  'fasterai_lr/calibrate.py'),
+                                       'fasterai_lr.calibrate.InputMoments.row_mean': ( 'calibrate.html#inputmoments.row_mean',
+                                                                                        'fasterai_lr/calibrate.py'),
                                        'fasterai_lr.calibrate.Inputs': ('calibrate.html#inputs', 'fasterai_lr/calibrate.py'),
                                        'fasterai_lr.calibrate.Metric': ('calibrate.html#metric', 'fasterai_lr/calibrate.py'),
                                        'fasterai_lr.calibrate.Metric.__init__': ( 'calibrate.html#metric.__init__',

@@ -128,7 +128,7 @@ def n_items(batch)->int:
     if (t := first(batch)) is None: raise TypeError("data: a batch holds no tensor")
     return len(t)
 
-# %% ../nbs/05_calibrate.ipynb #70884686
+# %% ../nbs/05_calibrate.ipynb #f5db9776
 @dataclass
 class Moments:
     "Second moments of one layer, `[groups, n, n]`, or `[groups, n]` where only the diagonal is kept; and means, `[groups, n]`"
@@ -187,7 +187,7 @@ class Squares(Gram):
         self.sum,self.rows,self.n = self.sum + (a*b).sum(0, dtype=torch.float64),self.rows + a.sum(0, dtype=torch.float64),self.n + len(a)
 
 class InputMoments:
-    "Adds up what a layer sees: the moment of patches, or beyond `max_size` that of the outputs they make, or the diagonal where both are too large; and the mean of patches"
+    "Adds up what a layer sees: the moment of patches, or beyond `max_size` that of the outputs they make, or the diagonal where both are too large; the mean of these rows, and of patches"
     def __init__(self, layer, max_size):
         _,o,*patch = Geometry.of(layer).block_shape
         self.small,self.few = prod(patch) <= max_size,o <= max_size
@@ -205,6 +205,8 @@ class InputMoments:
     def n(self): return (self.second if self.small else self.patches).n
     @property
     def moment(self): return (self.second if self.small or self.few else self.patches).mean
+    @property
+    def row_mean(self): return (self.second if self.small or self.few else self.patches).row_mean
     @property
     def mean(self): return (self.second if self.small else self.patches).row_mean
 
@@ -233,7 +235,7 @@ class _Gather:
         W = Geometry.of(self.layer).to_blocks(self.layer.weight.detach()).double().flatten(2)
         G = self.grads.sum/samples if self.grads.n else W.new_zeros(*W.shape[:2], *W.shape[1:2]*few) # no gradient reaches it
         by_output = few and not self.inputs.small
-        return Moments(G, moment if by_output else None, (W@mean[...,None])[...,0], None if by_output else moment, mean, self.inputs.n)
+        return Moments(G, moment if by_output else None, self.inputs.row_mean if by_output else (W@mean[...,None])[...,0], None if by_output else moment, mean, self.inputs.n)
 
 # %% ../nbs/05_calibrate.ipynb #c8037bf4
 @contextmanager

@@ -92,7 +92,7 @@ def _run(model, batch):
         with evaluating(model), torch.inference_mode(False), torch.no_grad(): return run_model(model, batch)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../nbs/07_fit.ipynb #7358cff6
+# %% ../nbs/07_fit.ipynb #c5aafa40
 class _Stop(Exception): pass
 
 class _Seen:
@@ -125,14 +125,15 @@ class Stats:
     "Moments `[groups, n, n]` and means that a layer is fitted to"
     xx:Tensor # of its input as it is now, as patches; or as the output that it makes of them, where those are too large
     yx:Tensor|None # of the wanted output, without bias, with that input; `None` where `xx` is only a diagonal
+    z:Tensor # mean of what `xx` is the moment of
     x:Tensor # mean of the patches, `[groups, d]`
     y:Tensor # mean of the wanted output, `[groups, o]`
 
     @classmethod
     def of(cls, m:Moments, W:Tensor): # `[groups, o, d]`
         "Those of a layer that is to stay as it is"
-        if m.inputs is None: return cls(m.outputs, m.outputs, m.input_mean, m.output_mean)
-        return cls(m.inputs, W@m.inputs if m.inputs.dim() == 3 else None, m.input_mean, m.output_mean)
+        if m.inputs is None: return cls(m.outputs, m.outputs, m.output_mean, m.input_mean, m.output_mean)
+        return cls(m.inputs, W@m.inputs if m.inputs.dim() == 3 else None, m.input_mean, m.input_mean, m.output_mean)
 
 class _Pair:
     "Moments of one layer between the dense network and the other"
@@ -148,7 +149,7 @@ class _Pair:
         if rows is not None: self.yx.add(y, rows)
         self.y.add(y, y.new_ones(*y.shape[:2], 1))
 
-    def stats(self): return Stats(self.inputs.moment, self.yx.mean if self.yx.n else None, self.inputs.mean, self.y.mean[...,0])
+    def stats(self): return Stats(self.inputs.moment, self.yx.mean if self.yx.n else None, self.inputs.row_mean, self.inputs.mean, self.y.mean[...,0])
 
 def _scale(norm, ndim):
     "What a BatchNorm multiplies its input by, `[channels, 1, ...]`"
@@ -180,9 +181,9 @@ def _gather(dense, other, uses, batches, most, max_size, seed):
             for d,o in zip(was.calls[n], now.calls[n], strict=True): p.add(d, o, lost, most, gen)
     return {n:p.stats() for n,p in pairs.items()}
 
-# %% ../nbs/07_fit.ipynb #1121f59d
-def _covariances(s, z, centre): # `z`: mean of what `s.xx` is the moment of
-    return (covariance(s.xx, z), s.yx - s.y[...,None]*z[...,None,:]) if centre else (s.xx, s.yx)
+# %% ../nbs/07_fit.ipynb #100aa074
+def _covariances(s, centre):
+    return (covariance(s.xx, s.z), s.yx - s.y[...,None]*s.z[...,None,:]) if centre else (s.xx, s.yx)
 
 def _regress(start, xx, yx):
     "The matrix near `start` that makes the wanted output of the input as it is"
@@ -193,11 +194,10 @@ def _fitted(W, s, centre): # `W` `[groups, o, d]`
     "The best weight for the input as it is, and the moments for its metric"
     if s.yx is None: return W, Moments(None, None, None, s.xx, s.x, 0)
     if s.xx.shape[-1] == W.shape[-1]:
-        best = _regress(W, *_covariances(s, s.x, centre))
+        best = _regress(W, *_covariances(s, centre))
         return best, Moments(None, None, None, s.xx, s.x, 0)
-    z = (W@s.x[...,None])[...,0]
-    M = _regress(torch.eye(W.shape[1]).to(W).expand_as(s.xx), *_covariances(s, z, centre))
-    return M@W, Moments(None, M@s.xx@M.mT, (M@z[...,None])[...,0], None, s.x, 0)
+    M = _regress(torch.eye(W.shape[1]).to(W).expand_as(s.xx), *_covariances(s, centre))
+    return M@W, Moments(None, M@s.xx@M.mT, (M@s.z[...,None])[...,0], None, s.x, 0)
 
 def _fit_layer(layer, choice, s, grads, kind, centre, name):
     "The layer to put in place of `layer`, factored as `choice` (scheme, rank) says or dense if that is `None`; and what the mean of its output lacks"

@@ -133,6 +133,14 @@ def test_patches_beyond_the_limit_are_fitted_through_the_outputs():
     small,large = (fit(net, {'0': ('svd', 3)}, x, max_size=m) for m in (20, 8192))
     assert miss(small, net, x) < 1.05*miss(large, net, x) # the ridge pulls otherwise, and the damping is another one
 
+@pytest.mark.parametrize('sequential', [True, False])
+@pytest.mark.parametrize('size', [8192, 256], ids=['patches', 'outputs'])
+@pytest.mark.parametrize('spread,part', [(1e-2, .05), (1e-4, 2), (1e-6, 2)]) # what varies by less than 1e-3 of the mean is below what the moments' float32 products may lack: the mean is kept
+def test_a_layer_whose_outputs_hardly_vary_is_fitted(size, spread, part, sequential):
+    net = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 10))
+    x = torch.randn(300) + spread*torch.randn(64, 300)
+    assert miss(fit(net, {'0': ('svd', 100)}, x.split(16), max_size=size, sequential=sequential), net, x) < part*spread
+
 # --- better than the parts
 
 def divergence(model, dense, x): # of the predictions
