@@ -143,12 +143,12 @@ def changed_layers(
     names = {**factored_layers(model), **factored_layers(other)}
     return {n: other.get_submodule(n) for n in names if _spec(model.get_submodule(n)) != _spec(other.get_submodule(n))}
 
-# %% ../nbs/12_export.ipynb #ad46d4b5
+# %% ../nbs/12_export.ipynb #9b21c15a
 _onnx = 'onnx','onnxscript','onnxruntime'
 
 def _check_onnx():
     if missing := [o for o in _onnx if find_spec(o) is None]:
-        raise ImportError(f"export_onnx: it needs {' and '.join(missing)}, not installed here; `pip install 'fasterai_lr[onnx]'`")
+        raise ImportError(f"export_onnx: it needs {' and '.join(missing)}, not installed here; `pip install {' '.join(missing)}`")
 
 def _is_batch(t): return isinstance(t, Tensor) and t.dim() > 0
 
