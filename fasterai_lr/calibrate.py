@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['kinds', 'patches', 'draw', 'classification', 'regression', 'Inputs', 'Batches', 'n_items', 'Moments', 'output_rows',
            'n_positions', 'layer_input', 'unbiased', 'Gram', 'Squares', 'InputMoments', 'undisturbed', 'calibrate',
-           'ridge', 'covariance', 'check_kind', 'Metric', 'DiagonalMetric', 'make_metric']
+           'ridge', 'covariance', 'lacking', 'check_kind', 'Metric', 'DiagonalMetric', 'make_metric']
 
-# %% ../nbs/05_calibrate.ipynb #b45969a3
+# %% ../nbs/05_calibrate.ipynb #8bba41a9
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,14 +63,14 @@ def regression(out:Tensor, gen=None): # any shape
     "A scalar whose gradient has the covariance of a squared error's, `½(out-y)²` with `y` of unit variance around `out`"
     return (out*torch.randn(out.shape, generator=gen).to(out)).sum()
 
-# %% ../nbs/05_calibrate.ipynb #16d08829
+# %% ../nbs/05_calibrate.ipynb #eec02597
 def _to(x, device):
     if isinstance(x, Tensor): return x.detach().to(device).as_subclass(Tensor) # fastai's typed tensors are plain ones here
     if isinstance(x, dict): return type(x)((k, _to(v, device)) for k,v in x.items())
     return type(x)([_to(v, device) for v in x]) if type(x) in (list, tuple) else x
 
 def _inputs(b, n_inp):
-    if isinstance(b, dict): return {k:v for k,v in b.items() if k not in ('labels', 'label')}
+    if isinstance(b, Mapping): return {k:v for k,v in b.items() if k not in ('labels', 'label')}
     if isinstance(b, Tensor): return b,
     if isinstance(b, (tuple, list)) and b: return tuple(b[:n_inp or max(1, len(b)-1)])
     raise TypeError(f"data: a batch is {type(b).__name__}; expected a tensor, a dict, or a tuple of inputs and targets")
@@ -128,7 +128,7 @@ def n_items(batch)->int:
     if (t := first(batch)) is None: raise TypeError("data: a batch holds no tensor")
     return len(t)
 
-# %% ../nbs/05_calibrate.ipynb #f5db9776
+# %% ../nbs/05_calibrate.ipynb #41e5b80f
 @dataclass
 class Moments:
     "Second moments of one layer, `[groups, n, n]`, or `[groups, n]` where only the diagonal is kept; and means, `[groups, n]`"
@@ -210,6 +210,19 @@ class InputMoments:
     @property
     def mean(self): return (self.second if self.small else self.patches).row_mean
 
+def _diag(M): return M if M.dim() == 2 else M.diagonal(dim1=-2, dim2=-1) # `[groups, n]`, given a moment or the diagonal of one
+
+def _plus(M, d):
+    "`M` with `d` added to its diagonal"
+    if M.dim() == 2: return M + d
+    res = M.clone()
+    res.diagonal(dim1=-2, dim2=-1).add_(d)
+    return res
+
+def _above_zero(G): # `[groups, n, n]`, or the diagonal
+    "`G` with next to nothing on the diagonal of a block on which the loss does not depend, as behind a BatchNorm with weights of zero"
+    return _plus(G, 1e-20*(_diag(G).sum(-1, keepdim=True) == 0))
+
 class _Gather:
     "The hook of one layer: adds up its moments"
     def __init__(self, layer, max_size, most, gen):
@@ -218,6 +231,7 @@ class _Gather:
         self.grads = Gram() if self.inputs.few else Squares()
 
     def hook(self, layer, args, kwargs, out):
+        if not out.numel(): return # an expert that nothing is sent to
         with torch.no_grad(): self.inputs.add(layer, layer_input(args, kwargs).detach(), out.detach(), draw(n_positions(layer, out), self.most, self.gen))
         if not out.requires_grad:
             with torch.enable_grad(): out = out.detach().requires_grad_().clone() # no leaf, or an in-place ReLU would refuse it
@@ -233,7 +247,7 @@ class _Gather:
         for m in (moment, mean, self.grads.sum):
             if isinstance(m, Tensor): check_finite(m, f'data: the moment of layer {name!r}')
         W = Geometry.of(self.layer).to_blocks(self.layer.weight.detach()).double().flatten(2)
-        G = self.grads.sum/samples if self.grads.n else W.new_zeros(*W.shape[:2], *W.shape[1:2]*few) # no gradient reaches it
+        G = _above_zero(self.grads.sum/samples) if self.grads.n else W.new_zeros(*W.shape[:2], *W.shape[1:2]*few) # nobody knows what depends on it
         by_output = few and not self.inputs.small
         return Moments(G, moment if by_output else None, self.inputs.row_mean if by_output else (W@mean[...,None])[...,0], None if by_output else moment, mean, self.inputs.n)
 
@@ -297,16 +311,7 @@ def calibrate(
             samples += n_items(b)
     return {n:g.moments(samples*scale**2, n) for n,g in gathers.items() if g.inputs.n}
 
-# %% ../nbs/05_calibrate.ipynb #545154ce
-def _diag(M): return M if M.dim() == 2 else M.diagonal(dim1=-2, dim2=-1) # `[groups, n]`, given a moment or the diagonal of one
-
-def _plus(M, d):
-    "`M` with `d` added to its diagonal"
-    if M.dim() == 2: return M + d
-    res = M.clone()
-    res.diagonal(dim1=-2, dim2=-1).add_(d)
-    return res
-
+# %% ../nbs/05_calibrate.ipynb #04edfce1
 def _mean_diag(M): # one where nothing depends on the layer or nothing reaches it
     d = _diag(M).mean(-1, keepdim=True)
     return torch.where(d > 0, d, 1.)
@@ -316,10 +321,15 @@ def ridge(M): # `[groups, n, n]`, or the diagonal
     return 1e-3*_diag(M) + 1e-5*_mean_diag(M)
 
 def covariance(M, m): # `[groups, n, n]`, or the diagonal, and `[groups, n]`
-    "The moment `M` about the mean `m`, with as much on the diagonal as the float32 products in `M` may lack where the mean is large"
-    if M is None: return M
+    "The moment `M` about the mean `m`"
+    return M - (m.square() if M.dim() == 2 else m[...,None]*m[...,None,:])
+
+def lacking(m): # `[groups, n]`
+    "What the diagonal of a `covariance` about the mean `m` may lack, as it comes from float32 products"
     m2 = m.square()
-    return _plus(M - (m2 if M.dim() == 2 else m[...,None]*m[...,None,:]), 1e-6*(m2 + m2.mean(-1, keepdim=True)))
+    return 1e-6*(m2 + m2.mean(-1, keepdim=True))
+
+def _about(M, m): return None if M is None else _plus(covariance(M, m), lacking(m))
 
 kinds = ('fisher', 'activation')
 
@@ -338,7 +348,7 @@ class Metric:
         centre:bool=True): # is the mean of an error corrected?
         check_kind(kind)
         g,o,self.i,*self.k = geometry.block_shape
-        cov = covariance if centre else lambda M,m: M
+        cov = _about if centre else lambda M,m: M
         self.weight,self.inputs,self._seen = weight.flatten(2),cov(moments.inputs, moments.input_mean),cov(moments.outputs, moments.output_mean)
         if self.inputs is not None: self.inputs = _plus(self.inputs, ridge(self.inputs))
         self.narrow = self.inputs is not None and self.inputs.shape[-1] < o # fewer inputs than outputs?
@@ -386,13 +396,13 @@ class Metric:
         D = error.double().flatten(2)
         return .5*float(((self.G@D@self.inputs)*D).sum())
 
-# %% ../nbs/05_calibrate.ipynb #66983b00
+# %% ../nbs/05_calibrate.ipynb #cec089ca
 class DiagonalMetric:
     "`Metric` of a layer with more outputs than moments are kept for; its arguments"
     diagonal,inputs = True,None
     def __init__(self, geometry, moments, weight, kind='fisher', centre=True):
         check_kind(kind)
-        A,G = covariance(moments.inputs, moments.input_mean) if centre else moments.inputs,_diag(moments.grads)
+        A,G = _about(moments.inputs, moments.input_mean) if centre else moments.inputs,_diag(moments.grads)
         A,G = _plus(A, ridge(A)),G if kind=='fisher' else torch.ones_like(G)
         self.left = (.99*G + .01*_mean_diag(G)).sqrt()[...,None]
         self.right = A.sqrt()[:,None] if A.dim() == 2 else torch.linalg.cholesky(A)

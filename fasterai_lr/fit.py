@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ['Use', 'trace', 'Stats', 'fit', 'loss_increase', 'flip_and_crop', 'mix', 'flip_crop_and_mix', 'output_loss', 'distill']
 
-# %% ../nbs/07_fit.ipynb #2837bd55
+# %% ../nbs/07_fit.ipynb #0e9c8e1a
 import weakref
 from collections import Counter
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .layers import Geometry, devices_of, evaluating, replace_layers, replace_layers_, run_model
-from .calibrate import (Batches, Gram, InputMoments, Moments, Squares, calibrate, check_kind, classification, covariance, draw, layer_input, make_metric, n_items,
+from .calibrate import (Batches, Gram, InputMoments, Moments, Squares, calibrate, check_kind, classification, covariance, draw, lacking, layer_input, make_metric, n_items,
     n_positions, output_rows, regression, ridge, unbiased, undisturbed)
 from .schemes import schemes
 
-# %% ../nbs/07_fit.ipynb #ffc0990f
+# %% ../nbs/07_fit.ipynb #1791b0dc
 @dataclass
 class Use:
     "How a layer is used in one run of the model"
@@ -66,7 +66,7 @@ def trace(
     def normed(norm, x, out):
         norm_calls[norm] += 1
         name,own = source(x)
-        if not own or uses[name].add is not None: return
+        if not own or uses[name].add is not None or not (Geometry.of(modules[name]).axes or x.dim() == 2): return # or it is over another axis than that of the layer's outputs
         uses[name].norm = norm
         made(name, out, False)
     def added(i, a, b):
@@ -92,13 +92,14 @@ def _run(model, batch):
         with evaluating(model), torch.inference_mode(False), torch.no_grad(): return run_model(model, batch)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../nbs/07_fit.ipynb #c5aafa40
+# %% ../nbs/07_fit.ipynb #e9d0a5df
 class _Stop(Exception): pass
 
 class _Seen:
     "What a run of `model` shows of the layers `uses`: inputs and outputs of each call, and what is added to the output"
     def __init__(self, model, uses, batch):
         self.calls,self.sums,self.left = {n:[] for n in uses},{},sum(u.calls + (u.add is not None) for u in uses.values())
+        if any(u.calls > 1 for u in uses.values()): self.left = inf # in another batch it may be more
         self.adds = {u.add: n for n,u in uses.items() if u.add is not None}
         handles = [model.get_submodule(n).register_forward_hook(lambda m,a,k,o,n=n: self._call(n, layer_input(a, k), o), with_kwargs=True) for n in uses]
         try:
@@ -142,6 +143,7 @@ class _Pair:
     def add(self, dense, other, lost, most, gen):
         "One call: inputs and outputs in both networks, and what the output is to make up for, if anything"
         x,out = other
+        if not out.numel(): return
         idx = draw(n_positions(self.layer, out), most, gen)
         y = unbiased(self.layer, output_rows(self.layer, dense[1], idx))
         if lost is not None: y = y + output_rows(self.layer, lost, idx)
@@ -159,9 +161,10 @@ def _scale(norm, ndim):
 
 def _lost(was, now, name, norm):
     "What the output of a layer has to make up for: what the sum that it goes into lacks, less its own part"
-    if name not in was.sums: return None
-    scale = _scale(norm, was.sums[name].dim())
-    rest = was.sums[name] - now.sums[name] - scale*(was.calls[name][0][1] - now.calls[name][0][1])
+    a,b = was.sums.get(name),now.sums.get(name)
+    if a is None or b is None or a.shape != b.shape: return None
+    scale = _scale(norm, a.dim())
+    rest = a - b - scale*(was.calls[name][0][1] - now.calls[name][0][1])
     if norm is None: return rest
     return torch.where(scale.abs() > 1e-2*scale.abs().max(), rest/scale, 0.)
 
@@ -178,25 +181,24 @@ def _gather(dense, other, uses, batches, most, max_size, seed):
         was,now = _Seen(dense, uses, b),_Seen(other, uses, b)
         for n,p in pairs.items():
             lost = _lost(was, now, n, uses[n].norm and other.get_submodule(uses[n].norm))
-            for d,o in zip(was.calls[n], now.calls[n], strict=True): p.add(d, o, lost, most, gen)
+            calls = now.calls[n] if [o.shape for _,o in now.calls[n]] == [o.shape for _,o in was.calls[n]] else was.calls[n] # an expert that is sent other things now
+            for d,o in zip(was.calls[n], calls): p.add(d, o, lost, most, gen)
     return {n:p.stats() for n,p in pairs.items()}
 
-# %% ../nbs/07_fit.ipynb #100aa074
-def _covariances(s, centre):
-    return (covariance(s.xx, s.z), s.yx - s.y[...,None]*s.z[...,None,:]) if centre else (s.xx, s.yx)
-
-def _regress(start, xx, yx):
-    "The matrix near `start` that makes the wanted output of the input as it is"
-    R = ridge(xx)
+# %% ../nbs/07_fit.ipynb #e4bcb4f5
+def _regress(start, s, centre):
+    "The matrix near `start` that makes the wanted output of the input as it is, after the means if `centre`"
+    xx,yx,R = (covariance(s.xx, s.z), s.yx - s.y[...,None]*s.z[...,None,:], lacking(s.z)) if centre else (s.xx, s.yx, 0.)
+    R = R + ridge(xx)
     return torch.cholesky_solve((yx + start*R[:,None]).mT, torch.linalg.cholesky(xx + torch.diag_embed(R))).mT
 
 def _fitted(W, s, centre): # `W` `[groups, o, d]`
     "The best weight for the input as it is, and the moments for its metric"
     if s.yx is None: return W, Moments(None, None, None, s.xx, s.x, 0)
     if s.xx.shape[-1] == W.shape[-1]:
-        best = _regress(W, *_covariances(s, centre))
+        best = _regress(W, s, centre)
         return best, Moments(None, None, None, s.xx, s.x, 0)
-    M = _regress(torch.eye(W.shape[1]).to(W).expand_as(s.xx), *_covariances(s, centre))
+    M = _regress(torch.eye(W.shape[1]).to(W).expand_as(s.xx), s, centre)
     return M@W, Moments(None, M@s.xx@M.mT, (M@s.z[...,None])[...,0], None, s.x, 0)
 
 def _fit_layer(layer, choice, s, grads, kind, centre, name):
@@ -223,13 +225,14 @@ def _correct_mean(new, norm, missing):
         if holder.bias is not None: holder.bias += missing.to(holder.bias)
         elif norm is not None: norm.running_mean -= missing.to(norm.running_mean)
 
-# %% ../nbs/07_fit.ipynb #f2334df6
+# %% ../nbs/07_fit.ipynb #a871bff5
 def _norm_statistics(model, batches):
     "Mean and variance of what each BatchNorm of `model` gets, behind others that normalise by the batch's own"
     norms = {n:m for n,m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
     sums = {n:Squares() for n in norms}
     def hook(norm, args, n):
         rows = args[0].transpose(0, 1).flatten(1).T.double()
+        if not len(rows): return
         sums[n].add(rows, rows)
         if len(rows) > 1: return F.batch_norm(args[0], None, None, norm.weight, norm.bias, True, 0., norm.eps)
     handles = [m.register_forward_hook(lambda m,a,o,n=n: hook(m, a, n)) for n,m in norms.items()]
@@ -247,7 +250,7 @@ def _renormalise(dense, model, batches):
         new.running_mean.copy_(old.running_mean + mean - was[n][0])
         new.running_var.copy_(old.running_var*torch.where(was[n][1] > 0, var/was[n][1], 1.).clamp(.1, 10.))
 
-# %% ../nbs/07_fit.ipynb #7272472f
+# %% ../nbs/07_fit.ipynb #76316cd1
 def _check(choices, passes, metric):
     check_kind(metric)
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1: raise ValueError(f"passes: {passes!r} is not an int of at least 1")
@@ -276,10 +279,9 @@ def fit(
     _check(choices, passes, metric)
     batches = Batches(data, next(iter(devices_of(model)), None))
     if moments is None: moments = calibrate(model, batches, loss, max_size, seed=seed)
-    first = next(iter(batches))
-    uses = trace(model, moments, first)
+    uses = trace(model, moments, max(batches, key=_numel)) # the longest, where lengths differ
     if missed := [n for n in choices if n not in uses]: raise ValueError(f"choices: no data reaches {', '.join(map(repr, missed))}")
-    res,size = replace_layers(model, {}),ceil(len(uses)/passes)
+    res,size = replace_layers(model, {}),max(1, ceil(len(uses)/passes))
     names = list(uses)
     groups = [names[i:i+size] for i in range(0, len(names), size)]
     for group in (progress or iter)(groups):
@@ -293,6 +295,8 @@ def fit(
             res = replace_layers_(res, {n: new})
     if not sequential: _renormalise(model, res, batches)
     return distill(res, model, batches, distill_steps, augment=augment, loss=loss, seed=seed, progress=progress) if distill_steps else res
+
+def _numel(batch): return sum(t.numel() for t in tree_leaves(batch) if isinstance(t, Tensor))
 
 def _flat(model, name):
     layer = model.get_submodule(name)
@@ -317,7 +321,7 @@ def loss_increase(
 
 def _first(out): return out[0] if isinstance(out, (tuple, list)) else out # of a recurrent network, which returns its hidden states too
 
-# %% ../nbs/07_fit.ipynb #84d56d2f
+# %% ../nbs/07_fit.ipynb #cd7c6f73
 def flip_and_crop(
     x:Tensor, # images `[n, channels, h, w]`
     gen:torch.Generator, # for the draws
@@ -408,8 +412,9 @@ def distill(
     try:
         with evaluating(res, teacher), torch.enable_grad():
             for _,b in zip((progress or iter)(range(steps)), _forever(Batches(data, next(iter(devices_of(model)), None)))):
+                if augment and isinstance(b, dict): raise TypeError("augment: it takes the first of a tuple of inputs, but the batches are dicts; augment them beforehand")
                 if augment: b = (augment(b[0], gen), *b[1:])
-                with torch.no_grad(): want = _first(run_model(teacher, b))
+                want = _first(_run(teacher, b))
                 if not isinstance(want, Tensor): raise TypeError(f"distill: the model returns {type(want).__name__}; only a tensor, or the first of a tuple, can be learned from")
                 out = _first(run_model(res, _wide(b) if dtypes else b))
                 l = output_loss(out, want.to(out.dtype), loss) + _feature_loss(feats[0].outs, feats[1].outs)

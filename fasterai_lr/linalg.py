@@ -265,7 +265,7 @@ def singular_values(
     "All singular values of `A`, largest first"
     return SVD(A, name).spectrum
 
-# %% ../nbs/00_linalg.ipynb #f31f9a00
+# %% ../nbs/00_linalg.ipynb #3ecef71e
 class FromGram:
     "Singular values and left singular vectors of matrices `A`"
     def __init__(self,
@@ -288,4 +288,4 @@ class FromGram:
     )->float: # ‖A − UUᵀA‖ / ‖A‖ of all blocks together (Frobenius)
         "The relative error of what the first `rank` vectors span"
         energy = self.spectrum.square()
-        return math.sqrt(float(energy[:,rank:].sum()/energy.sum()))
+        return math.sqrt(float(energy[:,rank:].sum()/energy.sum().clamp_min(1e-300)))

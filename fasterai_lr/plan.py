@@ -6,11 +6,11 @@
 __all__ = ['layer_types', 'Record', 'dense_record', 'known_records', 'merged_records', 'Budget', 'Option', 'chain_macs',
            'layer_options', 'choose', 'measured', 'Plan', 'Planner', 'time_options', 'measured_ratio', 'make_plan']
 
-# %% ../nbs/07_plan.ipynb #0571c9fb
-import copy, json
+# %% ../nbs/07_plan.ipynb #bbcb59f4
+import copy, json, warnings
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from math import ceil, prod
+from math import ceil, isnan, prod
 from numbers import Real
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def merged_records(model:nn.Module, records:dict)->dict:
     merged = {**known_records(model), **records}
     return {n:merged[n] for n,_ in model.named_modules() if n in merged}
 
-# %% ../nbs/07_plan.ipynb #d6ccf9f5
+# %% ../nbs/07_plan.ipynb #f74e71c7
 @dataclass(frozen=True)
 class Budget:
     "What a decomposed model may have of the dense one; give one of the four"
@@ -77,6 +77,7 @@ class Budget:
         if len(given) != 1: raise ValueError(f"Budget: {given or 'nothing'} given; expected one of params, macs, latency, max_drop")
         if isinstance(self.value, bool) or not isinstance(self.value, Real) or not 0 < self.value <= 1:
             raise ValueError(f"{self.kind}: {self.value!r} is not a fraction above 0 and at most 1")
+        object.__setattr__(self, self.kind, float(self.value)) # NumPy's are no JSON
 
     @property
     def kind(self): return next(k for k,v in vars(self).items() if v is not None)
@@ -176,7 +177,7 @@ def measured(
     res = {k: c(model)/max(1, c(dense)) for k,c in counts.items()} | dict(loss=loss_increase(dense, model, batches, loss))
     return {k:v for k,v in res.items() if v is not None}
 
-# %% ../nbs/07_plan.ipynb #583d6541
+# %% ../nbs/07_plan.ipynb #62ff1c32
 @dataclass
 class Plan:
     "Which layer becomes what"
@@ -195,7 +196,7 @@ class Plan:
         if name not in self.layers: raise ValueError(f"name: {name!r} is not in the plan; it has {', '.join(map(repr, self.layers))}")
         rec = self.layers[name]
         rec |= dict(scheme=scheme, rank=list(rank) if isinstance(rank, tuple) else rank, status='factored' if scheme else 'dense', reason='' if scheme else 'set by hand')
-        if not scheme: rec |= dict(full_rank=None, params_after=rec.get('params_before', 0))
+        if not scheme: rec |= dict(full_rank=None, error=None, params_after=rec.get('params_before', 0))
         self.predicted,self.measured = {},{} # they were another plan's
         return self
 
@@ -267,7 +268,8 @@ class Plan:
         if not isinstance(d, dict) or not isinstance(d.get('layers'), dict): raise ValueError(f"{label} is not a plan: it has no layers")
         for n,r in d['layers'].items():
             if not isinstance(r, dict) or not need <= set(r): raise ValueError(f"{label} is not a plan: layer {n!r} has no type, scheme and rank")
-        return cls(d['layers'], d.get('budget'), d.get('predicted') or {}, d.get('measured') or {})
+        layers = {n: dict(status='factored' if r['scheme'] else 'dense', reason='') | r for n,r in d['layers'].items()}
+        return cls(layers, d.get('budget'), d.get('predicted') or {}, d.get('measured') or {})
 
     def summary(self):
         "One row a layer, as a `DataFrame`"
@@ -289,7 +291,7 @@ def _fresh(layer, scheme, rank):
     if (fmt := memory_format(layer.weight)) != torch.contiguous_format: res = res.to(memory_format=fmt)
     return res.train(layer.training)
 
-# %% ../nbs/07_plan.ipynb #8ebc5ef0
+# %% ../nbs/07_plan.ipynb #41da0adc
 class Planner:
     "What is known about a model before a budget is chosen"
     @undisturbed()
@@ -342,11 +344,11 @@ class Planner:
     def least(self, kind, options=None, total=None)->float:
         "The smallest fraction that can be reached"
         options,total = options or self.all_options(),total or getattr(self, kind)
-        return 1 - sum(getattr(o[0], kind) - min(getattr(p, kind) for p in o) for o in options.values())/total
+        return 1 - sum(getattr(o[0], kind) - min(getattr(p, kind) for p in o) for o in options.values())/max(1e-12, total)
 
     def _as_plan(self, chosen, options, budget, left):
         layers = {f.name: asdict(self._record(f, chosen.get(f.name))) for f in self.found}
-        part = lambda kind,total: 1 - sum(getattr(options[n][0], kind) - getattr(o, kind) for n,o in chosen.items())/total
+        part = lambda kind,total: 1 - sum(getattr(options[n][0], kind) - getattr(o, kind) for n,o in chosen.items())/max(1, total)
         predicted = self.predicted_loss(o.loss for o in chosen.values()) | dict(params=part('params', self.params), macs=part('macs', self.macs))
         if budget.kind == 'latency': predicted['latency'] = budget.value - left
         return Plan(layers, {budget.kind: budget.value}, predicted)
@@ -410,7 +412,7 @@ def timed_options(self:Planner, progress=None):
         res[n] = [replace(o, latency=known[key][o.scheme, o.rank]) for o in options if (o.scheme, o.rank) in known[key]]
     return res
 
-# %% ../nbs/07_plan.ipynb #f52806f8
+# %% ../nbs/07_plan.ipynb #51ac1554
 def measured_ratio(
     dense,
     other,
@@ -423,6 +425,7 @@ def measured_ratio(
     return ms['other'].ms/ms['dense'].ms
 
 @patch
+@undisturbed()
 def latency_plan(self:Planner, budget:Budget, tries=3, progress=None)->Plan:
     "The plan for a budget of milliseconds, measured"
     if 'latency' not in self.options:
@@ -442,7 +445,7 @@ def latency_plan(self:Planner, budget:Budget, tries=3, progress=None)->Plan:
     best.budget = {'latency': budget.value}
     return best
 
-# %% ../nbs/07_plan.ipynb #ebff97ed
+# %% ../nbs/07_plan.ipynb #0bf17f3a
 @patch
 def drop_search(self:Planner, budget:Budget, evaluate, steps=6, progress=None, **kwargs)->tuple: # (`Plan`, the model made by it); `kwargs` are for `fit`
     "The plan of least MACs whose value of `evaluate` is at most `budget.max_drop` below that of the dense model, carried out"
@@ -452,11 +455,16 @@ def drop_search(self:Planner, budget:Budget, evaluate, steps=6, progress=None, *
         model = plan.apply(self.model, self.batches, moments=self.moments, metric=self.metric, loss=self.loss, **kwargs)
         return plan, model, float(evaluate(model))
     dense,low,high,best = float(evaluate(self.model)),self.least('macs'),1.,None
+    if isnan(dense): raise ValueError("evaluate: it returns nan for the dense model")
     for _ in (progress or iter)(range(steps)):
         found = tried(mid := (low*high)**.5)
         if found[2] >= dense - budget.value: high,best = mid,found
         else: low = mid
     plan,model,value = best or tried(1.)
+    if not value >= dense - budget.value:
+        warnings.warn(f"max_drop: {budget.value} cannot be kept to, so the model stays dense: `evaluate` gives {dense:.4g} for it, {value:.4g} for the one decomposed least")
+        for n in plan.choices: plan.set(n)
+        model,value = plan.apply(self.model),dense
     plan.budget = model.low_rank_plan['budget'] = {'max_drop': budget.value}
     for m in (plan.measured, model.low_rank_plan['measured']): m |= dict(metric=value, dense_metric=dense)
     return plan,model

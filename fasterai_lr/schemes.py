@@ -308,11 +308,17 @@ class Spatial(_Matrix):
         tails = .5*K.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
         return [float(tails[r].clamp_min(0)) if r < n else 0. for r in ranks]
 
-# %% ../nbs/04_schemes.ipynb #74460893
+# %% ../nbs/04_schemes.ipynb #45adc87b
 def exceeds(rank, limit):
     "Is an entry of `rank` above that of `limit`? Both ints, or both tuples"
     pair = lambda r: r if isinstance(r, tuple) else (r,)
     return any(r > l for r,l in zip(pair(rank), pair(limit)))
+
+def _equal_norms(tensors): # `[groups, ...]`
+    "The same chain with factors of one Frobenius norm, block by block, so that one step of training changes all of them alike"
+    norms = torch.stack([t.double().flatten(1).norm(dim=1) for t in tensors])
+    scale = torch.where((norms > 0).all(0), norms.log().mean(0).exp()/norms, 1.)
+    return [t*s.view(-1, *[1]*(t.dim()-1)) for t,s in zip(tensors, scale)]
 
 class _Tensor(Scheme):
     "A scheme that decomposes the kernel of each block as a tensor; what was solved for a rank is kept"
@@ -338,10 +344,10 @@ class _Tensor(Scheme):
         return self.solved[rank]
 
     def refined(self, rank):
-        "`weights` with the last factor the best one for those before it"
+        "`weights` with the last factor the best one for those before it, balanced"
         *before,last = self.weights(rank)
         F = product(list(self._chain([*before, last], rank))[:-1], self.groups).flatten(2)
-        return [*before, _last_factor(self.blocks.double().flatten(2), self.metric.inputs, F).reshape(last.shape)]
+        return _equal_norms([*before, _last_factor(self.blocks.double().flatten(2), self.metric.inputs, F).reshape(last.shape)])
 
     def factors(self, rank): return self._solved(rank)[0]
     def error(self, rank): return self._solved(rank)[1]
