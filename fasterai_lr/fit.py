@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Use', 'trace', 'Stats', 'fit', 'loss_increase', 'flip_and_crop', 'mix', 'flip_crop_and_mix', 'output_loss', 'distill']
 
-# %% ../nbs/07_fit.ipynb #0e9c8e1a
-import weakref
+# %% ../nbs/07_fit.ipynb #879b8949
+import warnings, weakref
 from collections import Counter
 from dataclasses import dataclass, replace
 from math import ceil, inf
@@ -321,7 +321,7 @@ def loss_increase(
 
 def _first(out): return out[0] if isinstance(out, (tuple, list)) else out # of a recurrent network, which returns its hidden states too
 
-# %% ../nbs/07_fit.ipynb #cd7c6f73
+# %% ../nbs/07_fit.ipynb #81f6d613
 def flip_and_crop(
     x:Tensor, # images `[n, channels, h, w]`
     gen:torch.Generator, # for the draws
@@ -387,19 +387,7 @@ def _wide(batch): return tree_map(lambda t: t.float() if isinstance(t, Tensor) a
 
 def _parents(names): return sorted({n.rpartition('.')[0] for n in names} - {''})
 
-@undisturbed()
-def distill(
-    model:nn.Module, # left untouched; a decomposed copy of `teacher`
-    teacher:nn.Module,
-    data, # as `calibrate` takes it
-    steps:int=350,
-    lr:float=1e-3, # the peak of a one-cycle schedule for Adam
-    augment=None, # a function of a batch of inputs and a generator, such as `flip_crop_and_mix`
-    loss=classification, # as for `output_loss`
-    seed:int=0,
-    progress=None # wraps the iteration over the steps, like `fastprogress.progress_bar`
-   )->nn.Module:
-    "A copy of `model` whose layers are trained to do on `data` what `teacher` does"
+def _distilled(model, teacher, data, steps, lr, augment, loss, seed, progress):
     res,gen = replace_layers(model, {}),torch.Generator().manual_seed(seed)
     dtypes = _widened(res)
     names = _parents(n for n,m in res.named_modules() if hasattr(m, 'geometry'))
@@ -411,7 +399,7 @@ def distill(
     feats = _Features(res, names),_Features(teacher, names)
     try:
         with evaluating(res, teacher), torch.enable_grad():
-            for _,b in zip((progress or iter)(range(steps)), _forever(Batches(data, next(iter(devices_of(model)), None)))):
+            for _,b in zip((progress or iter)(range(steps)), _forever(data)):
                 if augment and isinstance(b, dict): raise TypeError("augment: it takes the first of a tuple of inputs, but the batches are dicts; augment them beforehand")
                 if augment: b = (augment(b[0], gen), *b[1:])
                 want = _first(_run(teacher, b))
@@ -430,3 +418,30 @@ def distill(
 
 def _forever(batches):
     while True: yield from batches
+
+def _apart(model, teacher, data, loss):
+    "`output_loss` between the two, the mean over batches"
+    ls = [output_loss(out.float(), want.float(), loss) for b in data for out,want in [(_first(_run(model, b)), _first(_run(teacher, b)))]]
+    return float(torch.stack(ls).mean())
+
+@undisturbed()
+def distill(
+    model:nn.Module, # left untouched; a decomposed copy of `teacher`
+    teacher:nn.Module,
+    data, # as `calibrate` takes it
+    steps:int=350,
+    lr:float=1e-3, # the peak of a one-cycle schedule for Adam; if that ends further away than it began, a tenth of it is tried
+    augment=None, # a function of a batch of inputs and a generator, such as `flip_crop_and_mix`
+    loss=classification, # as for `output_loss`
+    seed:int=0,
+    progress=None # wraps the iteration over the steps, like `fastprogress.progress_bar`
+   )->nn.Module:
+    "A copy of `model` whose layers are trained to do on `data` what `teacher` does; never further from it on `data` than `model`"
+    data = Batches(data, next(iter(devices_of(model)), None))
+    before = None
+    for rate in (lr, .1*lr):
+        res = _distilled(model, teacher, data, steps, rate, augment, loss, seed, progress)
+        if before is None: before = _apart(model, teacher, data, loss)
+        if _apart(res, teacher, data, loss) <= before: return res
+    warnings.warn(f"distill: {steps} steps took the model further from its teacher, with a learning rate of {lr:g} and of {.1*lr:g}; it is returned as it was")
+    return replace_layers(model, {})

@@ -374,13 +374,26 @@ def test_distillation_leaves_flags_hooks_and_modes(trained):
     small.train(); small[1].eval(); small[0].weight.requires_grad_(False)
     small[3].register_forward_hook(hook := lambda *a: None)
     before,teacher = state_of(small),state_of(net)
-    res = distill(small, net, x[:64], steps=5, augment=flip_and_crop)
+    res = distill(small, net, x[:64], steps=20)
     assert same(before, state_of(small)) and same(teacher, state_of(net))
     assert [p.requires_grad for p in res.parameters()] == [p.requires_grad for p in small.parameters()]
     assert [m.training for m in res.modules()] == [m.training for m in small.modules()] and all(p.grad is None for p in res.parameters())
     assert [len(m._forward_hooks) for m in res.modules()] == [len(m._forward_hooks) for m in small.modules()]
     assert all(torch.equal(b, dict(small.named_buffers())[n]) for n,b in res.named_buffers()) # BatchNorm in evaluation mode
     assert not all(torch.equal(p, q) for p,q in zip(res.parameters(), small.parameters()))
+
+def test_distillation_that_does_harm_is_tried_again_and_then_left():
+    net,x = with_statistics(plain_net(), images),images
+    small = fit(net, {'0': ('svd', 6)}, x)
+    before = loss_increase(net, small, x)
+    tries = []
+    def progress(it):
+        tries.append(0)
+        return it
+    better = distill(small, net, x, 30, lr=1e-2, progress=progress)
+    assert len(tries) == 2 and loss_increase(net, better, x) < before
+    with pytest.warns(UserWarning, match='distill: 3 steps took the model further from its teacher, with a learning rate of 1 and of 0.1'): same = distill(small, net, x, 3, lr=1.)
+    assert all(torch.equal(a, b) for a,b in zip(same.state_dict().values(), small.state_dict().values())) and same is not small
 
 def test_hooks_are_gone_after_an_interrupted_distillation():
     net = with_statistics(res_net(), images)
