@@ -445,7 +445,7 @@ def latency_plan(self:Planner, budget:Budget, tries=3, progress=None)->Plan:
     best.budget = {'latency': budget.value}
     return best
 
-# %% ../nbs/07_plan.ipynb #0bf17f3a
+# %% ../nbs/07_plan.ipynb #2e4bf13f
 @patch
 def drop_search(self:Planner, budget:Budget, evaluate, steps=6, progress=None, **kwargs)->tuple: # (`Plan`, the model made by it); `kwargs` are for `fit`
     "The plan of least MACs whose value of `evaluate` is at most `budget.max_drop` below that of the dense model, carried out"
@@ -463,7 +463,7 @@ def drop_search(self:Planner, budget:Budget, evaluate, steps=6, progress=None, *
     plan,model,value = best or tried(1.)
     if not value >= dense - budget.value:
         warnings.warn(f"max_drop: {budget.value} cannot be kept to, so the model stays dense: `evaluate` gives {dense:.4g} for it, {value:.4g} for the one decomposed least")
-        for n in plan.choices: plan.set(n)
+        for n in plan.choices: plan.set(n).layers[n]['reason'] = 'what was decomposed least lost more than max_drop'
         model,value = plan.apply(self.model),dense
     plan.budget = model.low_rank_plan['budget'] = {'max_drop': budget.value}
     for m in (plan.measured, model.low_rank_plan['measured']): m |= dict(metric=value, dense_metric=dense)
