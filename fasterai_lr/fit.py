@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Use', 'trace', 'Stats', 'fit', 'loss_increase', 'flip_and_crop', 'mix', 'flip_crop_and_mix', 'output_loss', 'distill']
 
-# %% ../nbs/07_fit.ipynb #879b8949
+# %% ../nbs/07_fit.ipynb #b4564b4e
 import warnings, weakref
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import dropwhile
 from math import ceil, inf
 
 import torch
@@ -250,7 +251,7 @@ def _renormalise(dense, model, batches):
         new.running_mean.copy_(old.running_mean + mean - was[n][0])
         new.running_var.copy_(old.running_var*torch.where(was[n][1] > 0, var/was[n][1], 1.).clamp(.1, 10.))
 
-# %% ../nbs/07_fit.ipynb #76316cd1
+# %% ../nbs/07_fit.ipynb #87dfaab9
 def _check(choices, passes, metric):
     check_kind(metric)
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1: raise ValueError(f"passes: {passes!r} is not an int of at least 1")
@@ -281,8 +282,8 @@ def fit(
     if moments is None: moments = calibrate(model, batches, loss, max_size, seed=seed)
     uses = trace(model, moments, max(batches, key=_numel)) # the longest, where lengths differ
     if missed := [n for n in choices if n not in uses]: raise ValueError(f"choices: no data reaches {', '.join(map(repr, missed))}")
-    res,size = replace_layers(model, {}),max(1, ceil(len(uses)/passes))
-    names = list(uses)
+    names = list(dropwhile(lambda n: n not in choices and uses[n].calls == 1, uses)) # what comes before them all sees what it always has
+    res,size = replace_layers(model, {}),max(1, ceil(len(names)/passes))
     groups = [names[i:i+size] for i in range(0, len(names), size)]
     for group in (progress or iter)(groups):
         if sequential: stats = _gather(model, res, {n:uses[n] for n in group}, batches, most, max_size, seed)

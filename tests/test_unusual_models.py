@@ -43,15 +43,23 @@ def test_one_step_of_training_keeps_what_was_fitted(method):
 
 # --- what an input is like
 
+def test_layers_before_the_first_that_is_factored_are_left_alone():
+    net,x = conv_net(),torch.randn(64, 3, 10, 10)
+    small = decompose(net, FC_Decomposer(.3), x)
+    assert list(factored_layers(small)) == ['6'] and all(torch.equal(small[i].weight, net[i].weight) for i in (0, 2))
+    other = decompose(net, ConvDecomposer('svd', rank={'2': .3}), x)
+    assert torch.equal(other[0].weight, net[0].weight) and not torch.equal(other[6].weight, net[6].weight)
+    assert torch.equal(decompose(net, Budget(params=1.), x)[6].weight, net[6].weight)
+
+
 @pytest.mark.parametrize('mean', [0., 100., 1000.])
 @pytest.mark.parametrize('columns', [10, 1])
-def test_layers_that_stay_dense_keep_their_weight_whatever_the_mean_of_their_input(mean, columns):
+def test_layers_of_full_rank_keep_their_weight_whatever_the_mean_of_their_input(mean, columns):
     x = torch.randn(512, 10)
     x[:,:columns] += mean
     net = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 5))
     with torch.no_grad(): net[0].bias.copy_(-net[0].weight@x.mean(0))
-    same = decompose(net, Budget(params=1.), x, loss=regression)
-    assert not factored_layers(same)
+    same = fit(net, {'0': ('svd', 10)}, x, loss=regression)
     assert (same[0].weight - net[0].weight).norm() < 1e-4*net[0].weight.norm() # what rounding of moments of 10⁶ in float32 leaves after the ridge
     assert miss(same, net, x) < 1e-3
 
