@@ -312,6 +312,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fasterai_lr.fit._Seen._done': ('fit.html#_seen._done', 'fasterai_lr/fit.py'),
                                  'fasterai_lr.fit._Stop': ('fit.html#_stop', 'fasterai_lr/fit.py'),
                                  'fasterai_lr.fit._apart': ('fit.html#_apart', 'fasterai_lr/fit.py'),
+                                 'fasterai_lr.fit._augmented': ('fit.html#_augmented', 'fasterai_lr/fit.py'),
                                  'fasterai_lr.fit._check': ('fit.html#_check', 'fasterai_lr/fit.py'),
                                  'fasterai_lr.fit._correct_mean': ('fit.html#_correct_mean', 'fasterai_lr/fit.py'),
                                  'fasterai_lr.fit._distilled': ('fit.html#_distilled', 'fasterai_lr/fit.py'),

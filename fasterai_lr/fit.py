@@ -322,7 +322,7 @@ def loss_increase(
 
 def _first(out): return out[0] if isinstance(out, (tuple, list)) else out # of a recurrent network, which returns its hidden states too
 
-# %% ../nbs/07_fit.ipynb #81f6d613
+# %% ../nbs/07_fit.ipynb #a50b1d35
 def flip_and_crop(
     x:Tensor, # images `[n, channels, h, w]`
     gen:torch.Generator, # for the draws
@@ -400,9 +400,7 @@ def _distilled(model, teacher, data, steps, lr, augment, loss, seed, progress):
     feats = _Features(res, names),_Features(teacher, names)
     try:
         with evaluating(res, teacher), torch.enable_grad():
-            for _,b in zip((progress or iter)(range(steps)), _forever(data)):
-                if augment and isinstance(b, dict): raise TypeError("augment: it takes the first of a tuple of inputs, but the batches are dicts; augment them beforehand")
-                if augment: b = (augment(b[0], gen), *b[1:])
+            for _,b in zip((progress or iter)(range(steps)), _augmented(_forever(data), augment, gen)):
                 want = _first(_run(teacher, b))
                 if not isinstance(want, Tensor): raise TypeError(f"distill: the model returns {type(want).__name__}; only a tensor, or the first of a tuple, can be learned from")
                 out = _first(run_model(res, _wide(b) if dtypes else b))
@@ -420,10 +418,15 @@ def _distilled(model, teacher, data, steps, lr, augment, loss, seed, progress):
 def _forever(batches):
     while True: yield from batches
 
-def _apart(model, teacher, data, loss):
-    "`output_loss` between the two, the mean over batches"
-    ls = [output_loss(out.float(), want.float(), loss) for b in data for out,want in [(_first(_run(model, b)), _first(_run(teacher, b)))]]
-    return float(torch.stack(ls).mean())
+def _augmented(data, augment, gen):
+    for b in data:
+        if augment and isinstance(b, dict): raise TypeError("augment: it takes the first of a tuple of inputs, but the batches are dicts; augment them beforehand")
+        yield (augment(b[0], gen), *b[1:]) if augment else b
+
+def _apart(model, teacher, data, augment, loss, seed):
+    "`output_loss` between the two, the mean over batches, on images that are augmented otherwise than those to learn from"
+    batches = _augmented(data, augment, torch.Generator().manual_seed(seed+1))
+    return float(torch.stack([output_loss(_first(_run(model, b)).float(), _first(_run(teacher, b)).float(), loss) for b in batches]).mean())
 
 @undisturbed()
 def distill(
@@ -437,12 +440,12 @@ def distill(
     seed:int=0,
     progress=None # wraps the iteration over the steps, like `fastprogress.progress_bar`
    )->nn.Module:
-    "A copy of `model` whose layers are trained to do on `data` what `teacher` does; never further from it on `data` than `model`"
+    "A copy of `model` whose layers are trained to do on `data` what `teacher` does; never further from it there than `model`"
     data = Batches(data, next(iter(devices_of(model)), None))
     before = None
     for rate in (lr, .1*lr):
         res = _distilled(model, teacher, data, steps, rate, augment, loss, seed, progress)
-        if before is None: before = _apart(model, teacher, data, loss)
-        if _apart(res, teacher, data, loss) <= before: return res
+        if before is None: before = _apart(model, teacher, data, augment, loss, seed)
+        if _apart(res, teacher, data, augment, loss, seed) <= before: return res
     warnings.warn(f"distill: {steps} steps took the model further from its teacher, with a learning rate of {lr:g} and of {.1*lr:g}; it is returned as it was")
     return replace_layers(model, {})
