@@ -26,6 +26,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai_lr.calibrate.InputMoments': ('calibrate.html#inputmoments', 'fasterai_lr/calibrate.py'),
                                        'fasterai_lr.calibrate.InputMoments.__init__': ( 'calibrate.html#inputmoments.__init__',
                                                                                         'fasterai_lr/calibrate.py'),
+                                       'fasterai_lr.calibrate.InputMoments._rows': ( 'calibrate.html#inputmoments._rows',
+                                                                                     'fasterai_lr/calibrate.py'),
                                        'fasterai_lr.calibrate.InputMoments.add': ( 'calibrate.html#inputmoments.add',
                                                                                    'fasterai_lr/calibrate.py'),
                                        'fasterai_lr.calibrate.InputMoments.mean': ( 'calibrate.html#inputmoments.mean',

@@ -128,7 +128,7 @@ def n_items(batch)->int:
     if (t := first(batch)) is None: raise TypeError("data: a batch holds no tensor")
     return len(t)
 
-# %% ../nbs/05_calibrate.ipynb #41e5b80f
+# %% ../nbs/05_calibrate.ipynb #3683f618
 @dataclass
 class Moments:
     "Second moments of one layer, `[groups, n, n]`, or `[groups, n]` where only the diagonal is kept; and means, `[groups, n]`"
@@ -204,9 +204,11 @@ class InputMoments:
     @property
     def n(self): return (self.second if self.small else self.patches).n
     @property
-    def moment(self): return (self.second if self.small or self.few else self.patches).mean
+    def _rows(self): return self.second if self.small or self.few else self.patches
     @property
-    def row_mean(self): return (self.second if self.small or self.few else self.patches).row_mean
+    def moment(self): return self._rows.mean
+    @property
+    def row_mean(self): return self._rows.row_mean
     @property
     def mean(self): return (self.second if self.small else self.patches).row_mean
 

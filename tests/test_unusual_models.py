@@ -75,7 +75,7 @@ class Recurrent(nn.Module):
         return self.p(torch.relu(self.o(h)))
 
 @pytest.mark.parametrize('length', [1, 2])
-def test_the_order_of_batches_of_different_lengths_does_not_matter(length, monkeypatch):
+def test_the_order_of_batches_of_different_lengths_does_not_matter(length):
     net,batches = Recurrent(),[torch.randn(16, t, 12) for t in (length, 8, 8, 8)]
     what = {'i': ('svd', 4), 'h': ('svd', 4), 'o': ('svd', 4)}
     moments = calibrate(net, batches)
