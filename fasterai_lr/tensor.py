@@ -131,9 +131,10 @@ def tucker2_to_kernel(
     "The kernel that a Tucker-2 decomposition stands for"
     return _times_o(_times_i(core, Ui.T), Uo.T)
 
-# %% ../nbs/01_tensor.ipynb #453b34e8
+# %% ../nbs/01_tensor.ipynb #b7c7320c
 _CORE    = 64   # channels below which a smaller core saves no time
 _PENALTY = 1e-3 # weight of the terms' squared norms, as a part of the squared error
+_GONE    = torch.finfo(torch.float32).tiny # squared norm of a term's other factors below which it is no more: its next factor might not be finite
 
 def _khatri_rao(fs):
     "Columnwise Kronecker product [prod(n), r] of factors [n,r]"
@@ -149,7 +150,7 @@ def _balance(fs):
 
 def _solve(M, G, mu):
     "The factor that minimises squared error plus `mu` times the terms' squared norms, from the matricised product `M` and the others' Gram matrix `G`"
-    d = torch.where(G.diagonal()>0, G.diagonal().rsqrt(), 0.)
+    d = torch.where(G.diagonal()>_GONE, G.diagonal().rsqrt(), 0.)
     L = torch.linalg.cholesky(G*d*d[:,None] + mu*torch.eye(len(d), dtype=d.dtype, device=d.device))
     return (torch.cholesky_solve((M.double()*d).T, L).T*d).to(M.dtype)
 

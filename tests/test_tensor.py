@@ -1,7 +1,7 @@
 "Tucker-2 and CP: exact where they must be, errors as told, never growing with the rank, bounded, repeatable; tensorly is the reference"
 import math, warnings
 import pytest, torch, tensorly as tl
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from tensorly.decomposition import parafac, partial_tucker
 from fasterai_lr.linalg import singular_values
 from fasterai_lr.tensor import *
@@ -113,6 +113,7 @@ def test_tucker2_from_lower_ranks_never_grows(W, data):
 
 @settings(max_examples=200, deadline=None)
 @given(kernels(), st.integers(1, 24), st.integers(0, 9))
+@example(KINDS['equal_slices']((7,2,4), 68).float(), 4, 0) # more terms than it has: some vanish, below single precision
 def test_cp(W, rank, seed):
     "Shapes, finite and balanced factors, bounded terms, never worse than nothing; the same seed, the same factors"
     state = torch.get_rng_state()
