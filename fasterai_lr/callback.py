@@ -294,7 +294,7 @@ def _last_value(learn):
     value = row.get(f'valid_{name}', row.get(name))
     return float(value) if isinstance(value, Real) else None
 
-# %% ../nbs/10_callback.ipynb #89cc2f9b
+# %% ../nbs/10_callback.ipynb #3a0fa88b
 class _Records(list):
     "What was decomposed during the fit whose recorder has the list `losses`"
     def __init__(self, losses): self.losses = losses
@@ -306,7 +306,7 @@ class DecomposeCallback(Callback):
     def __init__(self,
         at_epoch, # epoch at whose start to decompose, the first is 0; or a schedule `{epoch: what}`
         what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: half of the MACs that can be saved
-        ft_lr:float=1e-4, # learning rate from then on, of the last parameter group
+        ft_lr:float=1e-3, # learning rate from then on, of the last parameter group
         tail:str='cosine', # how it goes on to the end of the fit: 'cosine' (to zero) or 'constant'
         data=None, # see `decompose`; `None`: 2,000 training items, but none for decomposers
         distill:float=0., # weight of the dense model's outputs in the loss from then on
