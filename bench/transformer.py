@@ -187,9 +187,12 @@ class Methods:
         yield 'activations, ranks by budget, sequential fit', lambda: planned(self.activation, share, seed=self.seed)
         yield 'Fisher, ranks by budget, q, k and v apart', lambda: planned(self.split, share, False)
 
-    def all(self, share):
+    def beside_peers(self, share):
         yield from self.ours(share)
         yield from peers(self.dense, self.batches, self.fisher.moments, share)
+
+    def all(self, share):
+        yield from self.beside_peers(share)
         yield from self.ingredients(share)
 
 @torch.no_grad()
@@ -207,7 +210,7 @@ def row(model, dense, x, out, want, labels):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--shares', type=float, nargs='+', default=[.7, .5, .35, .2])
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the draw of unlabelled images; 0 for every method, the others for `fasterai_lr` alone')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the draw of unlabelled images; the ingredients one by one with the first alone')
     parser.add_argument('--images', type=int, default=1000, help='unlabelled training images')
     parser.add_argument('--test', type=int, default=None, help='test images; all of them by default')
     parser.add_argument('--epochs', type=int, default=10, help='of the training of the dense network')
@@ -225,7 +228,7 @@ def main():
         methods = Methods(dense, list(x.split(128)), seed)
         for share in shares:
             models,right,here = {'dense': dense},{},[]
-            for name,make in (methods.all if seed == 0 else methods.ours)(share):
+            for name,make in (methods.all if seed == args.seeds[0] else methods.beside_peers)(share):
                 start = time.process_time()
                 models[name] = model = make()
                 seconds,out = time.process_time()-start,scores(model, test)
@@ -233,7 +236,7 @@ def main():
                 behind,se = mean_and_se(right['fasterai_lr'], right[name])
                 here.append(dict(method=name, budget=share, seed=seed, **row(model, dense, x[:1], out, want, labels), behind=behind, low=behind-1.96*se, high=behind+1.96*se, seconds=seconds))
                 print({k: round(v, 3) if isinstance(v, float) else v for k,v in here[-1].items()}, flush=True)
-            if seed == 0:
+            if seed == args.seeds[0]:
                 ms = measure_latency(models, x[:64], 11)
                 for r in here: r['latency'] = ms[r['method']].least/ms['dense'].least
             rows += here

@@ -93,7 +93,7 @@ def _run(model, batch):
         with evaluating(model), torch.inference_mode(False), torch.no_grad(): return run_model(model, batch)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../nbs/07_fit.ipynb #e9d0a5df
+# %% ../nbs/07_fit.ipynb #4f314048
 class _Stop(Exception): pass
 
 class _Seen:
@@ -139,7 +139,7 @@ class Stats:
 
 class _Pair:
     "Moments of one layer between the dense network and the other"
-    def __init__(self, layer, max_size): self.layer,self.inputs,self.yx,self.y = layer,InputMoments(layer, max_size),Gram(),Gram()
+    def __init__(self, layer, max_size): self.layer,self.inputs,self.yx = layer,InputMoments(layer, max_size),Gram()
 
     def add(self, dense, other, lost, most, gen):
         "One call: inputs and outputs in both networks, and what the output is to make up for, if anything"
@@ -149,10 +149,9 @@ class _Pair:
         y = unbiased(self.layer, output_rows(self.layer, dense[1], idx))
         if lost is not None: y = y + output_rows(self.layer, lost, idx)
         rows = self.inputs.add(self.layer, x, out, idx)
-        if rows is not None: self.yx.add(y, rows)
-        self.y.add(y, y.new_ones(*y.shape[:2], 1))
+        self.yx.add(y, y.new_ones(*y.shape[:2], 1) if rows is None else rows) # for their mean, if nothing else
 
-    def stats(self): return Stats(self.inputs.moment, self.yx.mean if self.yx.n else None, self.inputs.row_mean, self.inputs.mean, self.y.mean[...,0])
+    def stats(self): return Stats(self.inputs.moment, self.yx.mean if self.inputs.second.n else None, self.inputs.row_mean, self.inputs.mean, self.yx.row_mean)
 
 def _scale(norm, ndim):
     "What a BatchNorm multiplies its input by, `[channels, 1, ...]`"
