@@ -176,8 +176,6 @@ class Methods:
     @cached_property
     def split(self): return Planner(split_qkv(self.dense), self.batches, seed=self.seed)
 
-    def ours(self, share): yield 'fasterai_lr', lambda: planned(self.fisher, share, seed=self.seed)
-
     def ingredients(self, share):
         same = one_share(self.dense, share)
         yield 'activations, ranks by budget', lambda: planned(self.activation, share, False)
@@ -188,7 +186,7 @@ class Methods:
         yield 'Fisher, ranks by budget, q, k and v apart', lambda: planned(self.split, share, False)
 
     def beside_peers(self, share):
-        yield from self.ours(share)
+        yield 'fasterai_lr', lambda: planned(self.fisher, share, seed=self.seed)
         yield from peers(self.dense, self.batches, self.fisher.moments, share)
 
     def all(self, share):

@@ -128,7 +128,7 @@ def n_items(batch)->int:
     if (t := first(batch)) is None: raise TypeError("data: a batch holds no tensor")
     return len(t)
 
-# %% ../nbs/05_calibrate.ipynb #d41eb232
+# %% ../nbs/05_calibrate.ipynb #22eab45f
 @dataclass
 class Moments:
     "Second moments of one layer, `[groups, n, n]`, or `[groups, n]` where only the diagonal is kept; and means, `[groups, n]`"
@@ -170,11 +170,9 @@ def _products(a, b):
     return .5*(res + res.mT) if b is a else res # which rounding has left not quite symmetric
 
 class Gram:
-    "Adds up products of rows, `[positions, groups, n]` with `[positions, groups, m]` or `Centred`, and the first rows themselves, and counts them"
+    "Adds up products of `Centred` rows, and the first rows themselves, and counts them"
     def __init__(self): self.sum,self.rows,self.n = 0.,0.,0
     def add(self, a, b):
-        pair = [r if isinstance(r, Centred) else Centred(r) for r in ((a,) if a is b else (a, b))]
-        a,b = pair[0],pair[-1]
         products = _products(a.rows, b.rows).double()
         products.baddbmm_(torch.stack((a.near, a.mean), 2), torch.stack((b.mean-b.near, b.near), 1), alpha=len(a)) # what the centred rows lack; in float64, or the covariance of nearly constant rows would drown
         self.sum,self.rows,self.n = products.add_(self.sum),self.rows + len(a)*a.mean,self.n + len(a)
@@ -184,7 +182,7 @@ class Gram:
     def row_mean(self): return self.rows/self.n
 
 class Squares(Gram):
-    "The same for the diagonal alone"
+    "The same for the diagonal alone, of plain rows"
     def add(self, a, b):
         self.sum,self.rows,self.n = self.sum + (a*b).sum(0, dtype=torch.float64),self.rows + a.sum(0, dtype=torch.float64),self.n + len(a)
 
@@ -246,6 +244,7 @@ class _Gather:
 
     def grad(self, g):
         rows = output_rows(self.layer, g.detach())
+        if self.inputs.few: rows = Centred(rows)
         self.grads.add(rows, rows)
 
     def moments(self, samples, name):

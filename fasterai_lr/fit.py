@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Use', 'trace', 'Stats', 'fit', 'loss_increase', 'flip_and_crop', 'mix', 'flip_crop_and_mix', 'output_loss', 'distill']
 
-# %% ../nbs/07_fit.ipynb #b4564b4e
+# %% ../nbs/07_fit.ipynb #95f961c4
 import warnings, weakref
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .layers import Geometry, devices_of, evaluating, replace_layers, replace_layers_, run_model
-from .calibrate import (Batches, Gram, InputMoments, Moments, Squares, calibrate, check_kind, classification, covariance, draw, lacking, layer_input, make_metric, n_items,
+from .calibrate import (Batches, Centred, Gram, InputMoments, Moments, Squares, calibrate, check_kind, classification, covariance, draw, lacking, layer_input, make_metric, n_items,
     n_positions, output_rows, regression, ridge, unbiased, undisturbed)
 from .schemes import schemes
 
@@ -93,7 +93,7 @@ def _run(model, batch):
         with evaluating(model), torch.inference_mode(False), torch.no_grad(): return run_model(model, batch)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../nbs/07_fit.ipynb #4f314048
+# %% ../nbs/07_fit.ipynb #1a45383b
 class _Stop(Exception): pass
 
 class _Seen:
@@ -149,7 +149,7 @@ class _Pair:
         y = unbiased(self.layer, output_rows(self.layer, dense[1], idx))
         if lost is not None: y = y + output_rows(self.layer, lost, idx)
         rows = self.inputs.add(self.layer, x, out, idx)
-        self.yx.add(y, y.new_ones(*y.shape[:2], 1) if rows is None else rows) # for their mean, if nothing else
+        self.yx.add(Centred(y), Centred(y.new_ones(*y.shape[:2], 1)) if rows is None else rows) # for their mean, if nothing else
 
     def stats(self): return Stats(self.inputs.moment, self.yx.mean if self.inputs.second.n else None, self.inputs.row_mean, self.inputs.mean, self.yx.row_mean)
 
