@@ -7,7 +7,7 @@
 WEIGHTS is a state dict with the keys of `bench/cifar.py`'s `ResNet20`; `bench/imagenette.py` finds or trains its own. Every method gets the same images; fasterai's, and those that use the weights
 alone, need none and are run once. Images and models are in channels_last. Each is brought to at most the share of MACs asked for. All differences are over the same test images: `drop` is to the dense network with its standard error `se`, `behind`
 to fasterai_lr without distillation at the same budget and seed (the first seed for what has none), with its 95 % interval `low` to `high`. A run that was interrupted goes on where it stopped. Latency wants
-an idle machine; `seconds` are without those of `calibrate`, and for distillation without those of the decomposition.
+an idle machine, and so do the seconds: `calibrate`, those of the moments, and `seconds`, of all that follows; for distillation those of its steps.
 """
 import argparse, time, warnings
 from functools import cache, partial
@@ -34,6 +34,11 @@ def shrunk(make, macs, x, dense, fractions=[i/40 for i in range(40, 0, -1)]):
         elif count_macs(model, x) <= limit: high,best = mid,model
         else: low = at+1
     return best
+
+def timed(f, *args, **kwargs):
+    "What `f` returns and its seconds"
+    start = time.perf_counter()
+    return f(*args, **kwargs),time.perf_counter()-start
 
 def attempted(make, f):
     try: return make(f)
@@ -118,17 +123,17 @@ def main():
     for seed in args.seeds:
         x,_ = load_images(images, 'train', args.images, seed)
         batches = list(x.split(128))
-        planner = cache(lambda: Planner(dense, batches, seed=seed))
+        planner = cache(lambda: timed(Planner, dense, batches, seed=seed))
         for macs in args.macs:
-            sees,blinds = seeing(dense, x[:1], macs, batches, planner, args.steps, seed),blind(dense, x[:1], macs) if seed == args.seeds[0] else {}
+            sees,blinds = seeing(dense, x[:1], macs, batches, lambda: planner()[0], args.steps, seed),blind(dense, x[:1], macs) if seed == args.seeds[0] else {}
             for name,make in (sees | blinds).items():
                 key = name,macs,seed
                 if key in right or name not in (args.methods or [name]): continue
-                if name in sees: planner()
-                start = time.perf_counter()
-                if (model := make()) is None: continue
-                seconds,right[key] = time.perf_counter()-start,is_right(model, *test)
-                rows.append(dict(method=name, budget=macs, seed=seed, **row(model, dense, x, right[key], right['dense']), seconds=seconds))
+                calibrate = planner()[1] if name in sees else 0.
+                model,seconds = timed(make)
+                if model is None: continue
+                right[key] = is_right(model, *test)
+                rows.append(dict(method=name, budget=macs, seed=seed, **row(model, dense, x, right[key], right['dense']), calibrate=calibrate, seconds=seconds))
                 print({k: round(v, 3) if isinstance(v, float) else v for k,v in rows[-1].items()}, flush=True)
                 out.parent.mkdir(exist_ok=True)
                 with_intervals(rows, right).to_csv(out, index=False)

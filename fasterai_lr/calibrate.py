@@ -7,7 +7,7 @@ __all__ = ['kinds', 'patches', 'draw', 'classification', 'regression', 'Inputs',
            'n_positions', 'layer_input', 'unbiased', 'Centred', 'Gram', 'Squares', 'InputMoments', 'undisturbed',
            'calibrate', 'ridge', 'covariance', 'lacking', 'check_kind', 'Metric', 'DiagonalMetric', 'make_metric']
 
-# %% ../nbs/05_calibrate.ipynb #8bba41a9
+# %% ../nbs/05_calibrate.ipynb #1469c2f6
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .linalg import check_finite, symmetric_gram
+from .linalg import check_finite, full_precision, lower_gram, symmetric
 from .layers import Geometry, devices_of, evaluating, find_layers, run_model
 
 # %% ../nbs/05_calibrate.ipynb #0b7773c7
@@ -63,7 +63,7 @@ def regression(out:Tensor, gen=None): # any shape
     "A scalar whose gradient has the covariance of a squared error's, `½(out-y)²` with `y` of unit variance around `out`"
     return (out*torch.randn(out.shape, generator=gen).to(out)).sum()
 
-# %% ../nbs/05_calibrate.ipynb #eec02597
+# %% ../nbs/05_calibrate.ipynb #bd5efdee
 def _to(x, device):
     if isinstance(x, Tensor): return x.detach().to(device).as_subclass(Tensor) # fastai's typed tensors are plain ones here
     if isinstance(x, dict): return type(x)((k, _to(v, device)) for k,v in x.items())
@@ -81,7 +81,10 @@ class _Taken:
     "The batches of a loader until there are `most` items; read once, then kept"
     def __init__(self, loader, most=2000): self.loader,self.most,self.n_inp,self.kept = loader,most,getattr(loader, 'n_inp', None),None
 
-    def __len__(self): return len(self.loader if self.kept is None else self.kept)
+    def __len__(self):
+        if self.kept is not None: return len(self.kept)
+        bs = getattr(self.loader, 'bs', None) or getattr(self.loader, 'batch_size', None)
+        return min(len(self.loader), -(-self.most//bs)) if bs else len(self.loader)
 
     def __iter__(self):
         if self.kept is None: yield from self._read()
@@ -128,7 +131,7 @@ def n_items(batch)->int:
     if (t := first(batch)) is None: raise TypeError("data: a batch holds no tensor")
     return len(t)
 
-# %% ../nbs/05_calibrate.ipynb #22eab45f
+# %% ../nbs/05_calibrate.ipynb #259d8b05
 @dataclass
 class Moments:
     "Second moments of one layer, `[groups, n, n]`, or `[groups, n]` where only the diagonal is kept; and means, `[groups, n]`"
@@ -165,17 +168,19 @@ class Centred:
     def __len__(self): return len(self.rows)
 
 def _products(a, b):
-    if b is a and a.shape[1] == 1: return symmetric_gram(a[:,0].T)[None]
-    res = torch.einsum('pgi,pgj->gij', a, b)
-    return .5*(res + res.mT) if b is a else res # which rounding has left not quite symmetric
+    "Of rows with themselves, the lower triangle"
+    with full_precision(a.device): return lower_gram(a[:,0].T)[None] if b is a and a.shape[1] == 1 else torch.einsum('pgi,pgj->gij', a, b)
 
 class Gram:
-    "Adds up products of `Centred` rows, and the first rows themselves, and counts them"
-    def __init__(self): self.sum,self.rows,self.n = 0.,0.,0
+    "Adds up products of `Centred` rows, always with themselves or always with others, and the first rows, and counts them"
+    def __init__(self): self.products,self.rows,self.n,self.mirrored = None,0.,0,False
     def add(self, a, b):
-        products = _products(a.rows, b.rows).double()
-        products.baddbmm_(torch.stack((a.near, a.mean), 2), torch.stack((b.mean-b.near, b.near), 1), alpha=len(a)) # what the centred rows lack; in float64, or the covariance of nearly constant rows would drown
-        self.sum,self.rows,self.n = products.add_(self.sum),self.rows + len(a)*a.mean,self.n + len(a)
+        products = _products(a.rows, b.rows)
+        self.products = products.double() if self.products is None else self.products.add_(products)
+        self.products.baddbmm_(torch.stack((a.near, a.mean), 2), torch.stack((b.mean-b.near, b.near), 1), alpha=len(a)) # what the centred rows lack; in float64, or the covariance of nearly constant rows would drown
+        self.rows,self.n,self.mirrored = self.rows + len(a)*a.mean,self.n + len(a),b is a
+    @property
+    def sum(self): return symmetric(self.products) if self.mirrored else self.products
     @property
     def mean(self): return self.sum/self.n
     @property
@@ -184,7 +189,9 @@ class Gram:
 class Squares(Gram):
     "The same for the diagonal alone, of plain rows"
     def add(self, a, b):
-        self.sum,self.rows,self.n = self.sum + (a*b).sum(0, dtype=torch.float64),self.rows + a.sum(0, dtype=torch.float64),self.n + len(a)
+        products = (a*b).sum(0, dtype=torch.float64)
+        self.products = products if self.products is None else self.products + products
+        self.rows,self.n = self.rows + a.sum(0, dtype=torch.float64),self.n + len(a)
 
 class InputMoments:
     "Adds up what a layer sees: the moment of patches, or beyond `max_size` that of the outputs they make, or the diagonal where both are too large; the mean of these rows, and of patches"
@@ -249,10 +256,11 @@ class _Gather:
 
     def moments(self, samples, name):
         moment,mean,few = self.inputs.moment,self.inputs.mean,self.inputs.few
-        for m in (moment, mean, self.grads.sum):
-            if isinstance(m, Tensor): check_finite(m, f'data: the moment of layer {name!r}')
+        grads = self.grads.sum if self.grads.n else None
+        for m in (moment, mean, grads):
+            if m is not None: check_finite(m, f'data: the moment of layer {name!r}')
         W = Geometry.of(self.layer).to_blocks(self.layer.weight.detach()).double().flatten(2)
-        G = _above_zero(self.grads.sum/samples) if self.grads.n else W.new_zeros(*W.shape[:2], *W.shape[1:2]*few) # nobody knows what depends on it
+        G = _above_zero(grads/samples) if self.grads.n else W.new_zeros(*W.shape[:2], *W.shape[1:2]*few) # nobody knows what depends on it
         by_output = few and not self.inputs.small
         return Moments(G, moment if by_output else None, self.inputs.row_mean if by_output else (W@mean[...,None])[...,0], None if by_output else moment, mean, self.inputs.n)
 
@@ -316,7 +324,7 @@ def calibrate(
             samples += n_items(b)
     return {n:g.moments(samples*scale**2, n) for n,g in gathers.items() if g.inputs.n}
 
-# %% ../nbs/05_calibrate.ipynb #04edfce1
+# %% ../nbs/05_calibrate.ipynb #de6ac4cc
 def _mean_diag(M): # one where nothing depends on the layer or nothing reaches it
     d = _diag(M).mean(-1, keepdim=True)
     return torch.where(d > 0, d, 1.)
@@ -367,7 +375,7 @@ class Metric:
         W,C = self.weight,self._seen
         add = lambda C,part: _plus(C, part*C.shape[-1]*_mean_diag(C)) # above the rounding in C, whose rank may be low
         if self.inputs is not None: return add(W.double()@self.inputs@W.double().mT, 1e-12)
-        WW = torch.stack([symmetric_gram(w) for w in W.to(torch.promote_types(W.dtype, torch.float32))]).double()
+        WW = symmetric(torch.stack([lower_gram(w) for w in W.to(torch.promote_types(W.dtype, torch.float32))])).double()
         return add(C + 1e-3*(_mean_diag(C)/_mean_diag(WW))[...,None]*WW, 1e-6)
 
     @cached_property

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Use', 'trace', 'Stats', 'fit', 'loss_increase', 'flip_and_crop', 'mix', 'flip_crop_and_mix', 'output_loss', 'distill']
 
-# %% ../nbs/07_fit.ipynb #95f961c4
+# %% ../nbs/07_fit.ipynb #ced1ca30
 import warnings, weakref
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import dropwhile
+from itertools import accumulate, dropwhile
 from math import ceil, inf
 
 import torch
@@ -24,7 +25,7 @@ from .calibrate import (Batches, Centred, Gram, InputMoments, Moments, Squares, 
     n_positions, output_rows, regression, ridge, unbiased, undisturbed)
 from .schemes import schemes
 
-# %% ../nbs/07_fit.ipynb #1791b0dc
+# %% ../nbs/07_fit.ipynb #7cadc237
 @dataclass
 class Use:
     "How a layer is used in one run of the model"
@@ -39,12 +40,12 @@ class Use:
 _additions = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
 
 class _Additions(TorchFunctionMode):
-    "Calls `see(i, a, b)` before the i-th addition of two tensors if they have one shape; all are counted, so that `i` does not depend on the size of a batch"
+    "Calls `see(i, a, b)` before the i-th addition of two tensors if they have one shape; all of the model are counted, so that `i` does not depend on the size of a batch"
     def __init__(self, see):
         super().__init__()
-        self.see,self.n = see,0
+        self.see,self.n,self.counts = see,0,True
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in _additions and len(args) == 2 and not kwargs and all(isinstance(a, Tensor) for a in args):
+        if self.counts and func in _additions and len(args) == 2 and not kwargs and all(isinstance(a, Tensor) for a in args):
             if args[0].shape == args[1].shape: self.see(self.n, *args)
             self.n += 1
         return func(*args, **(kwargs or {}))
@@ -93,34 +94,76 @@ def _run(model, batch):
         with evaluating(model), torch.inference_mode(False), torch.no_grad(): return run_model(model, batch)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../nbs/07_fit.ipynb #1a45383b
+# %% ../nbs/07_fit.ipynb #183d9f87
 class _Stop(Exception): pass
 
-class _Seen:
-    "What a run of `model` shows of the layers `uses`: inputs and outputs of each call, and what is added to the output"
-    def __init__(self, model, uses, batch):
-        self.calls,self.sums,self.left = {n:[] for n in uses},{},sum(u.calls + (u.add is not None) for u in uses.values())
-        if any(u.calls > 1 for u in uses.values()): self.left = inf # in another batch it may be more
-        self.adds = {u.add: n for n,u in uses.items() if u.add is not None}
-        handles = [model.get_submodule(n).register_forward_hook(lambda m,a,k,o,n=n: self._call(n, layer_input(a, k), o), with_kwargs=True) for n in uses]
-        try:
-            with _Additions(self._add): _run(model, batch)
-        except _Stop: pass
-        finally:
-            for h in handles: h.remove()
+def _watch(model, uses, batch, called, added):
+    "Run `model` until everything was seen: `called(name, layer, input, output)` of each call of the layers `uses`, `added(name, layer, a, b)` of the sum that its output goes into"
+    left = inf if any(u.calls > 1 for u in uses.values()) else sum(1 + (u.add is not None) for u in uses.values()) # in another batch it may be more calls
+    layers = {n: model.get_submodule(n) for n in uses}
+    def seen(f, n, *args):
+        nonlocal left
+        additions.counts = False # not those of `f`
+        f(n, layers[n], *args)
+        additions.counts = True
+        left -= 1
+        if not left: raise _Stop
+    def see_sum(i, a, b):
+        for n,u in uses.items():
+            if u.add == i: seen(added, n, a, b)
+    handles = [l.register_forward_hook(lambda m,a,k,o,n=n: seen(called, n, layer_input(a, k), o), with_kwargs=True) for n,l in layers.items()]
+    additions = _Additions(see_sum)
+    try:
+        with additions if any(u.add is not None for u in uses.values()) else nullcontext(): _run(model, batch)
+    except _Stop: pass
+    finally:
+        additions.see = None # or what was seen would live until the garbage is collected
+        for h in handles: h.remove()
 
-    def _call(self, name, x, out):
-        self.calls[name].append((x.clone(), out.clone())) # what comes after may change them in place
-        self._done()
+def _copied(layer, out, idx=None):
+    "`output_rows` without the layer's bias, which what comes after cannot change in place"
+    rows = unbiased(layer, output_rows(layer, out, idx))
+    return rows.clone() if rows.data_ptr() == out.data_ptr() else rows
 
-    def _add(self, i, a, b):
-        if i in self.adds:
-            self.sums[self.adds[i]] = a + b
-            self._done()
+@dataclass
+class _Call:
+    "What the dense network makes of one call of a layer, at the positions that were drawn"
+    shape:torch.Size # of the output
+    idx:Tensor|None # the positions; `None`: all
+    out:Tensor # `[positions, groups, out/groups]`, without bias
+    sum:Tensor|None = None # that it goes into
 
-    def _done(self):
-        self.left -= 1
-        if not self.left: raise _Stop
+def _calls(dense, uses, batch, most, gens):
+    "{name: its `_Call`s} for the layers `uses`"
+    res = {n:[] for n in uses}
+    def called(n, layer, x, out):
+        idx = draw(n_positions(layer, out), most, gens[n])
+        res[n].append(_Call(out.shape, idx, _copied(layer, out, idx)))
+    def added(n, layer, a, b):
+        call = res[n][-1]
+        call.sum = output_rows(layer, a, call.idx) + output_rows(layer, b, call.idx)
+    _watch(dense, uses, batch, called, added)
+    return res
+
+def _bytes(layer, use, most):
+    "What the `_Call`s of a layer take for a batch"
+    return sum(min(n_positions(layer, o), most)*Geometry.of(layer).out*max(4, o.element_size()) for o in use.outputs)*(1 + (use.add is not None))
+
+def _wanted(dense, uses, groups, batches, most, seed, room=2**28):
+    "For each group of layers in turn, {name: its `_Call`s} for one batch after the other; a run of `dense` serves as many groups as `room` bytes hold"
+    gens = {n: torch.Generator().manual_seed(seed) for n in uses}
+    cost = lambda group: sum(_bytes(dense.get_submodule(n), uses[n], most) for n in group)*len(batches)
+    def first(now, later, kept):
+        for b in batches:
+            calls = _calls(dense, {n:uses[n] for n in (*now, *later)}, b, most, gens)
+            kept.append({n: calls.pop(n) for n in later})
+            yield calls
+    while groups:
+        now,*rest = groups
+        later = [g for g,size in zip(rest, accumulate(map(cost, rest))) if size <= room]
+        groups,kept = rest[len(later):],[]
+        yield first(now, [n for g in later for n in g], kept)
+        for g in later: yield ({n: k.pop(n) for n in g} for k in kept)
 
 @dataclass
 class Stats:
@@ -137,53 +180,57 @@ class Stats:
         if m.inputs is None: return cls(m.outputs, m.outputs, m.output_mean, m.input_mean, m.output_mean)
         return cls(m.inputs, W@m.inputs if m.inputs.dim() == 3 else None, m.input_mean, m.input_mean, m.output_mean)
 
-class _Pair:
-    "Moments of one layer between the dense network and the other"
-    def __init__(self, layer, max_size): self.layer,self.inputs,self.yx = layer,InputMoments(layer, max_size),Gram()
+def _scale(norm, groups):
+    "What a BatchNorm multiplies its input by, `[groups, channels/groups]`"
+    if norm is None: return torch.ones(1)
+    s = (norm.running_var + norm.eps).rsqrt()
+    return (s if norm.weight is None else s*norm.weight.detach()).view(groups, -1)
 
-    def add(self, dense, other, lost, most, gen):
-        "One call: inputs and outputs in both networks, and what the output is to make up for, if anything"
-        x,out = other
-        if not out.numel(): return
-        idx = draw(n_positions(self.layer, out), most, gen)
-        y = unbiased(self.layer, output_rows(self.layer, dense[1], idx))
-        if lost is not None: y = y + output_rows(self.layer, lost, idx)
-        rows = self.inputs.add(self.layer, x, out, idx)
-        self.yx.add(Centred(y), Centred(y.new_ones(*y.shape[:2], 1)) if rows is None else rows) # for their mean, if nothing else
+def _lost(want, out, total, scale):
+    "What the output of a layer has to make up for: what the sum that it goes into lacks, less its own part"
+    seen = scale.abs() > 1e-2*scale.abs().max()
+    return (want.sum - total)*torch.where(seen, 1/scale, 0.) - (want.out - out)*seen
+
+class _Pair:
+    "Moments between what a layer gets now and what is wanted of it"
+    def __init__(self, layer, norm, max_size):
+        self.layer,self.norm,self.inputs,self.yx,self.same = layer,norm,InputMoments(layer, max_size),Gram(),True
+
+    def start(self, calls, with_sum): self.calls,self.with_sum,self.waits = iter(calls),with_sum,None
+
+    def called(self, x, out):
+        want = next(self.calls, None)
+        if want is None or want.shape != out.shape: self.same = False
+        elif out.numel():
+            rows = self.inputs.add(self.layer, x, out, want.idx)
+            if rows is None: rows = Centred(want.out.new_ones(*want.out.shape[:2], 1)) # for the mean of the others, if nothing else
+            if self.with_sum and want.sum is not None: self.waits = want,rows,_copied(self.layer, out, want.idx)
+            else: self.yx.add(Centred(want.out), rows)
+
+    def added(self, a, b):
+        if self.waits is None or a.shape != self.waits[0].shape: return
+        (want,rows,out),self.waits = self.waits,None
+        scale = _scale(self.norm, want.out.shape[1]).to(want.out)
+        self.yx.add(Centred(want.out + _lost(want, out, output_rows(self.layer, a, want.idx) + output_rows(self.layer, b, want.idx), scale)), rows)
+
+    def end(self): self.same = self.same and self.waits is None and next(self.calls, None) is None
 
     def stats(self): return Stats(self.inputs.moment, self.yx.mean if self.inputs.second.n else None, self.inputs.row_mean, self.inputs.mean, self.yx.row_mean)
-
-def _scale(norm, ndim):
-    "What a BatchNorm multiplies its input by, `[channels, 1, ...]`"
-    if norm is None: return 1.
-    s = (norm.running_var + norm.eps).rsqrt()
-    return (s if norm.weight is None else s*norm.weight.detach()).view(-1, *[1]*(ndim-2))
-
-def _lost(was, now, name, norm):
-    "What the output of a layer has to make up for: what the sum that it goes into lacks, less its own part"
-    a,b = was.sums.get(name),now.sums.get(name)
-    if a is None or b is None or a.shape != b.shape: return None
-    scale = _scale(norm, a.dim())
-    rest = a - b - scale*(was.calls[name][0][1] - now.calls[name][0][1])
-    if norm is None: return rest
-    return torch.where(scale.abs() > 1e-2*scale.abs().max(), rest/scale, 0.)
 
 def _each_sum_once(uses):
     "`uses`, each addition with the last layer only"
     last = {u.add: n for n,u in uses.items()}
     return {n: u if last[u.add] == n else replace(u, add=None) for n,u in uses.items()}
 
-def _gather(dense, other, uses, batches, most, max_size, seed):
-    "`Stats` of the layers `uses`"
-    gen,uses = torch.Generator().manual_seed(seed),_each_sum_once(uses)
-    pairs = {n:_Pair(other.get_submodule(n), max_size) for n in uses}
-    for b in batches:
-        was,now = _Seen(dense, uses, b),_Seen(other, uses, b)
-        for n,p in pairs.items():
-            lost = _lost(was, now, n, uses[n].norm and other.get_submodule(uses[n].norm))
-            calls = now.calls[n] if [o.shape for _,o in now.calls[n]] == [o.shape for _,o in was.calls[n]] else was.calls[n] # an expert that is sent other things now
-            for d,o in zip(was.calls[n], calls): p.add(d, o, lost, most, gen)
-    return {n:p.stats() for n,p in pairs.items()}
+def _gather(model, uses, batches, wanted, max_size):
+    "`Stats` of the layers `uses`, without those that are not called as in the dense network, as an expert that is sent other things now"
+    uses = _each_sum_once(uses)
+    pairs = {n:_Pair(model.get_submodule(n), u.norm and model.get_submodule(u.norm), max_size) for n,u in uses.items()}
+    for b,calls in zip(batches, wanted):
+        for n,p in pairs.items(): p.start(calls[n], uses[n].add is not None)
+        _watch(model, uses, b, lambda n,_,x,out: pairs[n].called(x, out), lambda n,_,a,b: pairs[n].added(a, b))
+        for p in pairs.values(): p.end()
+    return {n:p.stats() for n,p in pairs.items() if p.same}
 
 # %% ../nbs/07_fit.ipynb #e4bcb4f5
 def _regress(start, s, centre):
@@ -250,7 +297,7 @@ def _renormalise(dense, model, batches):
         new.running_mean.copy_(old.running_mean + mean - was[n][0])
         new.running_var.copy_(old.running_var*torch.where(was[n][1] > 0, var/was[n][1], 1.).clamp(.1, 10.))
 
-# %% ../nbs/07_fit.ipynb #87dfaab9
+# %% ../nbs/07_fit.ipynb #629c7388
 def _check(choices, passes, metric):
     check_kind(metric)
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1: raise ValueError(f"passes: {passes!r} is not an int of at least 1")
@@ -284,10 +331,11 @@ def fit(
     names = list(dropwhile(lambda n: n not in choices and uses[n].calls == 1, uses)) # what comes before them all sees what it always has
     res,size = replace_layers(model, {}),max(1, ceil(len(names)/passes))
     groups = [names[i:i+size] for i in range(0, len(names), size)]
-    for group in (progress or iter)(groups):
-        if sequential: stats = _gather(model, res, {n:uses[n] for n in group}, batches, most, max_size, seed)
-        else: stats = {n:Stats.of(moments[n], _flat(model, n)) for n in group if n in choices}
-        for n,s in stats.items():
+    for group,wanted in zip((progress or iter)(groups), _wanted(model, uses, groups, batches, most, seed)):
+        stats = _gather(res, {n:uses[n] for n in group}, batches, wanted, max_size) if sequential else {}
+        for n in group:
+            if n not in stats and n not in choices: continue
+            s = stats[n] if n in stats else Stats.of(moments[n], _flat(model, n))
             norm = uses[n].norm and res.get_submodule(uses[n].norm)
             layer = res.get_submodule(n)
             new,missing = _fit_layer(layer, choices.get(n), s, moments[n].grads, metric, layer.bias is not None or norm is not None, n)

@@ -6,11 +6,11 @@
 __all__ = ['relative_error', 'channel_unfoldings', 'tucker2_full_ranks', 'hosvd_errors', 'tucker2', 'tucker2_to_kernel',
            'cp_exact_rank', 'cp', 'cp_to_kernel', 'cp_term_norms', 'rank_path']
 
-# %% ../nbs/01_tensor.ipynb #76b6c8ff
+# %% ../nbs/01_tensor.ipynb #ebd26d59
 from math import prod
 import torch
 from torch import Tensor
-from .linalg import truncated_svd, check_finite, _compute_dtype, _full_precision
+from .linalg import truncated_svd, check_finite, _compute_dtype, full_precision
 
 # %% ../nbs/01_tensor.ipynb #b7be7516
 def _check_kernel(W):
@@ -57,7 +57,7 @@ def _bases(X, ranks): return [_leading(A, r) for A,r in zip(channel_unfoldings(X
 def _times_o(X, U): return torch.tensordot(U.T, X, 1)
 def _times_i(X, U): return _times_o(X.transpose(0, 1), U).transpose(0, 1)
 
-# %% ../nbs/01_tensor.ipynb #9b0c2801
+# %% ../nbs/01_tensor.ipynb #344c2d22
 def _tail(x): return torch.nn.functional.pad(x.flip(-1).cumsum(-1).flip(-1)[...,1:], (0,1)) # sum of all later entries
 
 def hosvd_errors(
@@ -66,7 +66,7 @@ def hosvd_errors(
     "Relative error of the truncated HOSVD at every pair of ranks, never growing along either axis"
     X = _check_kernel(W)
     X = X.reshape(*X.shape[:2], -1)
-    with _full_precision(X.device):
+    with full_precision(X.device):
         Uo,Ui = _bases(X, tucker2_full_ranks(X.shape))
         G = _times_i(_times_o(X, Uo), Ui).double().square().sum(2).cpu()
     if not G.any(): return G
@@ -95,7 +95,7 @@ def _start(X, ranks, init):
     if init is not None: starts.append([_widen(A, U, r) for A,U,r in zip(channel_unfoldings(X), init[1:], ranks)])
     return max(starts, key=lambda s: _norm(_times_i(_times_o(X, s[0]), s[1])))
 
-# %% ../nbs/01_tensor.ipynb #9535af3b
+# %% ../nbs/01_tensor.ipynb #823d2b99
 def tucker2(
     W:Tensor, # kernel [o,i,*k]
     ranks, # (out, in), at most `tucker2_full_ranks(W.shape)`
@@ -107,7 +107,7 @@ def tucker2(
     X = _check_kernel(W)
     (ro,ri),X = _check_ranks(ranks, X.shape),X.reshape(*X.shape[:2], -1)
     full = any(r==f for r,f in zip((ro,ri), tucker2_full_ranks(W.shape))) # then the HOSVD is the best there is
-    with _full_precision(X.device):
+    with full_precision(X.device):
         Uo,Ui = _start(X, (ro,ri), init)
         core = _times_i(_times_o(X, Uo), Ui)
         left = _norm(X)**2 - _norm(core)**2
@@ -253,7 +253,7 @@ def _check_cp(rank, init, shape):
     if got!=[[n, got[0][1]] for n in shape] or got[0][1]>rank:
         raise ValueError(f"init must hold one factor [n, r] for each side of the kernel {list(shape)} with r at most the rank {rank}, got shapes {got}")
 
-# %% ../nbs/01_tensor.ipynb #d804b3b7
+# %% ../nbs/01_tensor.ipynb #128fa3c5
 def cp(
     W:Tensor, # kernel [o,i,*k]
     rank:int, # number of rank-one terms; from `cp_exact_rank(W.shape)` on the result is exact
@@ -269,7 +269,7 @@ def cp(
     mid = [n for n in mid if X.shape[n]>1]
     order,gen,norm = [p,*mid,q],torch.Generator().manual_seed(seed),_norm(X)
     if not norm: return [X.new_full((n, rank), float(m>1 and n==1)) for m,n in enumerate(X.shape)]
-    with _full_precision(X.device):
+    with full_precision(X.device):
         T = (X.double()/norm).to(X.dtype).permute(*order, *(n for n in range(X.ndim) if n not in order)).reshape([X.shape[n] for n in order]).contiguous()
         if not mid or rank>=cp_exact_rank(X.shape): fs = _slice_cp(T, rank)
         elif init is None: fs = _cold(T, rank, gen, max_sweeps, tol)

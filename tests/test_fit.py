@@ -277,7 +277,7 @@ def test_passes_are_bounded(passes, groups):
     bars = []
     fit(net, {'0': ('svd', 2)}, x.split(25), calibrate(net, x), passes=passes, loss=regression, progress=lambda it: bars.append(len(it)) or it)
     assert bars == [groups]
-    assert calls[25] == 1 + 2*2*groups # one to trace; two batches, in the dense and the other model, for each group
+    assert calls[25] == 1 + 2 + 2*groups # one to trace; two batches, once in the dense and for each group in the other model
 
 def test_every_pass_ends_where_it_has_seen_enough():
     reached = Counter()
@@ -286,8 +286,42 @@ def test_every_pass_ends_where_it_has_seen_enough():
         def forward(self, x): reached[self.i] += 1; return x
     net = nn.Sequential(*(m for i in range(4) for m in (nn.Linear(4, 4), Spy(i))))
     fit(net, {'0': ('svd', 1)}, torch.randn(20, 4), calibrate(net, torch.randn(20, 4)))
-    # calls after layer i: calibration and trace, and two for every later layer
-    assert [reached[i] for i in range(4)] == [2+2*3, 2+2*2, 2+2*1, 2]
+    # calls after layer i: calibration and trace, one of the dense network as far as the last layer, and one of the other for every later layer
+    assert [reached[i] for i in range(4)] == [2+1+3, 2+1+2, 2+1+1, 2]
+
+@pytest.mark.parametrize('room, runs', [(0, 6), (100_000, 3), (2**28, 1)])
+def test_what_is_kept_of_the_dense_network_is_bounded_and_changes_nothing(trained, monkeypatch, room, runs):
+    net,x,_ = trained
+    moments,data = calibrate(net, x),x.split(100)
+    free = fit(net, low, data, moments, most=200).state_dict()
+    made,kept,ran = [],[],[]
+    def spied(*args):
+        res = real(*args)
+        ran.append(args[0])
+        made.extend(weakref.ref(c) for cs in res.values() for c in cs)
+        return res
+    def alive(*args, **kwargs): # where a group begins
+        calls = [r() for r in made]
+        kept.append(sum(t.numel()*t.element_size() for c in calls if c is not None for t in (c.out, c.sum) if t is not None))
+        return gather(*args, **kwargs)
+    real,gather,wanted = fit_module._calls,fit_module._gather,fit_module._wanted
+    monkeypatch.setattr(fit_module, '_calls', spied)
+    monkeypatch.setattr(fit_module, '_gather', alive)
+    monkeypatch.setattr(fit_module, '_wanted', lambda *args: wanted(*args, room=room))
+    bounded = fit(net, low, data, moments, most=200).state_dict()
+    assert all(torch.equal(v, bounded[k]) for k,v in free.items())
+    assert len(kept) == 6 and max(kept) <= room and len(ran) == runs*len(data)
+
+def test_sums_that_are_taken_while_looking_on_are_not_those_of_the_model(trained):
+    "Layers with a bias and moments about the mean are additions too; the first of them would be taken for that of the model"
+    net,x,_ = trained
+    moments = calibrate(net, x)
+    uses = fit_module.trace(net, moments, (x[:4],))
+    sums = {n:u for n,u in uses.items() if u.add is not None}
+    assert sums
+    seen = []
+    fit_module._watch(net, sums, (x[:4],), lambda n,l,x,out: out + out, lambda n,l,a,b: seen.append((n, a.shape)))
+    assert seen == [(n, uses[n].outputs[0].shape) for n in sums]
 
 def test_no_activation_or_graph_is_kept(monkeypatch):
     stats,fit_layer = [],fit_module._fit_layer

@@ -103,6 +103,12 @@ def test_experts_that_get_nothing_in_some_batches(sequential):
     small = decompose(net, FC_Decomposer(.25), data)
     assert {'gate', 'experts.0', 'experts.1', 'experts.2'} <= set(factored_layers(small)) and all(p.isfinite().all() for p in small.parameters())
 
+def test_experts_that_are_sent_other_items_stay_what_they_are():
+    net,data,x = Experts(),[torch.randn(12, 8) for _ in range(40)],torch.randn(50, 8)
+    small = fit(net, {n: ('svd', 8) for n in ('experts.0', 'experts.1', 'experts.2')} | {'gate': ('svd', 1)}, data)
+    assert (net.gate(x).argmax(-1) != small.gate(x).argmax(-1)).float().mean() > .1
+    for e,f in zip(net.experts, small.experts): assert miss(f, e, x) < 1e-3 # the ridge's pull; fitted to what another item's output was, it is tenths
+
 # --- what the loss depends on
 
 class Branch(nn.Module):
