@@ -63,7 +63,7 @@ def regression(out:Tensor, gen=None): # any shape
     "A scalar whose gradient has the covariance of a squared error's, `½(out-y)²` with `y` of unit variance around `out`"
     return (out*torch.randn(out.shape, generator=gen).to(out)).sum()
 
-# %% ../nbs/05_calibrate.ipynb #bd5efdee
+# %% ../nbs/05_calibrate.ipynb #1901f610
 def _to(x, device):
     if isinstance(x, Tensor): return x.detach().to(device).as_subclass(Tensor) # fastai's typed tensors are plain ones here
     if isinstance(x, dict): return type(x)((k, _to(v, device)) for k,v in x.items())
@@ -111,7 +111,7 @@ class Batches:
         if not hasattr(self.data, '__iter__') or isinstance(self.data, str):
             raise TypeError(f"data: {type(data).__name__} holds no batches; expected a tensor, a list of batches, a DataLoader or DataLoaders")
         if isinstance(self.data, Iterator): raise TypeError("data: an iterator can be gone through only once; give a list of batches")
-        if hasattr(self.data, 'dataset'): self.data = _Taken(self.data)             # a loader of whatever kind
+        if hasattr(self.data, 'dataset') or not hasattr(self.data, '__getitem__'): self.data = _Taken(self.data) # a loader of whatever kind
 
     def __len__(self): return len(self.data)
 

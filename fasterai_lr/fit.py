@@ -94,7 +94,7 @@ def _run(model, batch):
         with evaluating(model), torch.inference_mode(False), torch.no_grad(): return run_model(model, batch)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../nbs/07_fit.ipynb #183d9f87
+# %% ../nbs/07_fit.ipynb #8282c310
 class _Stop(Exception): pass
 
 def _watch(model, uses, batch, called, added):
@@ -147,7 +147,7 @@ def _calls(dense, uses, batch, most, gens):
 
 def _bytes(layer, use, most):
     "What the `_Call`s of a layer take for a batch"
-    return sum(min(n_positions(layer, o), most)*Geometry.of(layer).out*max(4, o.element_size()) for o in use.outputs)*(1 + (use.add is not None))
+    return sum(min(n_positions(layer, o), most)*(Geometry.of(layer).out*max(4, o.element_size())*(1 + (use.add is not None)) + 8) for o in use.outputs) # and 8 for its index
 
 def _wanted(dense, uses, groups, batches, most, seed, room=2**28):
     "For each group of layers in turn, {name: its `_Call`s} for one batch after the other; a run of `dense` serves as many groups as `room` bytes hold"

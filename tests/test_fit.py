@@ -312,6 +312,13 @@ def test_what_is_kept_of_the_dense_network_is_bounded_and_changes_nothing(traine
     assert all(torch.equal(v, bounded[k]) for k,v in free.items())
     assert len(kept) == 6 and max(kept) <= room and len(ran) == runs*len(data)
 
+def test_a_loader_that_draws_anew_each_time_is_read_once():
+    class Loader:
+        def __iter__(self): yield from torch.randn(4, 50, 6)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    small = fit(net, {n: ('svd', r) for n,r in (('0', 5), ('2', 4), ('4', 3))}, Loader())
+    assert miss(small, net, torch.randn(100, 6)) < 1e-3 # the ridge's pull; inputs of one draw with outputs of another have nothing in common
+
 def test_sums_that_are_taken_while_looking_on_are_not_those_of_the_model(trained):
     "Layers with a bias and moments about the mean are additions too; the first of them would be taken for that of the model"
     net,x,_ = trained
