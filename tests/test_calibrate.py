@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fasterai_lr.calibrate as calibrate_module
-from fasterai_lr.calibrate import Batches, DiagonalMetric, Metric, calibrate, classification, make_metric, regression
+from fasterai_lr.calibrate import Batches, Centred, DiagonalMetric, Gram, Metric, calibrate, classification, make_metric, regression
 from fasterai_lr.layers import Geometry
 from fasterai_lr.schemes import schemes
 
@@ -116,6 +116,17 @@ def test_positions_are_drawn_where_there_are_many():
     assert torch.equal(some.grads, every.grads)                                  # gradients are never drawn
     beyond = calibrate(net, [x]*8, half_square, most=500, max_size=4)['0']
     close(beyond.outputs, outputs_of(some, net[0]), 1e-12)                       # outputs are those of the same positions
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_products_keep_their_precision_whatever_is_switched_on(groups):
+    rows,g = Centred(torch.randn(300, groups, 8, generator=gen())),Gram()
+    torch.set_float32_matmul_precision('medium')
+    try:
+        with torch.autocast('cpu', dtype=torch.bfloat16): g.add(rows, rows)
+    finally: torch.set_float32_matmul_precision('highest')
+    plain = (rows.rows + rows.near).double()
+    close(g.mean, gram(plain)/300, 1e-6)                                         # float32; bfloat16 would leave two or three digits
+    assert torch.equal(g.mean, g.mean.mT)
 
 def test_a_shared_layer_is_one_layer_used_twice():
     shared = nn.Linear(4, 4).double()
