@@ -142,10 +142,10 @@ def test_class_scores_along_any_axis(shape, axis):
 def test_distillation_of_a_learner_knows_its_classes():
     "`distill_steps` goes by the divergence of class probabilities, as `decompose` does"
     learn = learner()
-    kw = dict(metric='activation', distill_steps=3)                 # a metric without random signs
-    want = decompose(learn.model, Budget(macs=.5), X[:50], **kw)
-    other = decompose(learn.model, Budget(macs=.5), X[:50], loss=regression, **kw)
-    learn.decompose(Budget(macs=.5), X[:50], **kw)
+    kw = dict(metric='activation', distill_steps=40)                # a metric without random signs; of 40 steps either loss keeps what it learned, by a tenth at least
+    want = decompose(learn.model, Budget(macs=.3), X[:50], **kw)
+    other = decompose(learn.model, Budget(macs=.3), X[:50], loss=regression, **kw)
+    learn.decompose(Budget(macs=.3), X[:50], **kw)
     for (n,a),b in zip(learn.model.state_dict().items(), want.state_dict().values()): assert torch.equal(a, b), n
     assert any(not torch.equal(a, b) for a,b in zip(other.parameters(), want.parameters()))
 
