@@ -9,7 +9,7 @@ __all__ = ['check_finite', 'full_precision', 'lower_gram', 'symmetric', 'Eigen',
 # %% ../nbs/00_linalg.ipynb #1d23abda
 from contextlib import contextmanager
 import math, torch
-from scipy.linalg import eigh_tridiagonal, get_blas_funcs, get_lapack_funcs
+from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal, get_blas_funcs, get_lapack_funcs
 from torch import Tensor
 
 # %% ../nbs/00_linalg.ipynb #b082810b
@@ -100,11 +100,11 @@ class Eigen:
     def _tridiagonalize(self, G):
         sytrd,self.ormqr = get_lapack_funcs(('sytrd', 'ormqr'), (G,))
         self.reflectors,d,e,self.tau,_ = sytrd(G, lower=1, lwork=64*len(G), overwrite_a=1)
-        values,Z = eigh_tridiagonal(d.astype('float64'), e.astype('float64'), lapack_driver='stevd')
-        self.Z = Z.astype(G.dtype)
-        return torch.from_numpy(values).to(self.dtype)
+        self.tridiagonal,self.Z = (d.astype('float64'), e.astype('float64')),None
+        return torch.from_numpy(eigvalsh_tridiagonal(*self.tridiagonal, lapack_driver='sterf')).to(self.dtype)
 
     def _back(self, r):
+        if self.Z is None: self.Z = eigh_tridiagonal(*self.tridiagonal, lapack_driver='stevd')[1].astype(self.reflectors.dtype)
         U = self.Z[:,:-r-1:-1].copy(order='F')
         if len(U)>1: U[1:] = self.ormqr('L', 'N', self.reflectors[1:,:-1], self.tau, U[1:], 64*r)[0]
         return torch.from_numpy(U)
