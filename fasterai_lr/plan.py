@@ -23,7 +23,7 @@ from torch.nn.parameter import UninitializedParameter
 from .layers import Geometry, devices_of, factored_layers, find_layers, memory_format, replace_layers
 from .schemes import exceeds, schemes as known_schemes
 from .calibrate import Batches, calibrate, check_kind, classification, make_metric, undisturbed
-from .cost import count_macs, count_params, macs_per_layer, measure_latency
+from .cost import count_macs, count_params, latency_per_layer, macs_per_layer, measure_latency
 from .fit import fit, loss_increase, trace
 
 # %% ../nbs/07_plan.ipynb #dd007cbf
@@ -372,27 +372,27 @@ def _step(full): return 8 if full >= 64 else 4 if full >= 16 else 1
 def _knots(n, most=4): return sorted({round(i) for i in np.linspace(0, n-1, min(n, most))})
 
 def _timed(models, sample, seconds, least=2, once=None):
-    "`measure_latency` of a dict of models, repeated up to 15 times, as the seconds allow; `once`: the milliseconds of the first, if known"
+    "`measure_latency` of a dict of models, repeated up to 15 times, as the seconds allow, without warming up where calls are long; `once`: the milliseconds of the first, if known"
     once = once or measure_latency(next(iter(models.values())), sample, 1, 1).ms
-    return measure_latency(models, sample, int(min(15, max(least, seconds*1e3/len(models)/once))), 1 if once > 40 else 2, 2)
+    return measure_latency(models, sample, int(min(15, max(least, seconds*1e3/len(models)/once))), 0 if once > 40 else 2, 2)
 
-def _time_all(models, inputs, seconds):
+def _time_all(models, inputs, seconds, once):
     "Milliseconds of each of `models` for all of the `inputs`, which are on the meta device"
     device,total = next(iter(devices_of(models['dense']))),dict.fromkeys(models, 0.)
     kinds = {(tuple(x.shape), x.stride(), x.dtype): x for x in inputs}
     for key,x in kinds.items():
         times = sum((tuple(o.shape), o.stride(), o.dtype) == key for o in inputs)
         sample = torch.empty_like(x, device=device).normal_(generator=torch.Generator(device).manual_seed(0))
-        for k,v in _timed(models, sample, seconds).items(): total[k] += times*v.least
+        for k,v in _timed(models, sample, seconds, once=once).items(): total[k] += times*v.least
     return total
 
-def time_options(layer, options, inputs, seconds=1.)->list:
+def time_options(layer, options, inputs, seconds=1., once=None)->list:
     "`options` with their measured or interpolated milliseconds, less those that are not faster than dense"
     dense,rest = options[0],options[1:]
     by_scheme = {s: [o for o in rest if o.scheme == s] for s in dict.fromkeys(o.scheme for o in rest)}
     models = {'dense': layer}
     for s,os in by_scheme.items(): models |= {(s, i): _fresh(layer, s, os[i].rank) for i in _knots(len(os))}
-    ms = _time_all(models, inputs, seconds)
+    ms = _time_all(models, inputs, seconds, once)
     res = [replace(dense, latency=ms['dense'])]
     for s,os in by_scheme.items():
         knots = _knots(len(os))
@@ -402,47 +402,47 @@ def time_options(layer, options, inputs, seconds=1.)->list:
 
 @patch
 def timed_options(self:Planner, progress=None):
-    "{layer name: `Option`s with milliseconds}; layers of one shape are timed once"
-    res,known = {},{}
+    "{layer name: `Option`s with milliseconds}, and those of the whole model; layers of one shape are timed once, and take the time that each has in the model"
+    res,known,inside = {},{},latency_per_layer(self.model, self.sample)
     found = {f.name:f.layer for f in self.found}
     for n in (progress or iter)(list(self.uses)):
         options = layer_options(found[n], n, self.uses[n], self.metric_of(n), self.schemes, _step(min(Geometry.of(found[n]).out, Geometry.of(found[n]).inp)))
         key = Geometry.of(found[n]), found[n].weight.stride(), tuple((tuple(x.shape), x.stride(), x.dtype) for x in self.uses[n].inputs), tuple((o.scheme, o.rank) for o in options)
-        if key not in known: known[key] = {(o.scheme, o.rank): o.latency for o in time_options(found[n], options, self.uses[n].inputs)}
-        res[n] = [replace(o, latency=known[key][o.scheme, o.rank]) for o in options if (o.scheme, o.rank) in known[key]]
-    return res
+        if key not in known: known[key] = {(o.scheme, o.rank): o.latency for o in time_options(found[n], options, self.uses[n].inputs, once=inside[n]/len(self.uses[n].inputs))}
+        scale = inside[n]/known[key][None,None]
+        res[n] = [replace(o, latency=scale*known[key][o.scheme, o.rank]) for o in options if (o.scheme, o.rank) in known[key]]
+    return res,inside['']
 
 # %% ../nbs/07_plan.ipynb #51ac1554
 def measured_ratio(
     dense,
     other,
     sample, # what they are called with
-    seconds=10., # to spend on it, about; if that is not enough for four measurements of each, more
+    seconds=10., # to spend on it, about; if that is not enough for three measurements of each, more
     once=None # milliseconds of `dense`, if known
    )->float:
     "The time of `other` as a fraction of that of `dense`"
-    ms = _timed({'dense': dense, 'other': other}, sample, seconds, 4, once)
+    ms = _timed({'dense': dense, 'other': other}, sample, seconds, 3, once)
     return ms['other'].ms/ms['dense'].ms
 
 @patch
 @undisturbed()
 def latency_plan(self:Planner, budget:Budget, tries=3, progress=None)->Plan:
     "The plan for a budget of milliseconds, measured"
-    if 'latency' not in self.options:
-        options = self.timed_options(progress)
-        self.options['latency'] = options,_timed({'dense': self.model}, self.sample, 5., once=sum(os[0].latency for os in options.values()))['dense'].least # as those of the layers
-    (options,total),aim,tried = self.options['latency'],budget.value,[]
-    while len(tried) < tries:
-        try: plan = self.plan(Budget(latency=aim), options, total)
-        except ValueError:
-            if not tried: raise
-            break
-        tried.append(plan)
-        got = plan.measured['latency'] = measured_ratio(self.model, plan.skeleton(self.model), self.sample, once=total)
-        if .9*budget.value <= got <= budget.value: break
-        aim = min(1., max(.01, aim*budget.value/got*.98))
-    best = max(tried, key=lambda p: (p.measured['latency'] <= budget.value, -abs(p.measured['latency']-budget.value)))
-    best.budget = {'latency': budget.value}
+    if 'latency' not in self.options: self.options['latency'] = self.timed_options(progress)
+    (options,total),value,tried = self.options['latency'],budget.value,{}
+    least = min(1., self.least('latency', options, total)*(1+1e-9))
+    aim = max(value, least) # the model may be faster than its layers say
+    while aim not in tried and len(tried) < tries:
+        plan = tried[aim] = self.plan(Budget(latency=aim), options, total)
+        got = plan.measured['latency'] = measured_ratio(self.model, plan.skeleton(self.model), self.sample, once=total) if plan.choices else 1.
+        if got <= value and (got >= .9*value or len(tried) > 1): break
+        aim = min(1., max(least, aim*value/got*.95))
+    best = max(tried.values(), key=lambda p: (p.measured['latency'] <= value, -abs(p.measured['latency']-value)))
+    if (got := best.measured['latency']) > 1.01*value:
+        if least in tried or got >= 1: raise ValueError(f"latency: {value} cannot be reached; the smallest is {min(1., ceil(got*100)/100)}")
+        warnings.warn(f"latency: {value} was asked for, and the nearest of {len(tried)} plans measures {got:.3}")
+    best.budget = {'latency': value}
     return best
 
 # %% ../nbs/07_plan.ipynb #2e4bf13f

@@ -1,5 +1,5 @@
 "Cost: parameters, MACs against formulas, latency, and that measuring leaves no trace"
-import copy, os, random, subprocess, sys
+import copy, os, random, subprocess, sys, time
 import numpy as np, pytest, torch
 from torch import nn
 from fasterai_lr.cost import *
@@ -40,7 +40,8 @@ x = torch.randn(2,3,8,8, generator=torch.Generator().manual_seed(0))
 
 # --- nothing changes
 
-measures = [lambda m,s: count_macs(m, s), lambda m,s: macs_per_layer(m, s), lambda m,s: measure_latency(m, s, repeats=2, min_ms=0), lambda m,s: measure_latency({'a':m,'b':m}, s, repeats=2, min_ms=0)]
+measures = [lambda m,s: count_macs(m, s), lambda m,s: macs_per_layer(m, s), lambda m,s: measure_latency(m, s, repeats=2, min_ms=0), lambda m,s: measure_latency({'a':m,'b':m}, s, repeats=2, min_ms=0),
+            lambda m,s: latency_per_layer(m, s, 0)]
 
 @pytest.mark.parametrize('measure', measures)
 @pytest.mark.parametrize('fast', [True, False])
@@ -194,6 +195,11 @@ def test_models_take_turns():
     assert {o[1:] for o in log} == {(False,False)}
     assert list(res)==['a','b'] and all(o.ms>0 and o.spread>=0 for o in res.values())
 
+def test_without_warm_up_each_call_is_measured():
+    log = []
+    measure_latency({k:Count(k, log) for k in 'ab'}, x, repeats=3, warmup=0)
+    assert [o[0] for o in log] == list('ab' 'ba' 'ab')
+
 def test_fast_models_are_called_more_often():
     log = []
     measure_latency(Count('a', log), x, repeats=1, min_ms=1)
@@ -210,6 +216,33 @@ def test_median_and_spread(monkeypatch):
     ms = iter([9,1] + [4,1,2,100])
     monkeypatch.setattr(cost, '_time', lambda *a: next(ms))
     assert measure_latency(nn.Identity(), x, repeats=4) == Latency(3., 28-1.75, 1.)  # of 1,2,4,100: median 3, quartiles 1.75 and 28
+
+# --- latency of layers
+
+class Nap(nn.Module):
+    def __init__(self, ms, log): super().__init__(); self.ms,self.log = ms,log
+    def forward(self, x): time.sleep(self.ms/1e3); self.log.append(self.ms); return x
+
+def test_time_of_each_module():
+    log = []
+    twice = Nap(2, log)
+    m = nn.Sequential(Nap(8, log), nn.Sequential(twice, Nap(4, log)), twice)
+    ms = latency_per_layer(m, x, 0)
+    assert list(ms) == ['', '0', '1', '1.0', '1.1'] and log == [8,2,4,2]*2         # at least two calls
+    assert ms['0'] >= 8 and ms['1.1'] >= 4 and ms['1.0'] >= 2*2                    # a sleep may be longer, but never shorter; one module naps twice
+    assert ms['1'] >= 4 + 2 and ms[''] >= ms['0'] + ms['1']                        # medians of two calls are means, so that sums stay sums
+
+def test_time_of_layers_that_a_fused_kernel_leaves_out():
+    enc = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    assert latency_per_layer(enc, torch.randn(3,5,16))['linear1'] > 0
+
+def test_calls_to_time_layers():
+    log = []
+    latency_per_layer(Nap(0, log), x)
+    assert len(log) == 15                                                          # seconds are left, but more would tell no more
+    log.clear()
+    latency_per_layer(Nap(30, log), x, .1)
+    assert 2 <= len(log) <= 4
 
 @pytest.mark.parametrize('n', [0, -1])
 def test_bad_repeats(n):

@@ -1,5 +1,5 @@
 "Budgets that hold as counted, plans as data, and what is refused"
-import copy, json
+import copy, json, time
 from contextlib import contextmanager
 
 import pytest, torch
@@ -318,6 +318,10 @@ class Clock:
         items = models.items() if isinstance(models, dict) else enumerate(models)
         res = {k: Latency(self.ms(m), 0., self.ms(m)) for k,m in items}
         return res if isinstance(models, dict) else list(res.values())
+    def inside(self, model, sample): return {n: self.ms(m) for n,m in model.named_modules()}
+    def start(self, monkeypatch):
+        monkeypatch.setattr(plan_module, 'measure_latency', self)
+        monkeypatch.setattr(plan_module, 'latency_per_layer', self.inside)
 
 def by_size(m): return .01 + m.weight.numel()*1e-3                                # and an overhead for each call
 def costly_spatial(m): return by_size(m)*(20 if isinstance(m, nn.Conv2d) and (m.kernel_size[0] == 1) != (m.kernel_size[1] == 1) else 1)
@@ -330,7 +334,7 @@ def timed_net():
 @pytest.mark.parametrize('value', [.5, .8])
 def test_no_layer_of_a_plan_for_latency_is_slower_than_dense(monkeypatch, rule, value):
     clock,net = Clock(rule),timed_net()
-    monkeypatch.setattr(plan_module, 'measure_latency', clock)
+    clock.start(monkeypatch)
     plan = make_plan(net, images, Budget(latency=value))
     small = plan.skeleton(net)
     assert plan.choices
@@ -343,27 +347,77 @@ def test_no_layer_of_a_plan_for_latency_is_slower_than_dense(monkeypatch, rule, 
     for s,r in plan.choices.values(): assert r % 4 == 0 or r < 16
 
 def test_where_factors_are_slower_no_latency_can_be_saved(monkeypatch):
-    monkeypatch.setattr(plan_module, 'measure_latency', Clock(lambda m: 1.))      # every call takes as long
+    Clock(lambda m: 1.).start(monkeypatch)                                         # every call takes as long
     with pytest.raises(ValueError, match='latency: 0.5 cannot be reached; the smallest is 1.0'): make_plan(timed_net(), images, Budget(latency=.5))
     assert not make_plan(timed_net(), images, Budget(latency=1.)).choices
 
 def test_where_the_model_is_slower_than_its_layers_the_plan_is_made_again(monkeypatch):
     clock = Clock(by_size)
-    monkeypatch.setattr(plan_module, 'measure_latency', clock)
+    clock.start(monkeypatch)
     monkeypatch.setattr(plan_module, 'measured_ratio', lambda dense, other, sample, once: min(1., 1.15*clock.ms(other)/clock.ms(dense)))
     plan = make_plan(timed_net(), images, Budget(latency=.6))
     assert plan.measured['latency'] <= .6 and plan.predicted['latency'] < .6/1.1 and plan.budget == {'latency': .6}
 
 def test_where_the_model_is_faster_than_its_layers_nothing_is_given_away(monkeypatch):
     clock = Clock(by_size)
-    monkeypatch.setattr(plan_module, 'measure_latency', clock)
+    clock.start(monkeypatch)
     monkeypatch.setattr(plan_module, 'measured_ratio', lambda dense, other, sample, once: .7*clock.ms(other)/clock.ms(dense))
     plan = make_plan(timed_net(), images, Budget(latency=.5))
     assert .45 <= plan.measured['latency'] <= .5 and plan.predicted['latency'] > .6 and plan.budget == {'latency': .5} # .7 of .6 and more
 
+def timed_plan(monkeypatch, ratio, value): # `ratio`: what is measured, from the share that the layers have
+    "A plan for a budget of time, and the shares that were tried"
+    clock,shares = Clock(by_size),[]
+    clock.start(monkeypatch)
+    monkeypatch.setattr(plan_module, 'measured_ratio', lambda dense, other, sample, once: ratio(shares.append(clock.ms(other)/clock.ms(dense)) or shares[-1]))
+    return make_plan(timed_net(), images, Budget(latency=value)),shares
+
+@pytest.fixture(scope='module')
+def least_time():
+    "The smallest share of time that the layers of `timed_net` say can be reached"
+    with pytest.MonkeyPatch.context() as m:
+        Clock(by_size).start(m)
+        with pytest.raises(ValueError, match='cannot be reached') as e: make_plan(timed_net(), images, Budget(latency=.01))
+    return float(str(e.value).split()[-1])
+
+def test_a_budget_that_only_the_whole_model_reaches_is_reached(monkeypatch, least_time):
+    value = .9*least_time                                                          # of the layers by themselves it cannot be had
+    plan,shares = timed_plan(monkeypatch, lambda share: .85*share, value)
+    assert plan.measured['latency'] <= value and plan.predicted['latency'] > value and len(shares) == 1
+    assert plan.budget == {'latency': value}
+
+@pytest.mark.parametrize('above', [1.05, .5])                                      # of what the layers say is the least
+def test_a_budget_that_the_fastest_model_misses_cannot_be_reached(monkeypatch, least_time, above):
+    value,ratio = above*least_time,lambda share: min(1., 1.2*share)
+    with pytest.raises(ValueError, match=f'latency: {value} cannot be reached; the smallest is ') as e: timed_plan(monkeypatch, ratio, value)
+    smallest = float(str(e.value).split()[-1])
+    assert abs(smallest - 1.2*least_time) < .03                                    # both are rounded up to a hundredth
+    assert timed_plan(monkeypatch, ratio, smallest)[0].measured['latency'] <= 1.01*smallest
+
+def test_a_budget_that_is_missed_three_times_is_said(monkeypatch):
+    with pytest.warns(UserWarning, match='latency: 0.6 was asked for, and the nearest of 3 plans measures 0.64') as w:
+        plan,shares = timed_plan(monkeypatch, lambda share: .64, .6)               # and would if there were nothing left
+    assert len(w) == 1 and len(shares) == 3 and shares == sorted(shares, reverse=True) and plan.measured['latency'] == .64
+
+def test_what_is_left_of_a_budget_of_time_is_worth_one_more_plan(monkeypatch):
+    times = iter([.4, .42])
+    plan,shares = timed_plan(monkeypatch, lambda share: next(times), .5)
+    assert len(shares) == 2 and shares[0] < shares[1] and plan.measured['latency'] == .42
+
+def test_no_faster_model_than_dense_is_no_plan(monkeypatch):
+    with pytest.raises(ValueError, match='latency: 0.9 cannot be reached; the smallest is 1.0'): timed_plan(monkeypatch, lambda share: 1.1, .9)
+
+@pytest.mark.parametrize('once,calls', [(50., 10), (3000., 2), (10., 17)])         # 15 and two before, the more the faster
+def test_slow_models_are_called_for_nothing_but_the_measurement(once, calls):
+    models = {k: nn.Sequential(nn.Identity()) for k in 'ab'}
+    seen = []
+    for k,m in models.items(): m.register_forward_hook(lambda *_, k=k: seen.append(k) or time.sleep(.003)) # more than what is the least of a measurement
+    plan_module._timed(models, torch.zeros(1), 1., once=once)
+    assert seen.count('a') == seen.count('b') == calls
+
 def test_options_are_timed_once_for_all_budgets_of_time(monkeypatch):
     clock = Clock(by_size)
-    monkeypatch.setattr(plan_module, 'measure_latency', clock)
+    clock.start(monkeypatch)
     monkeypatch.setattr(plan_module, 'measured_ratio', lambda dense, other, sample, once: clock.ms(other)/clock.ms(dense))
     planner = Planner(timed_net(), images)
     first = planner.make(Budget(latency=.8))
@@ -372,13 +426,24 @@ def test_options_are_timed_once_for_all_budgets_of_time(monkeypatch):
 
 def test_layers_of_one_shape_are_timed_once(monkeypatch):
     clock = Clock(by_size)
-    monkeypatch.setattr(plan_module, 'measure_latency', clock)
+    clock.start(monkeypatch)
     net = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(64, 64), nn.ReLU())))
     planner = Planner(net, torch.randn(50, 64))
-    options = planner.timed_options()
-    assert clock.calls == 2 and len(options) == 6                                 # once for the number of repeats
+    options,total = planner.timed_options()
+    assert clock.calls == 1 and len(options) == 6 and total == pytest.approx(6*by_size(net[0]))
     assert [[(o.scheme, o.rank, o.latency) for o in os] for os in options.values()] == [[(o.scheme, o.rank, o.latency) for o in options['0']]]*6
     assert len({o.loss for os in options.values() for o in os if o.rank == 8}) == 6 # but each has losses of its own
+
+def test_a_layer_takes_the_time_that_it_has_in_the_model(monkeypatch):
+    "By itself it may be faster or slower than between others; what it becomes is as much faster in there"
+    clock,net = Clock(by_size),timed_net()
+    clock.start(monkeypatch)
+    planner = Planner(net, images)
+    (alone,total),times = planner.timed_options(),{'0': 3., '2': .5}
+    monkeypatch.setattr(plan_module, 'latency_per_layer', lambda model, sample: {n: times.get(n, 1.)*t for n,t in clock.inside(model, sample).items()} | {'': 70.})
+    inside,whole = planner.timed_options()
+    assert whole == 70. != total
+    for n in alone: assert [o.latency for o in inside[n]] == pytest.approx([times.get(n, 1.)*o.latency for o in alone[n]])
 
 def test_records_hold_the_error_in_the_metric():
     torch.manual_seed(0)
@@ -408,7 +473,7 @@ def check_measured(dense, small, x, loss=None): # by definition, on the data tha
 @pytest.mark.parametrize('kind', ['params', 'macs', 'max_drop', 'latency'])
 def test_a_budget_predicts_and_measures(kind, monkeypatch):
     net,clock = timed_net(),Clock(by_size)
-    monkeypatch.setattr(plan_module, 'measure_latency', clock)
+    clock.start(monkeypatch)
     small = decompose(net, Budget(**{kind: .6}), images, evaluate=lambda m: count_params(m)/count_params(net))
     predicted,measured = noted(small)
     check_measured(net, small, images)
