@@ -404,6 +404,12 @@ def test_what_is_left_of_a_budget_of_time_is_worth_one_more_plan(monkeypatch):
     plan,shares = timed_plan(monkeypatch, lambda share: next(times), .5)
     assert len(shares) == 2 and shares[0] < shares[1] and plan.measured['latency'] == .42
 
+def test_a_plan_that_leaves_all_dense_is_not_timed(monkeypatch):
+    Clock(lambda m: 1.).start(monkeypatch)
+    monkeypatch.setattr(plan_module, 'measured_ratio', lambda *args, **kwargs: 1.2)  # noise, of a model beside itself
+    plan = make_plan(timed_net(), images, Budget(latency=1.))
+    assert not plan.choices and plan.measured['latency'] == 1
+
 def test_no_faster_model_than_dense_is_no_plan(monkeypatch):
     with pytest.raises(ValueError, match='latency: 0.9 cannot be reached; the smallest is 1.0'): timed_plan(monkeypatch, lambda share: 1.1, .9)
 
