@@ -335,10 +335,10 @@ class Planner:
         options,kind = options or self.all_options(),budget.kind
         total = total or getattr(self, kind)
         if not total: raise ValueError(f"{kind}: {budget.value} of nothing; the model has no {kind} to save on")
-        rest = total - sum(getattr(o[0], kind) for o in options.values())
-        try: chosen = choose(options, budget.value*total - rest, kind)
+        dense = sum(getattr(o[0], kind) for o in options.values())
+        try: chosen = choose(options, dense - (1-budget.value)*total, kind) # all of `dense` for a budget of 1, without rounding
         except ValueError: raise ValueError(f"{kind}: {budget.value} cannot be reached; the smallest is {ceil(self.least(kind, options, total)*1e4)/1e4}") from None
-        left = budget.value - (rest + sum(getattr(o, kind) for o in chosen.values()))/total
+        left = budget.value - 1 + (dense - sum(getattr(o, kind) for o in chosen.values()))/total
         return self._as_plan(chosen, options, budget, left)
 
     def least(self, kind, options=None, total=None)->float:
@@ -431,6 +431,7 @@ def latency_plan(self:Planner, budget:Budget, tries=3, progress=None)->Plan:
     "The plan for a budget of milliseconds, measured"
     if 'latency' not in self.options: self.options['latency'] = self.timed_options(progress)
     (options,total),value,tried = self.options['latency'],budget.value,{}
+    if value == 1: options = {n:os[:1] for n,os in options.items()} # dense is the best of all
     least = min(1., self.least('latency', options, total)*(1+1e-9))
     aim = max(value, least) # the model may be faster than its layers say
     while aim not in tried and len(tried) < tries:

@@ -236,6 +236,12 @@ def test_time_of_layers_that_a_fused_kernel_leaves_out():
     enc = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
     assert latency_per_layer(enc, torch.randn(3,5,16))['linear1'] > 0
 
+def test_layers_of_a_compiled_model():
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU())
+    for measure in (macs_per_layer, latency_per_layer):
+        plain,compiled = measure(net, torch.randn(3,4)),measure(torch.compile(net, backend='eager'), torch.randn(3,4))
+        assert [n.removeprefix('_orig_mod').removeprefix('.') for n in compiled] == ['', *plain] and compiled['_orig_mod.0'] > 0
+
 def test_calls_to_time_layers():
     log = []
     latency_per_layer(Nap(0, log), x)

@@ -1,5 +1,5 @@
 "Budgets that hold as counted, plans as data, and what is refused"
-import copy, json, time
+import copy, json, random, time
 from contextlib import contextmanager
 
 import pytest, torch
@@ -409,6 +409,23 @@ def test_a_plan_that_leaves_all_dense_is_not_timed(monkeypatch):
     monkeypatch.setattr(plan_module, 'measured_ratio', lambda *args, **kwargs: 1.2)  # noise, of a model beside itself
     plan = make_plan(timed_net(), images, Budget(latency=1.))
     assert not plan.choices and plan.measured['latency'] == 1
+
+@pytest.mark.parametrize('share', [.9, .2, 1e-6])                                  # of the layers, in the time of the whole
+@pytest.mark.parametrize('seed', range(4))
+def test_all_of_the_time_is_enough_for_dense(monkeypatch, seed, share):
+    "Whatever the sums of milliseconds round to, and however a model measures beside the dense one"
+    rng,net = random.Random(seed),timed_net()
+    nn.init.zeros_(net[8].weight)                                                  # what costs no loss to factor
+    times = {n: rng.random() for n,_ in net.named_modules()}
+    Clock(by_size).start(monkeypatch)
+    monkeypatch.setattr(plan_module, 'latency_per_layer', lambda model, sample: times | {'': sum(times.values())/share})
+    monkeypatch.setattr(plan_module, 'measured_ratio', lambda *args, **kwargs: 1.02)
+    assert not make_plan(net, images, Budget(latency=1.)).choices
+
+def test_a_compiled_model_is_planned_for_time_too():
+    net = timed_net()
+    plan = make_plan(torch.compile(net, backend='eager'), images, Budget(latency=1.))
+    assert plan.layers and not plan.choices and plan.measured['latency'] == 1
 
 def test_no_faster_model_than_dense_is_no_plan(monkeypatch):
     with pytest.raises(ValueError, match='latency: 0.9 cannot be reached; the smallest is 1.0'): timed_plan(monkeypatch, lambda share: 1.1, .9)
