@@ -431,7 +431,6 @@ def latency_plan(self:Planner, budget:Budget, tries=3, progress=None)->Plan:
     "The plan for a budget of milliseconds, measured"
     if 'latency' not in self.options: self.options['latency'] = self.timed_options(progress)
     (options,total),value,tried = self.options['latency'],budget.value,{}
-    if value == 1: options = {n:os[:1] for n,os in options.items()} # dense is the best of all
     least = min(1., self.least('latency', options, total)*(1+1e-9))
     aim = max(value, least) # the model may be faster than its layers say
     while aim not in tried and len(tried) < tries:
