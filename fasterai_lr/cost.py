@@ -49,7 +49,7 @@ def _per_module(model, sample, read):
     hooks = register_module_forward_pre_hook(enter),register_module_forward_hook(leave)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.compiler.set_stance('force_eager'), evaluating(model), torch.no_grad(): # compiled code calls no hooks
+        with torch.compiler.set_stance('force_eager'), evaluating(model), torch.no_grad(): # compiled, layers would not be seen one by one
             first = read()
             run_model(model, sample)
             grown[model] = read() - first

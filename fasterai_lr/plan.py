@@ -376,23 +376,23 @@ def _timed(models, sample, seconds, least=2, once=None):
     once = once or measure_latency(next(iter(models.values())), sample, 1, 1).ms
     return measure_latency(models, sample, int(min(15, max(least, seconds*1e3/len(models)/once))), 0 if once > 40 else 2, 2)
 
-def _time_all(models, inputs, seconds, once):
+def _time_all(models, inputs, once):
     "Milliseconds of each of `models` for all of the `inputs`, which are on the meta device"
     device,total = next(iter(devices_of(models['dense']))),dict.fromkeys(models, 0.)
     kinds = {(tuple(x.shape), x.stride(), x.dtype): x for x in inputs}
     for key,x in kinds.items():
         times = sum((tuple(o.shape), o.stride(), o.dtype) == key for o in inputs)
         sample = torch.empty_like(x, device=device).normal_(generator=torch.Generator(device).manual_seed(0))
-        for k,v in _timed(models, sample, seconds, once=once).items(): total[k] += times*v.least
+        for k,v in _timed(models, sample, 1., once=once).items(): total[k] += times*v.least
     return total
 
-def time_options(layer, options, inputs, seconds=1., once=None)->list:
+def time_options(layer, options, inputs, once=None)->list: # `once`: as in `measured_ratio`
     "`options` with their measured or interpolated milliseconds, less those that are not faster than dense"
     dense,rest = options[0],options[1:]
     by_scheme = {s: [o for o in rest if o.scheme == s] for s in dict.fromkeys(o.scheme for o in rest)}
     models = {'dense': layer}
     for s,os in by_scheme.items(): models |= {(s, i): _fresh(layer, s, os[i].rank) for i in _knots(len(os))}
-    ms = _time_all(models, inputs, seconds, once)
+    ms = _time_all(models, inputs, once)
     res = [replace(dense, latency=ms['dense'])]
     for s,os in by_scheme.items():
         knots = _knots(len(os))
@@ -427,13 +427,13 @@ def measured_ratio(
 
 @patch
 @undisturbed()
-def latency_plan(self:Planner, budget:Budget, tries=3, progress=None)->Plan:
+def latency_plan(self:Planner, budget:Budget, progress=None)->Plan:
     "The plan for a budget of milliseconds, measured"
     if 'latency' not in self.options: self.options['latency'] = self.timed_options(progress)
     (options,total),value,tried = self.options['latency'],budget.value,{}
     least = min(1., self.least('latency', options, total)*(1+1e-9))
     aim = max(value, least) # the model may be faster than its layers say
-    while aim not in tried and len(tried) < tries:
+    while aim not in tried and len(tried) < 3:
         plan = tried[aim] = self.plan(Budget(latency=aim), options, total)
         got = plan.measured['latency'] = measured_ratio(self.model, plan.skeleton(self.model), self.sample, once=total) if plan.choices else 1.
         if got <= value and (got >= .9*value or len(tried) > 1): break
