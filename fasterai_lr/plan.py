@@ -121,7 +121,8 @@ def holders(
         share = sum(a for _,a in members)/total
         return f"{kind} {share:.0%} ({names}{f': {reason}' if reason else ''})"
     largest = sorted(groups.items(), key=lambda g: -sum(a for _,a in g[1]))
-    return ', '.join(text(*key, members) for key,members in largest[:most])
+    held = [(key, members) for key,members in largest[:most] if sum(a for _,a in members) >= .005*total]
+    return ', '.join(text(*key, members) for key,members in held)
 
 def cannot_reach(model, budget, least, left)->ValueError: # `left`: {module name: what it holds at the least}
     "The error for a budget that cannot be kept to"
