@@ -15,7 +15,7 @@ from fasterai_lr.fit import flip_crop_and_mix
 from fasterai_lr.plan import Planner
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.filterwarnings("error:data.*items are too few")
+pytestmark = [pytest.mark.filterwarnings('error:data.*items are too few'), pytest.mark.filterwarnings('error:No layer was decomposed')]
 images,labels = load_digits(return_X_y=True)
 X,y = torch.tensor(images/16).float().view(-1, 1, 8, 8),torch.tensor(labels)
 held_out = slice(1400, None)
