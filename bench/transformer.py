@@ -172,7 +172,7 @@ class Methods:
         self.dense,self.batches,self.seed,self.fisher = dense,batches,seed,Planner(dense, batches, seed=seed)
 
     @cached_property
-    def activation(self): return Planner(self.dense, self.batches, 'activation', moments=self.fisher.moments)
+    def activation(self): return Planner(self.dense, self.batches, metric='activation', moments=self.fisher.moments)
     @cached_property
     def split(self): return Planner(split_qkv(self.dense), self.batches, seed=self.seed)
 

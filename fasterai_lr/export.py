@@ -7,7 +7,7 @@ __all__ = ['plain', 'current_plan', 'as_file', 'save_low_rank', 'read_low_rank',
            'export_onnx']
 
 # %% ../nbs/12_export.ipynb #20b21b3c
-import json, os, zipfile
+import os, zipfile
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -61,7 +61,7 @@ def save_low_rank(
     "Write the plan and the weights of `model`"
     path,state = as_file(path, '.pth'),model.state_dict()
     for k,v in state.items(): state[k] = plain(v, f'model: {k!r}')
-    data = dict(format=_format, version=_version, plan=json.loads(json.dumps(asdict(current_plan(model)), default=float)), model=state)
+    data = dict(format=_format, version=_version, plan=current_plan(model).plain(), model=state)
     if opt is not None: data['opt'] = plain(opt, 'opt')
     with TemporaryDirectory(dir=path.parent, prefix='.low_rank') as d:      # an older file stays until the new one is complete
         torch.save(data, Path(d)/path.name)

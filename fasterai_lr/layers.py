@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Geometry', 'ChannelShuffle', 'product', 'FactoredLayer', 'memory_format', 'fill', 'FactoredTranspose', 'run_model',
-           'devices_of', 'evaluating', 'Found', 'find_layers', 'check_loaded', 'matches', 'check_patterns', 'select',
-           'replace_layers_', 'replace_layers', 'factored_layers', 'recompose']
+           'devices_of', 'evaluating', 'Found', 'check_module', 'find_layers', 'check_loaded', 'did_you_mean',
+           'matches', 'check_patterns', 'select', 'replace_layers_', 'replace_layers', 'factored_layers', 'recompose']
 
 # %% ../nbs/02_layers.ipynb #cb2d4141
-import copy, fnmatch
+import copy, difflib, fnmatch
 from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -290,11 +290,15 @@ def _why_broken(layer):
 def _is_quantized(m): return '.quantized' in type(m).__module__ and hasattr(m, 'weight')
 def _is_one_of(m, types): return isinstance(m, types) or _is_quantized(m) and type(m).__name__ in {t.__name__ for t in types}
 
+def check_module(model):
+    "Raise a `TypeError` where `model` is none"
+    if not isinstance(model, nn.Module): raise TypeError(f"model: {type(model).__name__} is not an nn.Module")
+
 def find_layers(model:nn.Module,
                 types:tuple # exact classes
                )->list: # of `Found`, in the order of the model
     "The layers of `model` of the given types, each once, with the reason where one cannot be replaced"
-    if not isinstance(model, nn.Module): raise TypeError(f"model: {type(model).__name__} is not an nn.Module")
+    check_module(model)
     users,found = _weight_users(model),{}
     for name,m in _walk(model):
         if not _is_one_of(m, types): continue
@@ -308,6 +312,12 @@ def check_loaded(found:list): # from `find_layers`
     for f in found:
         if f.broken: raise ValueError(f"model: {f.label} {f.reason}")
 
+# %% ../nbs/02_layers.ipynb #f6ea2cf8
+def did_you_mean(name:str, known)->str: # `known`: the names that there are
+    "The end of an error message about `name`: the nearest of the names that there are, or nothing where none is near"
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ''
+
 # %% ../nbs/02_layers.ipynb #62bd66c3
 def matches(found:Found, pattern:str): # exact name or glob
     "Has the layer the name `pattern`, or one that matches it?"
@@ -319,7 +329,9 @@ def check_patterns(found:list, patterns, arg:str): # `arg`: the argument's name,
     for p in patterns:
         if not any(matches(f, p) for f in found):
             names = ', '.join(repr(f.name) for f in found[:6]) + (', …' if len(found) > 6 else '')
-            raise ValueError(f"{arg}: {p!r} matches no layer that could be decomposed here; these could: {names or 'none'}")
+            near = did_you_mean(p, [n for f in found for n in f.names])
+            raise ValueError(f"{arg}: {p!r} matches no layer that could be decomposed here; "
+                             f"these could: {names or 'none'}{near}")
     return patterns
 
 def select(found:list, # from `find_layers`

@@ -13,12 +13,16 @@ from warnings import warn
 import pandas as pd
 from torch import Tensor, nn
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 from fastai.layers import ToTensorBase
 from fastai.learner import Learner
 from fastai.torch_core import apply, cast, distrib_barrier, get_model, no_random, rank_distrib, to_device
 from .distributed import check_wrapper
-from .layers import recompose, replace_layers
+from .layers import replace_layers
+from .settings import Settings, check_names
+from .plan import dense_model
+from .decomposer import factorize
 from .optimizer import check_opt, check_opt_state, load_opt_state, opt_state, swap_layers
 from .callback import calibration_batches, decompose_learner, measure_metric, output_kind
 from .report import Summary, compare, plot_spectra, plot_tradeoff, summarize, tradeoff
@@ -26,12 +30,14 @@ from .export import as_file, changed_layers, export_onnx, read_low_rank, rebuild
 
 # %% ../nbs/13_learner.ipynb #ad5b1641
 @patch
+@delegates(factorize, but=['progress'])
 def decompose(self:Learner,
     what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: half of the MACs that can be saved
     data=None, # see `decompose`; `None`: 2,000 training items, but none for decomposers
-    **kwargs # for `decompose`
+    **kwargs
    )->Learner: # the same learner
     "Replace the layers of `self.model` by their factors, now, and re-point the optimizer"
+    check_names(kwargs, Learner.decompose)
     decompose_learner(self, what, data, **kwargs)
     return self
 
@@ -73,31 +79,35 @@ def _own_value(learn):
     return value
 
 @patch
+@delegates(tradeoff, but=['progress'])
 def tradeoff(self:Learner,
     budgets=(.8, .6, .4, .2), # fractions of the dense model
     kind:str='macs', # of what: 'params', 'macs' or 'latency'
     data=None, # see `calibrate`; `None`: 2,000 training items
     evaluate=None, # a function from a model, in evaluation mode, to a number; `None`: the first metric, or the loss, over the validation set; `False`: none
-    **kwargs # for `tradeoff`
+    **kwargs
    )->pd.DataFrame:
     "What budgets of several sizes leave of the model, and what they cost; the learner is left untouched"
+    Settings.of(kwargs, Learner.tradeoff)
     if evaluate is None: evaluate = _own_value(self)
-    model = recompose(get_model(self.model))
+    model = dense_model(get_model(self.model))
     model = model.to(self.dls.device or next(model.parameters()).device)
     bar = partial(progress_bar, leave=False) if hasattr(self, 'progress') else None
     if data is None: data = calibration_batches(self)
-    return tradeoff(model, data, evaluate, budgets, kind, **{'loss': output_kind(self), 'progress': bar, **kwargs})
+    return tradeoff(model, data, evaluate, budgets, kind, bar, **(dict(loss=output_kind(self)) | kwargs))
 
 @patch
+@delegates(tradeoff, but=['progress'])
 def plot_tradeoff(self:Learner,
     budgets=(.8, .6, .4, .2), # fractions of the dense model
     kind:str='macs', # of what: 'params', 'macs' or 'latency'
     data=None, # see `calibrate`; `None`: 2,000 training items
     evaluate=None, # see `Learner.tradeoff`
     ax=None, # a matplotlib axes; `None`: a new one
-    **kwargs # for `tradeoff`
+    **kwargs
    ): # the axes
     "Draw the table of `Learner.tradeoff`"
+    check_names(kwargs, Learner.plot_tradeoff)
     return plot_tradeoff(self.tradeoff(budgets, kind, data, evaluate, **kwargs), kind, ax=ax)
 
 # %% ../nbs/13_learner.ipynb #0ab183f5

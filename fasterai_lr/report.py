@@ -15,13 +15,15 @@ from warnings import warn
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.meta import delegates
 from torch import nn
 
 from .layers import FactoredLayer, Geometry, check_loaded, evaluating, factored_layers, find_layers, recompose, select
 from .schemes import schemes as known_schemes
 from .calibrate import classification, n_items
 from .cost import count_macs, count_params, macs_per_layer, measure_latency, size_on_disk
-from .plan import Budget, Plan, Planner, dense_record, known_records, layer_types
+from .settings import Settings
+from .plan import Budget, Plan, Planner, dense_model, dense_record, known_records, layer_types
 
 # %% ../nbs/11_report.ipynb #f47d9262
 _columns = dict(type='', scheme='', rank='', full_rank='', params_before=0, params_after=0, error=float('nan'), status='dense', reason='')
@@ -186,7 +188,7 @@ def _spectra(model, layers=None, plan=None, data=None, loss=classification):
     "(layer name, scheme's name, rank or `None`, `Mode`s) of every layer that has a spectrum"
     found,choices = find_layers(model, (*layer_types, FactoredLayer)),_choices(model if plan is None else plan)
     if unknown := choices.keys() - {n for f in found for n in f.names}: raise ValueError(f"plan: the model has no layer {min(unknown)!r}")
-    planner = None if data is None else Planner(recompose(model), data, loss=loss)
+    planner = None if data is None else Planner(model, data, loss=loss)
     res,why = [],'it has none'
     for f in select(found, layers):
         name,rank = choices.get(f.name, ('svd', None))
@@ -259,31 +261,29 @@ def _plans(planner, wishes):
     if missed: warn(f"budgets: {', '.join(str(b.value) for b in missed)} left out; {why}")
     return res
 
+@delegates(Settings)
 def tradeoff(
     model:nn.Module, # left untouched
     data, # a little of what it is used on, without labels, see `calibrate`
     evaluate=None, # a function from a model, in evaluation mode, to a number; `None`: the estimated loss alone
     budgets=(.8, .6, .4, .2), # fractions of the dense model
     kind:str='macs', # of what: 'params', 'macs' or 'latency'
-    schemes=('svd', 'spatial'), # to choose from
-    metric:str='fisher', # or 'activation'
-    loss=classification, # see `calibrate`
-    seed:int=0,
     progress=None, # wraps each long iteration, like `fastprogress.progress_bar`
-    **kwargs # for `fit`
+    **kwargs # how `data` is used
    )->pd.DataFrame: # columns `budget`, `params`, `macs`, `latency` if it is the kind, `loss` if the metric is one of the loss, and what `evaluate` says, named as it is (or `value`)
     "What budgets of several sizes leave of a model, and what they cost"
+    settings = Settings.of(kwargs, tradeoff)
     if kind not in ('params', 'macs', 'latency'): raise ValueError(f"kind: {kind!r} is not one of 'params', 'macs', 'latency'")
     wishes = [Budget(**{kind: b}) for b in sorted(budgets, reverse=True)]
-    model = recompose(model)
-    planner = Planner(model, data, metric, schemes, loss, seed=seed, progress=progress)
+    planner = Planner(dense_model(model), data, settings, progress=progress)
+    model = planner.model
     plans = _plans(planner, wishes)
-    dense = dict.fromkeys(('params', 'macs', kind), 1.) | ({'loss': 0.} if metric == 'fisher' else {})
+    dense = dict.fromkeys(('params', 'macs', kind), 1.) | ({'loss': 0.} if settings.metric == 'fisher' else {})
     rows = [dict(budget=1., **dense)]
     rows += [dict(budget=b.value, **{k: {**p.predicted, **p.measured}[k] for k in dense}) for b,p in plans.items()]
     if evaluate:
         value,name = _evaluation(evaluate),_named(evaluate, rows[0])
-        apply = lambda p: p.apply(model, planner.batches, moments=planner.moments, metric=metric, loss=loss, seed=seed, **kwargs)
+        apply = lambda p: p.apply(model, planner.batches, planner.moments)
         rows[0][name] = value(model)
         for row,p in (progress or iter)(list(zip(rows[1:], plans.values()))): row[name] = value(apply(p))
     return pd.DataFrame(rows)

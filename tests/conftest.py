@@ -1,3 +1,13 @@
-"One thread for each worker of `pytest -n`: two workers with two threads each get into each other's way on two cores"
+"What holds for all tests: one thread for each worker, and warnings of this project are errors"
 import os
-if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1') # read by torch when it is imported, and by the processes that tests start
+from pathlib import Path
+
+# two workers of `pytest -n` with two threads each get into each other's way on two cores; torch reads this when it is imported, and so do the processes that tests start
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+def pytest_configure(config):
+    "Make each warning that the package raises, or causes by something deprecated, an error, where a test does not expect it"
+    modules = sorted(p.stem for p in (Path(__file__).resolve().parent.parent/'fasterai_lr').glob('*.py'))
+    for m in modules: config.addinivalue_line('filterwarnings', f'error:::fasterai_lr.{m}')
+    # tests work with few items, so as to be fast, and many ask what stays dense; `tests/test_found_by_use.py` is about these two, which are errors again there
+    for text in ('data. [0-9]+ items are too few', 'No layer was decomposed'): config.addinivalue_line('filterwarnings', f'ignore:{text}')

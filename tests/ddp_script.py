@@ -181,7 +181,7 @@ def run_moments(path):
     g = torch.Generator().manual_seed(2)
     x,y = torch.randn(50, 8, generator=g),torch.randn(50, 2, 8, generator=g)
     two,gated = Two(),Gated()
-    pairs = Inputs(zip(x.split(16), y.split(16)))
+    pairs = Inputs(zip(list(x.split(16)), list(y.split(16))))
     pairs.n_inp = 2
     halves = [x[:20].abs(), -x[20:].abs()]
     cases = dict(two=(two, pairs), one=(two, [(x, y, x)]), gated=(gated, halves), wide=(nn.Linear(8, 6), x), stream=(gated, TorchLoader(Stream(), 16)))

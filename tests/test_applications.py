@@ -15,7 +15,8 @@ from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config, 
 from fastai.vision.all import resnet18, resnet34, unet_learner, vision_learner
 from small_data import digit_dls, mask_dls, rating_dls, seed, text_dls, tiny_xresnet, wine_dls
 from tiny import snapshot, moved, ids
-from fasterai_lr.callback import DecomposeCallback, calibration_batches, smallest
+from fasterai_lr.callback import DecomposeCallback, calibration_batches
+from fasterai_lr.decomposer import smallest
 from fasterai_lr.cost import count_params
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
 from fasterai_lr.layers import factored_layers
@@ -120,6 +121,7 @@ def test_application_without_a_layer_to_decompose(name, tmp_path):
         check_plan(learn, 0, dense)
         check_trains(learn)
 
+@pytest.mark.filterwarnings('ignore:distill') # three steps are few
 @pytest.mark.parametrize('name', apps)
 def test_application_with_a_budget(name, tmp_path):
     "Each keeps to a budget halfway between the dense model and the smallest that it can be, with the dense one as its teacher before and after, and trains on"

@@ -530,7 +530,7 @@ def test_what_cannot_be_measured_is_left_out(capsys):
     with pytest.warns(UserWarning, match='cannot be run outside of the fit, .* by their weights alone .TypeError'): learn.fit(1, 1e-2, cbs=[Odd(), DecomposeCallback(0)])
     assert n_fact(learn) == 3 and 'budget' not in learn.model.low_rank_plan
     learn = mk_learn(model=Net(*net()))
-    with pytest.raises(TypeError, match='scale'): learn.fit(3, 1e-2, cbs=[Odd(), DecomposeCallback(2, Budget(macs=.9))])        # before the first epoch
+    with pytest.raises(ValueError, match='(?s)data: the model cannot be called with inputs .*scale'): learn.fit(3, 1e-2, cbs=[Odd(), DecomposeCallback(2, Budget(macs=.9))])        # before the first epoch
     assert learn.recorder.lrs == [] and n_fact(learn) == 0
 
 def test_half_of_what_can_be_saved_by_default():

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from fastai.vision.all import (accuracy, BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, CutMix, Datasets, error_rate, FocalLossFlat, GradientAccumulation,
                                LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, MixUp, MSELossFlat, OptimWrapper, SGD, set_seed, TensorImage, Transform)
+from dataclasses import replace
 from functools import partial
 from sklearn.datasets import load_digits
 from fasterai_lr.calibrate import classification, regression
@@ -114,9 +115,9 @@ def test_the_loss_tells_the_kind_of_output(loss, axis):
     learn = learner()
     learn.loss_func = loss
     assert output_kind(learn).axis == axis
-    out = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
-    want = regression if axis is None else classification
-    assert output_kind(learn)(out) == want(out, torch.Generator().manual_seed(0))
+    seeded = lambda: torch.Generator().manual_seed(0)
+    out,want = torch.randn(6, 10, generator=seeded()),regression if axis is None else classification
+    assert output_kind(learn)(out, seeded()) == want(out, seeded())
 
 @pytest.mark.parametrize('mix', [MixUp, CutMix])
 def test_mixed_items_are_classified_too(mix):
@@ -134,8 +135,7 @@ def test_mixed_items_are_classified_too(mix):
 def test_class_scores_along_any_axis(shape, axis):
     g = torch.Generator().manual_seed(0)
     a,b = torch.randn(2, *shape, generator=g)
-    kind = output_kind(learner())
-    kind.axis = axis
+    kind = replace(output_kind(learner()), axis=axis)
     assert torch.equal(output_loss(a, b, kind), output_loss(a.movedim(axis, 1), b.movedim(axis, 1)))
     assert output_loss(a, b, kind) != output_loss(a, b, regression)
 

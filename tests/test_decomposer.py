@@ -231,8 +231,9 @@ def test_depthwise_and_other_hopeless_layers_are_listed():
 def test_the_model_is_read_only():
     model = vgg_bn()
     before,ids = {n: p.clone() for n,p in model.state_dict().items()},[id(m) for m in model.modules()]
-    rows = factorize(model)[1]
-    new = decompose(model)
+    what = [FC_Decomposer(), ConvDecomposer('spatial', .25)]
+    rows = factorize(model, what)[1]
+    new = decompose(model, what)
     assert [id(m) for m in model.modules()] == ids and not hasattr(model, 'low_rank_plan') and model.training
     assert all(torch.equal(p, before[n]) for n,p in model.state_dict().items())
     assert new.low_rank_plan == rows

@@ -100,7 +100,7 @@ def test_moments_are_those_of_all_items(runs):
 
 def test_what_fails_in_one_process_fails_in_all(runs):
     a,b = runs['moments']
-    own,others = 'ValueError: data: the moment of layer','RuntimeError: in process {}: ValueError: data: the moment of layer'
+    own,others = 'ValueError: data: batch 0 holds NaN','RuntimeError: in process {}: ValueError: data: batch 0 holds NaN'
     assert [e.startswith(w) for e,w in zip(a['errors'], (own, others.format(1)), strict=True)] == [True]*2
     assert [e.startswith(w) for e,w in zip(b['errors'], (others.format(0), own), strict=True)] == [True]*2
 

@@ -139,7 +139,7 @@ def test_patches_beyond_the_limit_are_fitted_through_the_outputs():
 def test_a_layer_whose_outputs_hardly_vary_is_fitted(size, spread, part, sequential):
     net = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 10))
     x = torch.randn(300) + spread*torch.randn(64, 300)
-    assert miss(fit(net, {'0': ('svd', 100)}, x.split(16), max_size=size, sequential=sequential), net, x) < part*spread
+    assert miss(fit(net, {'0': ('svd', 100)}, list(x.split(16)), max_size=size, sequential=sequential), net, x) < part*spread
 
 # --- better than the parts
 
@@ -193,7 +193,7 @@ def test_layers_that_stay_dense_are_fitted_too(trained):
     net,x,(other,_) = trained
     first = {'3.conv1': ('spatial', 4)}
     res = fit(net, first, x)
-    only = decompose(res, Plan({})) # a copy
+    only = copy.deepcopy(res)
     for n in ('3.conv2', '4.conv1', '4.conv2', '5', '9'): only.get_submodule(n).load_state_dict(net.get_submodule(n).state_dict())
     assert miss(res, net, other) < .9*miss(only, net, other)
     assert type(res[5]) is nn.Conv2d and not torch.equal(res[5].weight, net[5].weight)
@@ -251,7 +251,7 @@ def test_nor_after_an_interrupt(error, call):
             return super().forward(x)
     net = with_statistics(Net(*plain_net()), images)
     Net.armed,before = True,state_of(net)
-    with pytest.raises(error, match='now'): fit(net, {'5': ('svd', 3)}, images[:20].split(4), passes=1, distill_steps=20)
+    with pytest.raises((error, ValueError), match='now'): fit(net, {'5': ('svd', 3)}, list(images[:20].split(4)), passes=1, distill_steps=20)
     assert same(before, state_of(net)) and len(calls) == call
 
 def test_dense_layers_keep_what_they_are():
@@ -275,7 +275,7 @@ def test_passes_are_bounded(passes, groups):
         def forward(self, x): calls[len(x)] += 1; return super().forward(x)
     net,x = Net(*(m for _ in range(8) for m in (nn.Linear(6, 6), nn.Tanh()))),torch.randn(50, 6)
     bars = []
-    fit(net, {'0': ('svd', 2)}, x.split(25), calibrate(net, x), passes=passes, loss=regression, progress=lambda it: bars.append(len(it)) or it)
+    fit(net, {'0': ('svd', 2)}, list(x.split(25)), calibrate(net, x), passes=passes, loss=regression, progress=lambda it: bars.append(len(it)) or it)
     assert bars == [groups]
     assert calls[25] == 1 + 2 + 2*groups # one to trace; two batches, once in the dense and for each group in the other model
 
@@ -292,7 +292,7 @@ def test_every_pass_ends_where_it_has_seen_enough():
 @pytest.mark.parametrize('room, runs', [(0, 6), (100_000, 3), (2**28, 1)])
 def test_what_is_kept_of_the_dense_network_is_bounded_and_changes_nothing(trained, monkeypatch, room, runs):
     net,x,_ = trained
-    moments,data = calibrate(net, x),x.split(100)
+    moments,data = calibrate(net, x),list(x.split(100))
     free = fit(net, low, data, moments, most=200).state_dict()
     made,kept,ran = [],[],[]
     def spied(*args):
@@ -337,7 +337,7 @@ def test_no_activation_or_graph_is_kept(monkeypatch):
     class Spy(nn.Module):
         def forward(self, x): alive.append(sum(r() is not None for r in seen)); seen.append(weakref.ref(x)); return x*1.
     net = with_statistics(nn.Sequential(nn.Linear(8, 6), Spy(), nn.Linear(6, 4)), torch.randn(9, 8))
-    fit(net, {'0': ('svd', 2)}, torch.randn(40, 8).split(4), passes=1)
+    fit(net, {'0': ('svd', 2)}, list(torch.randn(40, 8).split(4)), passes=1)
     assert not any(t.requires_grad for s in stats for t in (s.xx, s.yx, s.x, s.y))
     assert max(alive[1:]) <= 2 # of the batch that is in hand, in the two models
 
@@ -403,7 +403,7 @@ def test_weights_that_hooks_compute_stay_as_they_are():
     assert hasattr(res[0], 'weight_g') and res(x).shape == (50, 3)
 
 @pytest.mark.parametrize('args, match', [(dict(passes=0), 'passes: 0 is not'), (dict(passes=2.), 'passes: 2.0 is not'), (dict(metric='plain'), "metric: 'plain' is not one of"),
-    (dict(choices={'0': ('qr', 3)}), "choices: layer '0': no scheme 'qr'"), (dict(choices={'0': ('spatial', 2)}), "choices: layer '0': Linear has no two spatial axes"),
+    (dict(choices={'0': ('qr', 3)}), "choices: layer '0': 'qr' is not one of"), (dict(choices={'0': ('spatial', 2)}), "choices: layer '0': Linear has no two spatial axes"),
     (dict(choices={'no': ('svd', 3)}), "choices: no data reaches 'no'")])
 def test_what_is_wrong_is_said(args, match):
     with pytest.raises(ValueError, match=match): fit(nn.Sequential(nn.Linear(4, 4)), **(dict(choices={'0': ('svd', 2)}, data=torch.randn(5, 4)) | args))

@@ -77,16 +77,45 @@ def test_all_gives_the_public_names():
     from fasterai_lr import all
     assert {o for o in vars(all) if o[0] != '_'} - {'fasterai_lr'} == set(all.__all__)  # whatever it imports is public
 
-def loads_fastai(code):
-    "Is fastai loaded after `code` has run in a new process?"
-    res = subprocess.run([sys.executable, '-c', f'import sys\n{code}\nprint("fastai" in sys.modules)'], cwd=root, check=True, text=True, stdout=subprocess.PIPE)
-    return {'True': True, 'False': False}[res.stdout.split()[-1]]
+public = {'decompose': 'decomposer', 'FC_Decomposer': 'decomposer', 'ConvDecomposer': 'decomposer', 'Budget': 'plan', 'Plan': 'plan', 'make_plan': 'plan', 'recompose': 'layers'}
+
+def test_the_package_gives_the_names_that_most_programs_need():
+    names = {}
+    exec('from fasterai_lr import *', names)
+    assert names.keys() - {'__builtins__'} == set(fasterai_lr.__all__) == public.keys()
+    for n,m in public.items(): assert getattr(fasterai_lr, n) is names[n] is getattr(import_module(f'fasterai_lr.{m}'), n)
+    assert not public.keys() & set(modules) # `fasterai_lr.calibrate` is the module, and would be the function only until somebody imports the module
+    with pytest.raises(AttributeError, match="^module 'fasterai_lr' has no attribute 'nothing'$"): fasterai_lr.nothing
+    with pytest.raises(ImportError, match="^cannot import name 'nothing' from 'fasterai_lr'"): from fasterai_lr import nothing
+
+def test_editors_and_type_checkers_see_the_same_names():
+    block, = [o for o in ast.parse((lib/'__init__.py').read_text()).body if isinstance(o, ast.If)]
+    assert ast.unparse(block.test) == '_typing.TYPE_CHECKING' and {a.name: o.module for o in block.body for a in o.names} == public
+    # they would take a `__getattr__` to mean that any name is there
+    assert {o.name for o in ast.walk(ast.Module(block.orelse, [])) if isinstance(o, ast.FunctionDef)} == {'__getattr__', '__dir__'}
+
+def loaded(code):
+    "The modules that are loaded after `code` has run in a new process"
+    res = subprocess.run([sys.executable, '-c', f'import sys\n{code}\nprint("\\n", *sys.modules)'], cwd=root, check=True, text=True, stdout=subprocess.PIPE)
+    return set(res.stdout.splitlines()[-1].split())
+
+def test_nothing_is_loaded_before_it_is_asked_for():
+    order,own = exported(),lambda names: {o.removeprefix('fasterai_lr.') for o in names if o.startswith('fasterai_lr')}
+    res = loaded('import fasterai_lr\nassert set(fasterai_lr.__all__) <= set(dir(fasterai_lr)) and not hasattr(fasterai_lr, "nothing")')
+    assert own(res) == {'fasterai_lr'} and 'torch' not in res
+    assert own(loaded('from fasterai_lr import recompose')) - {'fasterai_lr'} <= {*order[:order.index('layers')+1]} # no module that comes after its own
 
 def test_plain_pytorch_modules_do_not_load_fastai():
     plain = [o for o in modules if o not in may_import_fastai]
-    assert 'decomposer' in plain
-    assert not loads_fastai('import ' + ', '.join(f'fasterai_lr.{o}' for o in plain))
-    assert loads_fastai('import fastai.basics')
+    assert {'decomposer', 'plan', 'layers'} <= set(plain)
+    assert 'fastai' not in loaded('from fasterai_lr import *\nimport ' + ', '.join(f'fasterai_lr.{o}' for o in plain))
+    assert 'fastai' in loaded('import fastai.basics')
+
+def test_setup_does_not_import_the_package():
+    "`pip install` runs it where neither the package nor torch is installed"
+    setuptools = 'import runpy, types; sys.modules["setuptools"] = types.SimpleNamespace(setup=lambda **kw: print(kw["name"]))'
+    res = loaded(f'{setuptools}\nrunpy.run_path("setup.py")')
+    assert 'configparser' in res and not {o.split('.')[0] for o in res} & {'fasterai_lr', 'torch', 'fastai'}
 
 def imports(source):
     "What the module `source` imports, wherever in it: (module, imported name) pairs"
@@ -100,7 +129,8 @@ def wrong_imports(order, sources):
     for name,src in sources.items():
         for mod,what in imports(src):
             own = re.fullmatch(r'(?:\.|fasterai_lr\.)(\w+)', mod) or (mod in ('.', 'fasterai_lr') and re.fullmatch(r'([a-z]\w*)', what))
-            if mod.startswith('fastai') and name not in may_import_fastai: res.append(f'{name}: {mod}')
+            if mod in ('.', 'fasterai_lr') and what in public: res.append(f'{name}: {what} by way of the package')
+            elif mod.startswith('fastai') and name not in may_import_fastai: res.append(f'{name}: {mod}')
             elif (mod, what) == ('fastai.vision.all', '*'): res.append(f'{name}: {mod}')
             elif own and own[1] in order and order.index(own[1]) >= order.index(name): res.append(f'{name}: {own[1]} comes later')
     return res
@@ -118,6 +148,7 @@ def test_imports_go_one_way():
 def test_wrong_imports_are_found():
     order = ['linalg', 'layers', 'callback']
     for name,src in [('linalg', 'from .layers import x'), ('linalg', 'from fasterai_lr.layers import x'), ('linalg', 'def f():\n    from fasterai_lr import layers'),
+                     ('callback', 'from fasterai_lr import recompose'), ('callback', 'from . import Budget'),
                      ('layers', 'import fastai.basics'), ('callback', 'from fastai.vision.all import *')]:
         assert len(wrong_imports(order, {name: src})) == 1, src
     assert wrong_imports(order, {'callback': 'from fastai.basics import *\nfrom .layers import *\nimport torch'}) == []
