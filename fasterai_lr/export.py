@@ -9,6 +9,7 @@ __all__ = ['plain', 'current_plan', 'as_file', 'save_low_rank', 'read_low_rank',
 # %% ../nbs/12_export.ipynb #20b21b3c
 import os, zipfile
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -174,6 +175,13 @@ def _check_file(file, model, sample, n):
         except Exception as e: raise RuntimeError(f"model: it cannot be run for {rows} rows as well as for {n}: {_first_line(e)}") from e
         if not diff <= 1e-4: raise RuntimeError(f"file: for {rows} rows the outputs of the ONNX model differ by {diff:.2g} from those of the model, more than 1e-4; nothing was written")
 
+def _as_maximum(model):
+    "Let each max pool down to one value compute a maximum, which every torch can export; `model` is changed"
+    for m in model.modules():
+        if type(m) is nn.AdaptiveMaxPool2d and m.output_size in (1, (1,1), [1,1]) and not m.return_indices:
+            m.forward = partial(torch.amax, dim=(-2,-1), keepdim=True)
+    return model
+
 def export_onnx(
     model:nn.Module,
     sample, # inputs as the model takes them: a tensor, a tuple or a dict
@@ -190,7 +198,7 @@ def export_onnx(
     shapes = tree_map(lambda t: {0: dim} if _is_batch(t) else None, sample)
     args = dict(args=(), kwargs=sample, dynamic_shapes=shapes) if isinstance(sample, dict) else \
            dict(args=sample, dynamic_shapes=shapes) if isinstance(sample, tuple) else dict(args=(sample,), dynamic_shapes=(shapes,))
-    model = replace_layers(model, {})           # a copy: nothing of the tracing stays in `model`
+    model = _as_maximum(replace_layers(model, {}))    # a copy: nothing of the tracing stays in `model`
     with evaluating(model), torch.no_grad(), TemporaryDirectory(dir=file.parent, prefix='.onnx') as d:
         try: program = torch.onnx.export(model, dynamo=True, verbose=False, **args)
         except Exception as e: raise RuntimeError(f"model: torch cannot export this {type(model).__name__}: {_first_line(e.__cause__ or e)}") from e

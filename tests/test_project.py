@@ -14,28 +14,46 @@ may_import_fastai = {'optimizer', 'callback', 'learner', 'all', 'digits'}
 
 # Metadata
 
-def disagreements(ini, toml, init, workflow):
-    "Where the texts of settings.ini, pyproject.toml, `__init__.py` and the workflow contradict each other"
+def wrong_bounds(cfg, oldest):
+    "Where the requirements in `cfg` are not lower bounds alone, contradict each other or are not what the text `oldest` has pip install"
+    res,lower = [],{}
+    for o in (o for k in cfg if k.endswith('requirements') for o in cfg[k].split()):
+        m = re.fullmatch(r'([\w-]+)>=([\d.]+)', o)
+        if not m: res.append(f'bounds: {o} is not name>=version')
+        elif lower.setdefault(m[1], m[2]) != m[2]: res.append(f'bounds: {o} and {m[1]}>={lower[m[1]]}')
+    lines = filter(None, (o.split('#')[0].strip() for o in oldest.splitlines()))
+    pins = dict(o.split('==') for o in lines)
+    tested = {k: v for k,v in pins.items() if k != 'torchvision'}    # not ours to bound: each goes with one torch
+    return res + [f'oldest: {k}: {lower.get(k)} and {tested.get(k)}' for k in sorted(lower.keys() | tested.keys()) if lower.get(k) != tested.get(k)]
+
+def disagreements(ini, toml, init, workflow, oldest):
+    "Where the texts of settings.ini, pyproject.toml, `__init__.py`, the workflow and the oldest versions contradict each other"
     parser = ConfigParser(delimiters=['='])
     parser.read_string(ini)
     cfg, toml = parser['DEFAULT'], tomllib.loads(toml)
-    pythons = yaml.safe_load(workflow)['jobs']['test']['strategy']['matrix']['python']
+    matrix = yaml.safe_load(workflow)['jobs']['test']['strategy']['matrix']
+    pythons = matrix['python']
     nbdev = toml['tool']['nbdev']
     res = [f'{k}: {cfg[k]} and {nbdev[k]}' for k in nbdev if k in cfg and cfg[k] != str(nbdev[k])]
     if missing := {'lib_path', 'nbs_path'} - nbdev.keys(): res.append(f'pyproject.toml lacks {sorted(missing)}')
     if extra := (toml.keys() | {f'tool.{o}' for o in toml['tool']}) - {'build-system', 'tool', 'tool.nbdev'}: res.append(f'pyproject.toml: {sorted(extra)}')
     if f'__version__ = "{cfg["version"]}"' not in init.splitlines(): res.append(f'version: {cfg["version"]} is not in __init__.py')
     if min(pythons, key=lambda o: int(o.split('.')[1])) != cfg['min_python']: res.append(f'min_python: {cfg["min_python"]} and {pythons}')
-    return res
+    if matrix.get('include') != [dict(python=cfg['min_python'], versions='oldest')]: res.append(f'oldest: {matrix.get("include")} in the workflow')
+    return res + wrong_bounds(cfg, oldest)
 
-sources = ['settings.ini', 'pyproject.toml', 'fasterai_lr/__init__.py', '.github/workflows/test.yml']
+sources = ['settings.ini', 'pyproject.toml', 'fasterai_lr/__init__.py', '.github/workflows/test.yml', 'tests/oldest.txt']
 
 def test_metadata_agrees(): assert disagreements(*((root/o).read_text() for o in sources)) == []
 
 @pytest.mark.parametrize('i, old, new, found', [
     (0, 'lib_path = fasterai_lr', 'lib_path = other', 'lib_path'), (0, 'version = ', 'version = 9', 'version'), (0, 'min_python = 3.11', 'min_python = 3.9', 'min_python'),
     (1, 'nbs_path = "nbs"', 'nbs_path = "x"', 'nbs_path'), (1, 'lib_path', '#', 'lacks'), (1, '[tool.nbdev]', '[project]\nname = "x"\n[tool.nbdev]', 'project'),
-    (1, '[tool.nbdev]', '[tool.uv]\n[tool.nbdev]', 'tool.uv'), (2, '__version__', '__v__', 'version'), (3, "'3.11', ", '', 'min_python')])
+    (1, '[tool.nbdev]', '[tool.uv]\n[tool.nbdev]', 'tool.uv'), (2, '__version__', '__v__', 'version'), (3, "'3.11', ", '', 'min_python'),
+    (0, ' torch>=', ' torch>=9', 'oldest: torch:'), (0, ' torch>=', ' torch==', 'bounds: torch=='), (0, ' scipy>=1', ' scipy<9,>=1', 'bounds: scipy<9'),
+    (0, 'requirements = onnx>=', 'requirements = onnx>=9', 'and onnx>='), (0, ' accelerate>=1', '', 'oldest: accelerate: None'),
+    (4, 'nbdev==', 'nbdev==9', 'oldest: nbdev:'), (4, 'timm==', '#', 'oldest: timm:'), (4, 'timm==', 'numpy==2\ntimm==', 'oldest: numpy: None'),
+    (3, "python: '3.11'", "python: '3.12'", 'oldest: ')])
 def test_metadata_that_disagrees_is_found(i, old, new, found):
     texts = [(root/o).read_text() for o in sources]
     assert old in texts[i]
