@@ -22,7 +22,7 @@ from .layers import FactoredLayer, Geometry, check_loaded, check_module, check_p
 from .rank import check_rank
 from .schemes import Svd, check_scheme, exceeds, schemes
 from .calibrate import Batches
-from .settings import Settings, check_names
+from .settings import Settings, check_names, takes_settings
 from .cost import count_params
 from .fit import fit, trace
 from .plan import (Budget, Plan, Planner, cannot_reach, chain_macs, check_evaluate, dense_model, dense_record, holders, known_records, layer_types, measured, merged_records,
@@ -174,12 +174,12 @@ class Decomposer:
         return new,records
 
     @torch.inference_mode(False) # or what is new could not be trained
-    @delegates(Settings, but=['schemes'])
+    @takes_settings(but=['schemes'])
     def decompose(self, model, percent_removed=None, rank_ratio=None, layers=None, exclude=None,
         data=None, # a little of what the model is used on, see `calibrate`; `None`: each weight is decomposed by itself
         moments=None, # from `calibrate` on the same model and data; `None`: gathered first
         progress=None, # wraps each long iteration, like `fastprogress.progress_bar`
-        **kwargs # with data: how it is used
+        **kwargs
        )->nn.Module:
         "A copy of `model` with low-rank layers; the first arguments are those of `choices`"
         settings = Settings.of(kwargs, Decomposer.decompose)
@@ -322,7 +322,7 @@ def _settled(model, what, data):
     dense = dense_model(model)
     return half_saved(dense, _first_batch(dense, data)) or as_decomposers(None), dense
 
-@delegates(Settings)
+@takes_settings()
 def factorize(
     model:nn.Module, # left untouched
     what=None, # a decomposer or a list of them, a `Budget` or a `Plan`; `None`: half of the MACs that can be saved, which needs data
@@ -331,7 +331,7 @@ def factorize(
     sample=None, # for a budget: a batch to count and to time with; `None`: the first of `data`
     moments=None, # from `calibrate` on the same model and data; `None`: gathered first
     progress=None, # wraps each long iteration, like `fastprogress.progress_bar`
-    **kwargs # with data: how it is used; a plan has its own settings, which these change
+    **kwargs
    )->tuple: # ({name: module}, plan), the plan as in `model.low_rank_plan`
     "The modules to put in place of those of `model`, and the plan"
     check_module(model)

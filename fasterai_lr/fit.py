@@ -16,7 +16,6 @@ from math import ceil, inf
 
 import torch
 import torch.nn.functional as F
-from fastcore.meta import delegates
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -26,7 +25,7 @@ from .layers import Geometry, devices_of, evaluating, replace_layers, replace_la
 from .calibrate import (Batches, Centred, Gram, InputMoments, Moments, Squares, blaming_data, calibrate, class_axis, classification, covariance, draw, lacking, layer_input, make_metric, n_items,
     n_positions, output_rows, regression, ridge, unbiased, undisturbed)
 from .schemes import check_scheme, schemes
-from .settings import Settings
+from .settings import Settings, takes_settings
 
 # %% ../nbs/07_fit.ipynb #7cadc237
 @dataclass
@@ -307,7 +306,7 @@ def _renormalise(dense, model, batches):
 # %% ../nbs/07_fit.ipynb #629c7388
 @undisturbed()
 @torch.no_grad()
-@delegates(Settings, but=['schemes'])
+@takes_settings(but=['schemes'])
 def fit(
     model:nn.Module, # left untouched
     choices:dict, # {layer name: (scheme, rank)}
@@ -315,7 +314,7 @@ def fit(
     moments:dict|None=None, # from `calibrate` on the same model; `None`: gathered first
     progress=None, # wraps the iteration over the passes, like `fastprogress.progress_bar`
     settings:Settings|None=None, # `None`: the defaults
-    **kwargs # change them
+    **kwargs
    )->nn.Module:
     "A copy of `model` with the layers of `choices` factored and all layers fitted to what `model` computes on `data`"
     s = Settings.of(kwargs, fit, settings)

@@ -20,14 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from fastcore.meta import delegates
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from .layers import Geometry, devices_of, did_you_mean, factored_layers, find_layers, memory_format, recompose, replace_layers, replace_layers_
 from .schemes import check_scheme, exceeds, schemes as known_schemes
 from .calibrate import Batches, calibrate, class_axis, classification, enough_items, make_metric, n_items, too_few, undisturbed
-from .settings import Settings
+from .settings import Settings, takes_settings
 from .cost import count_macs, count_params, latency_per_layer, macs_per_layer, measure_latency
 from .fit import evaluated, first_output, fit, loss_increase, trace
 
@@ -340,13 +339,13 @@ class Plan:
         return self._with(replace_layers(dense, {n:_fresh(dense.get_submodule(n), *c) for n,c in self.choices.items()}))
 
     @torch.inference_mode(False) # or what is new could not be trained
-    @delegates(Settings, but=['schemes'])
+    @takes_settings(but=['schemes'])
     def apply(self,
         model:nn.Module, # left untouched
         data=None, # see `calibrate`; `None`: each weight is decomposed by itself
         moments:dict|None=None, # from `calibrate` on the same model and data; `None`: gathered first
         progress=None, # wraps each long iteration, like `fastprogress.progress_bar`
-        **kwargs # where they are to differ from the plan's own settings
+        **kwargs
        )->nn.Module:
         "A copy of `model` decomposed as planned, and fitted to `data`; of layers that are smaller already, these"
         settings = Settings.of(kwargs, Plan.apply, self.settings)
@@ -494,7 +493,7 @@ def _n_classes(model, batch, loss):
 class Planner:
     "What is known about a model before a budget is chosen"
     @undisturbed()
-    @delegates(Settings)
+    @takes_settings()
     def __init__(self,
         model:nn.Module, # what is factored in it is taken for what it stands for
         data, # a little of what it is used on, see `calibrate`
@@ -502,7 +501,7 @@ class Planner:
         moments:dict|None=None, # from `calibrate` on the same model and data; `None`: gathered here
         sample=None, # a batch to count and to time with; `None`: the first of `data`
         progress=None, # wraps each long iteration, like `fastprogress.progress_bar`
-        **kwargs # change the settings
+        **kwargs
        ):
         s = self.settings = Settings.of(kwargs, Planner.__init__, settings)
         s.check_functions()
@@ -710,7 +709,7 @@ def make(self:Planner,
     if budget.kind == 'max_drop': return self.drop_search(budget, evaluate, dense, progress=progress)[0]
     return self.plan(budget)
 
-@delegates(Settings)
+@takes_settings()
 def make_plan(
     model:nn.Module, # left untouched; what is factored in it is taken for what it stands for
     data, # a little of what it is used on, without labels: a tensor, a tuple (inputs, targets), a list of batches; or a DataLoader or fastai `DataLoaders`, of which the first 2,000 training items are taken
@@ -719,7 +718,7 @@ def make_plan(
     sample=None, # a batch to count and to time with, in the memory format that counts; `None`: the first of `data`
     moments:dict|None=None, # from `calibrate` on the same model and data; `None`: gathered first
     progress=None, # wraps each long iteration, like `fastprogress.progress_bar`
-    **kwargs # the settings of the plan
+    **kwargs
    )->Plan:
     "Scheme and rank of every layer, for the least estimated loss within the budget"
     settings = Settings.of(kwargs, make_plan)

@@ -15,14 +15,13 @@ from warnings import warn
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.meta import delegates
 from torch import nn
 
 from .layers import FactoredLayer, Geometry, check_loaded, evaluating, factored_layers, find_layers, recompose, select
 from .schemes import schemes as known_schemes
 from .calibrate import classification, n_items
 from .cost import count_macs, count_params, macs_per_layer, measure_latency, size_on_disk
-from .settings import Settings
+from .settings import Settings, takes_settings
 from .plan import Budget, Plan, Planner, dense_model, dense_record, known_records, layer_types
 
 # %% ../nbs/11_report.ipynb #f47d9262
@@ -261,7 +260,7 @@ def _plans(planner, wishes):
     if missed: warn(f"budgets: {', '.join(str(b.value) for b in missed)} left out; {why}")
     return res
 
-@delegates(Settings)
+@takes_settings()
 def tradeoff(
     model:nn.Module, # left untouched
     data, # a little of what it is used on, without labels, see `calibrate`
@@ -269,7 +268,7 @@ def tradeoff(
     budgets=(.8, .6, .4, .2), # fractions of the dense model
     kind:str='macs', # of what: 'params', 'macs' or 'latency'
     progress=None, # wraps each long iteration, like `fastprogress.progress_bar`
-    **kwargs # how `data` is used
+    **kwargs
    )->pd.DataFrame: # columns `budget`, `params`, `macs`, `latency` if it is the kind, `loss` if the metric is one of the loss, and what `evaluate` says, named as it is (or `value`)
     "What budgets of several sizes leave of a model, and what they cost"
     settings = Settings.of(kwargs, tradeoff)
