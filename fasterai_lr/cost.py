@@ -6,12 +6,14 @@
 __all__ = ['Latency', 'count_params', 'size_on_disk', 'macs_per_layer', 'count_macs', 'measure_latency', 'latency_per_layer']
 
 # %% ../nbs/06_cost.ipynb #9f42893f
-import io, math, time
+import io, math, re, time, warnings
 from collections import defaultdict, namedtuple
+from functools import cache
 import numpy as np, torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.module_tracker import ModuleTracker
 
 from .layers import devices_of, evaluating, run_model
 
@@ -36,8 +38,12 @@ def macs_per_layer(
     sample, # Input: a tensor, a tuple of arguments or a dict of keyword arguments
 )->dict: # {name in `named_modules()`: MACs}, the whole model under ''
     "The multiply-accumulates of each module of `model` on `sample`, with those of its children"
-    counter = FlopCounterMode(display=False, custom_mapping=_rnn_ops)
+    counter = _Counter()
     with counter: flops = _per_module(model, sample, counter.get_total_flops)
+    if counter.unknown:
+        warnings.warn(f"macs_per_layer: no formula for {', '.join(sorted(counter.unknown))}, "
+                      "so what that multiplies counts 0; "
+                      "give it one with `torch.utils.flop_counter.register_flop_formula`")
     return {n:f//2 for n,f in flops.items()}
 
 def _per_module(model, sample, read):
@@ -58,12 +64,98 @@ def _per_module(model, sample, read):
         for h in hooks: h.remove()
     return {n:grown[m] for n,m in model.named_modules()}
 
+# %% ../nbs/06_cost.ipynb #b5d0648d
+def _attention_flops(q, k, v, *args, **kwargs):
+    "Every query meets every key and every value, also where several query heads share a key head"
+    return 2*math.prod(q[:-1])*k[-2]*(q[-1]+v[-1])
+
+def _rows_flops(x, *args, out_shape=None, **kwargs):
+    "Every number of the result is one sum of products along the last dimension of `x`"
+    return 2*math.prod(out_shape)*x[-1]
+
+def _added_flops(start, x, *args, out_shape=None, **kwargs):
+    "The same, added to `start`"
+    return _rows_flops(x, out_shape=out_shape)
+
+def _added_batch_flops(start, x, y, *args, **kwargs):
+    "Products of matrices, all added to `start`"
+    return 2*math.prod(x)*y[-1]
+
+def _conv_flops(x, weight, *args, out_shape=None, **kwargs):
+    "Every weight meets every position of the result"
+    return 2*math.prod(weight)*math.prod(out_shape)//out_shape[1]
+
+def _conv_tbc_flops(x, weight, *args, out_shape=None, **kwargs):
+    "The same, with channels last"
+    return 2*math.prod(weight)*math.prod(out_shape[:-1])
+
+def _bilinear_flops(x, weight, y, *args, **kwargs):
+    "Each matrix of `weight` is multiplied by `x` first, and what that gives by `y`"
+    return 2*x[0]*(math.prod(weight) + weight[0]*weight[2])
+
 def _rnn_flops(x, *args, **kwargs):
-    "FLOPs of a fused recurrent layer from the shapes of its arguments: every weight matrix meets every step"
+    "Every weight matrix meets every step"
     weights = args[0] if isinstance(args[0], list) else args[:2]
     return 2*math.prod(x[:-1])*sum(math.prod(w) for w in weights if len(w)==2)
 
-_rnn_ops = {op: _rnn_flops for op in (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn, torch.ops.aten.miopen_rnn)}
+_grouped_attention = """aten._scaled_dot_product_flash_attention aten._scaled_dot_product_efficient_attention
+    aten._scaled_dot_product_cudnn_attention"""
+_formulas = {
+    _attention_flops: """aten._scaled_dot_product_flash_attention_for_cpu
+        aten._scaled_dot_product_fused_attention_overrideable
+        aten._scaled_dot_product_attention_math_for_mps""",
+    _rows_flops: """aten.mv aten.dot aten.vdot aten._cdist_forward aten._euclidean_dist aten._pdist_forward
+        aten.mkldnn_linear aten._int_mm aten._weight_int8pack_mm aten._weight_int4pack_mm_for_cpu
+        aten._scaled_mm_v2 aten._grouped_mm aten._scaled_grouped_mm aten._scaled_grouped_mm_v2""",
+    _added_flops: "aten.addmm_ aten.addmv aten.addmv_ aten.baddbmm_ aten._sparse_addmm",
+    _added_batch_flops: "aten.addbmm aten.addbmm_",
+    _conv_flops: "aten.mkldnn_convolution torchvision.deform_conv2d",
+    _conv_tbc_flops: "aten.conv_tbc",
+    _bilinear_flops: "aten._trilinear",
+    _rnn_flops: "aten.mkldnn_rnn_layer aten._cudnn_rnn aten.miopen_rnn",
+}
+
+def _ops(names):
+    "The operators of `names` that this torch has"
+    for name in names.split():
+        library,op = name.split('.')
+        if hasattr(getattr(torch.ops, library), op): yield getattr(getattr(torch.ops, library), op)
+
+def _more_formulas():
+    "{operator: formula} where torch has none, or may have one that refuses query heads that share a key head"
+    missing = {op:f for f,names in _formulas.items() for op in _ops(names) if op not in flop_registry}
+    return missing | {op:_attention_flops for op in _ops(_grouped_attention)}
+
+# %% ../nbs/06_cost.ipynb #51aba6fc
+class _NoTracker(ModuleTracker):
+    "Follows no modules: hooks here do, and torch's own raise where a module is given a parameter"
+    def __enter__(self): return self
+    def __exit__(self, *args): pass
+
+class _Counter(FlopCounterMode):
+    "Torch's counter with more formulas; `unknown` names what seems to multiply matrices and has none"
+    def __init__(self):
+        super().__init__(display=False, custom_mapping=_more_formulas())
+        self.unknown,self.mod_tracker = set(),_NoTracker()
+    def _count_flops(self, op, out, args, kwargs):
+        if op not in self.flop_registry and _multiplies(str(op), args): self.unknown.add(str(op))
+        return super()._count_flops(op, out, args, kwargs)
+
+_product = re.compile('(mm|mv|gemm|gemv|dot|matmul|einsum|linear|conv|convolution|attention|attn|sdpa'
+                      '|transformer|rnn|lstm|gru|cdist|pdist|euclidean_dist)(?![a-z])')
+_no_product = re.compile('upsample|prepack|unpack|reorder|flatten_weight|fused_(lstm|gru)_cell')
+
+@cache
+def _is_product(name):
+    "Whether an operator called `name` multiplies matrices"
+    return bool(_product.search(name)) and not _no_product.search(name)
+
+def _multiplies(op, args):
+    "Whether the operator `op` multiplies matrices, judged by its name or by two matrices among its `args`"
+    library,_,name = op.partition('.')
+    if _is_product(name): return True
+    if library in ('aten', 'prim', 'prims', 'torchvision'): return False
+    return sum(isinstance(a, torch.Tensor) and a.is_floating_point() and a.ndim>1 for a in args) > 1
 
 # %% ../nbs/06_cost.ipynb #0cb7672d
 def count_macs(

@@ -1,9 +1,15 @@
 "Cost: parameters, MACs against formulas, latency, and that measuring leaves no trace"
-import copy, os, random, subprocess, sys, time
+import copy, os, random, subprocess, sys, time, warnings
 import numpy as np, pytest, torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+import fasterai_lr.cost as cost
 from fasterai_lr.cost import *
-from fasterai_lr.cost import _rnn_flops
+from fasterai_lr.cost import _Counter, _is_product, _rnn_flops
 
 class Block(nn.Module):
     "Hooks, BatchNorm, a shared module, dropout that is always on, mixed training flags"
@@ -89,7 +95,6 @@ def test_convolutions(conv):
 @pytest.mark.parametrize('bias', [True, False])
 def test_linear(shape, bias):
     n = int(np.prod(shape[:-1]))
-    if shape==(4,) and not bias: pytest.skip("torch has no formula for a matrix times a single vector")
     assert count_macs(nn.Linear(4,7,bias=bias), torch.randn(shape)) == n*28
 
 @pytest.mark.parametrize('norm_first', [True, False])
@@ -109,6 +114,14 @@ def test_recurrent(kind, gates, both):
 def test_formula_of_fused_recurrent_layers():
     ws = [torch.Size(o) for o in ((64,8), (64,16), (64,), (64,))]
     assert _rnn_flops(torch.Size((5,3,8)), *ws) == _rnn_flops(torch.Size((5,3,8)), ws, 4) == 2*5*3*64*24
+
+def test_recurrent_as_a_gpu_has_it():
+    def like(*shape): return torch.empty(shape, device='meta')
+    def lstm(x): # 2 layers
+        weights = [like(64,8), like(64,16), like(64), like(64), like(64,16), like(64,16), like(64), like(64)]
+        state = like(2,3,16)
+        return torch.ops.aten._cudnn_rnn(x, weights, 4, None, state, state, 2, 16, 0, 2, False, 0., False, False, [], None)
+    assert macs(Do(lstm), like(5,3,8)) == 5*3*4*16*(8+16 + 16+16)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_recurrent_on_a_gpu():
@@ -161,6 +174,290 @@ def test_meta_device():  # counts shapes without computing
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
 def test_dtypes(dtype): assert count_macs(nn.Linear(3,4).to(dtype), torch.randn(2,3).to(dtype)) == 24
+
+# --- nothing that multiplies matrices is left out
+
+class Do(nn.Module):
+    "A function as a model"
+    def __init__(self, f): super().__init__(); self.f = f
+    def forward(self, *args): return self.f(*args)
+
+class Matrices(TorchDispatchMode):
+    "Collects the operators that get two matrices or more, and do not just take them element by element"
+    def __init__(self): super().__init__(); self.ops = set()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [o for o in tree_leaves((args, kwargs)) if isinstance(o, torch.Tensor)]
+        matrices = [o for o in tensors if o.ndim > 1 and (o.is_floating_point() or o.is_complex())]
+        if len(matrices) > 1 and not func.is_view and torch.Tag.pointwise not in func.tags:
+            self.ops.add(func.overloadpacket)
+        return func(*args, **(kwargs or {}))
+
+harmless = {f'aten.{o}' for o in ('cat', 'stack', 'copy_', 'native_layer_norm', '_weight_norm_interface')} # they copy and normalise
+
+def macs(model, sample):
+    "`count_macs`, where each operator that gets two matrices has a formula or is known as harmless, and none is warned of"
+    with warnings.catch_warnings(), Matrices() as seen:
+        warnings.filterwarnings('error', 'macs_per_layer: no formula')
+        n = count_macs(model, sample)
+    known = _Counter().flop_registry
+    assert {str(o) for o in seen.ops if o not in known} <= harmless
+    return n
+
+def rnd(*shape): return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+def sdpa(q, k=None, v=None, mask=None, **kwargs):
+    "Attention as a model, and its sample of queries, keys and values of these shapes, in any dtype"
+    q = rnd(*q)
+    k = q if k is None else rnd(*k)
+    v = k if v is None else rnd(*v)
+    def attend(q, k, v):
+        masked = {} if mask is None else {'attn_mask': mask if mask.dtype is torch.bool else mask.to(q.dtype)}
+        return F.scaled_dot_product_attention(q, k, v, **masked, **kwargs)
+    return Do(attend),(q,k,v)
+
+b,h,t,s,d,e = 2,4,5,7,8,6 # batch, heads, queries, keys, width, width of values
+attentions = dict(
+    alone=(sdpa((b,h,t,d)), b*h*t*t*2*d),
+    causal=(sdpa((b,h,t,d), is_causal=True), b*h*t*t*2*d), # what is masked counts as well
+    cross=(sdpa((b,h,t,d), (b,h,s,d)), b*h*t*s*2*d),
+    values=(sdpa((b,h,t,d), (b,h,s,d), (b,h,s,e)), b*h*t*s*(d+e)),
+    added=(sdpa((b,h,t,d), (b,h,s,d), mask=rnd(t,s)), b*h*t*s*2*d),
+    masked=(sdpa((b,h,t,d), (b,h,s,d), mask=rnd(b,1,t,s)>-2), b*h*t*s*2*d),
+    grouped=(sdpa((b,h,t,d), (b,2,s,d), enable_gqa=True), b*h*t*s*2*d), # 2 query heads for each key head
+    one=(sdpa((b,h,t,d), (b,1,t,d), is_causal=True, enable_gqa=True), b*h*t*t*2*d),
+    unbatched=(sdpa((h,t,d), (h,s,d)), h*t*s*2*d))
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('name', attentions)
+def test_attention(name, dtype):
+    (model,sample),want = attentions[name]
+    sample = tuple(o.to(dtype) for o in sample)
+    assert macs(model, sample) == want
+    with sdpa_kernel(SDPBackend.MATH): assert macs(model, sample) == want # two products, which torch has always counted
+
+kernels = dict(flash_attention=(), flash_attention_for_cpu=(), efficient_attention=(None,False), cudnn_attention=(None,True),
+               fused_attention_overrideable=(), attention_math_for_mps=()) # of all devices, and what they want besides
+
+@pytest.mark.parametrize('op', kernels)
+@pytest.mark.parametrize('heads,values', [(h,d), (2,d), (h,e)])
+def test_attention_of_every_device(op, heads, values):
+    f = getattr(torch.ops.aten, f'_scaled_dot_product_{op}', None)
+    if f is None: pytest.skip('not in this torch')
+    q,k,v = (torch.empty(o, device='meta') for o in ((b,h,t,d), (b,heads,s,d), (b,heads,s,values)))
+    assert macs(Do(lambda *qkv: f(*qkv, *kernels[op])), (q,k,v)) == b*h*t*s*(d+values)
+
+def mha(*shape_kv, **kwargs):
+    "`nn.MultiheadAttention` of 2 heads and 8 numbers, with keys and values of their own widths where given"
+    wide = dict(zip(('kdim','vdim'), (o[-1] for o in shape_kv)))
+    m,q = nn.MultiheadAttention(8, 2, batch_first=True, **wide),rnd(b,t,8)
+    k,v = map(rnd, *zip(*shape_kv)) if shape_kv else (q,q)
+    return m,dict(query=q, key=k, value=v, **kwargs)
+
+encoder = b*t*(4*d*d + 2*t*d + 2*d*16)
+decoder = encoder + b*t*2*d*d + b*s*2*d*d + b*t*2*s*d # queries and output of the cross attention, its keys and values, itself
+def layer(kind): return kind(d, 2, 16, batch_first=True)
+def lstm_macs(n, out): return b*t*(4*n*(d+out) + n*out)
+
+models = dict(
+    mlp=(nn.Sequential(nn.Linear(4,6), nn.GELU(), nn.LayerNorm(6), nn.Linear(6,3)), rnd(2,4), 2*(24+18)),
+    depthwise=(nn.Sequential(nn.Conv1d(4,4,3,groups=4), nn.Conv1d(4,6,1)), rnd(2,4,9), 2*7*(4*3+4*6)),
+    transposed=(nn.ConvTranspose1d(4,6,3,stride=2), rnd(2,4,9), 2*9*4*6*3),
+    transposed3=(nn.ConvTranspose3d(4,6,2,groups=2), rnd(2,4,3,3,3), 2*27*4*3*8),
+    channels_last=(nn.Conv2d(4,6,3).to(memory_format=torch.channels_last), rnd(2,4,9,9), 2*49*4*6*9),
+    conv_bf16=(nn.Conv2d(4,6,3).bfloat16(), rnd(2,4,9,9).bfloat16(), 2*49*4*6*9),
+    one_image=(nn.Conv2d(4,6,3), rnd(4,9,9), 49*4*6*9),
+    u_net=(nn.Sequential(nn.Conv2d(3,4,3,padding=1), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Upsample(scale_factor=2, mode='bilinear')),
+           rnd(2,3,8,8), 2*64*3*4*9),
+    lstm=(nn.LSTM(d, 16), rnd(t,b,d), b*t*4*16*(d+16)),
+    lstm_bf16=(nn.LSTM(d, 16).bfloat16(), rnd(t,b,d).bfloat16(), b*t*4*16*(d+16)),
+    projected=(nn.LSTM(d, 16, proj_size=3), rnd(t,b,d), lstm_macs(16, 3)),
+    both_ways=(nn.LSTM(d, 16, proj_size=3, bidirectional=True), rnd(t,b,d), 2*lstm_macs(16, 3)),
+    gru=(nn.GRU(d, 16), rnd(t,b,d), b*t*3*16*(d+16)),
+    rnn=(nn.RNN(d, 16), rnd(t,b,d), b*t*16*(d+16)),
+    packed=(Do(lambda x: nn.LSTM(d, 16)(nn.utils.rnn.pack_padded_sequence(x, [5,3]))), rnd(t,b,d), (5+3)*4*16*(d+16)),
+    lstm_cell=(nn.LSTMCell(d, 16), rnd(b,d), b*4*16*(d+16)),
+    gru_cell=(nn.GRUCell(d, 16), rnd(b,d), b*3*16*(d+16)),
+    rnn_cell=(nn.RNNCell(d, 16), rnd(b,d), b*16*(d+16)),
+    mha=(*mha(), b*t*(4*d*d + 2*t*d)),
+    mha_without_weights=(*mha(need_weights=False), b*t*(4*d*d + 2*t*d)),
+    mha_masked=(*mha(need_weights=False, attn_mask=rnd(t,t)), b*t*(4*d*d + 2*t*d)),
+    mha_padded=(*mha(need_weights=False, key_padding_mask=torch.arange(t)[None].repeat(b,1)>3), b*t*(4*d*d + 2*t*d)),
+    mha_cross=(*mha((b,s,3), (b,s,6), need_weights=False), b*(2*t*d*d + s*d*(3+6) + 2*t*s*d)),
+    encoder=(nn.TransformerEncoder(layer(nn.TransformerEncoderLayer), 2), rnd(b,t,d), 2*encoder),
+    encoder_bf16=(layer(nn.TransformerEncoderLayer).bfloat16(), rnd(b,t,d).bfloat16(), encoder),
+    decoder=(nn.TransformerDecoder(layer(nn.TransformerDecoderLayer), 2), (rnd(b,t,d), rnd(b,s,d)), 2*decoder),
+    transformer=(nn.Transformer(d, 2, 1, 1, 16, batch_first=True), (rnd(b,s,d), rnd(b,t,d)),
+                 b*s*(4*d*d + 2*s*d + 2*d*16) + decoder),
+    bilinear=(nn.Bilinear(3,4,5), (rnd(2,3), rnd(2,4)), 2*5*(3*4+4)), # one input meets the weight, what comes out the other
+    bilinear3=(nn.Bilinear(3,4,5,bias=False), (rnd(2,6,3), rnd(2,6,4)), 12*5*(3*4+4)),
+    einsum=(Do(lambda x,y: torch.einsum('bij,bjk->bik', x, y)), (rnd(2,3,4), rnd(2,4,5)), 2*3*4*5),
+    einsum_three=(Do(lambda x,y,z: torch.einsum('bi,ij,bj->b', x, y, z)), (rnd(2,3), rnd(3,4), rnd(2,4)), 2*(3*4+4)),
+    tensordot=(Do(lambda x,y: torch.tensordot(x, y, 2)), (rnd(2,3,4), rnd(3,4,5)), 2*12*5),
+    vectors=(Do(torch.dot), (rnd(4), rnd(4)), 4),
+    vectors_conjugate=(Do(torch.vdot), (rnd(4), rnd(4)), 4),
+    vector=(Do(torch.mv), (rnd(3,4), rnd(4)), 12),
+    vector_added=(Do(torch.addmv), (rnd(3), rnd(3,4), rnd(4)), 12),
+    vector_added_in_place=(Do(torch.Tensor.addmv_), (rnd(3), rnd(3,4), rnd(4)), 12),
+    added_in_place=(Do(torch.Tensor.addmm_), (rnd(3,5), rnd(3,4), rnd(4,5)), 60),
+    added_batches=(Do(torch.addbmm), (rnd(3,5), rnd(2,3,4), rnd(2,4,5)), 2*60),
+    added_batches_in_place=(Do(torch.Tensor.addbmm_), (rnd(3,5), rnd(2,3,4), rnd(2,4,5)), 2*60),
+    added_to_batches_in_place=(Do(torch.Tensor.baddbmm_), (rnd(2,3,5), rnd(2,3,4), rnd(2,4,5)), 2*60),
+    distances=(Do(torch.cdist), (rnd(3,4), rnd(5,4)), 60),
+    many_distances=(Do(torch.cdist), (rnd(30,4), rnd(50,4)), 30*50*4), # torch takes a matrix product from 25 rows on
+    own_distances=(Do(F.pdist), rnd(5,4), 5*4//2*4),
+    conv_tbc=(Do(torch.conv_tbc), (rnd(7,2,4), rnd(3,4,6), rnd(6)), 5*2*3*4*6),
+    sparse=(Do(lambda x,y: torch.sparse.mm(x.to_sparse(), y)), (rnd(3,4), rnd(4,5)), 60),
+    weight_norm=(nn.utils.parametrizations.weight_norm(nn.Linear(3,4)), rnd(2,3), 24),
+    embedding=(nn.Embedding(10,3), torch.arange(6), 0),
+    bag=(nn.EmbeddingBag(10,3), torch.arange(6).view(2,3), 0),
+    normalisation=(nn.Sequential(nn.GroupNorm(2,4), nn.BatchNorm2d(4), nn.InstanceNorm2d(4), nn.LayerNorm((9,9)), nn.AvgPool2d(2),
+                                 nn.Upsample(scale_factor=2, mode='bilinear')), rnd(2,4,9,9), 0))
+
+@pytest.mark.parametrize('name', models)
+def test_models_of_every_kind(name):
+    model,sample,want = models[name]
+    assert macs(model, sample) == want
+
+def grouped_mm(x, w): return torch.ops.aten._grouped_mm(x, w, torch.tensor([2,4], dtype=torch.int32))
+def packed4(x, w):
+    pack,mm = torch.ops.aten._convert_weight_to_int4pack_for_cpu,torch.ops.aten._weight_int4pack_mm_for_cpu
+    return mm(x, pack(w, 2), 32, torch.ones(2,32,2,dtype=x.dtype))
+def meta(*shape, dtype=torch.float8_e4m3fn): return torch.empty(shape, dtype=dtype, device='meta')
+def scales(*shape): return meta(*shape, dtype=torch.float32)
+def scaled_mm_v2(x, w): return torch.ops.aten._scaled_mm_v2(x, w.mT, [scales(1)], [0], [0], [scales(1)], [0], [0], None, torch.bfloat16)
+def scaled_grouped_mm(x, w):
+    return torch.ops.aten._scaled_grouped_mm(x, w.mT, scales(32), scales(2,48), meta(2, dtype=torch.int32), None, None, torch.bfloat16)
+def scaled_grouped_mm_v2(x, w):
+    return torch.ops.aten._scaled_grouped_mm_v2(x, w.mT, [scales(32)], [1], [0], [scales(2,48)], [1], [0], meta(2, dtype=torch.int32), None,
+                                                torch.bfloat16)
+low_precision = dict(
+    _scaled_mm_v2=(scaled_mm_v2, (meta(32,16), meta(48,16)), 32*16*48),
+    _scaled_grouped_mm=(scaled_grouped_mm, (meta(32,16), meta(2,48,16)), 32*16*48),
+    _scaled_grouped_mm_v2=(scaled_grouped_mm_v2, (meta(32,16), meta(2,48,16)), 32*16*48),
+    _int_mm=(lambda x,w: torch._int_mm(x, w), (torch.ones(32,16).char(), torch.ones(16,24).char()), 32*16*24),
+    _weight_int8pack_mm=(lambda x,w: torch._weight_int8pack_mm(x, w, torch.ones(32).bfloat16()),
+                         (rnd(3,64).bfloat16(), torch.ones(32,64).char()), 3*64*32),
+    _weight_int4pack_mm_for_cpu=(packed4, (rnd(3,64).bfloat16(), torch.ones(32,64).int()), 3*64*32),
+    _grouped_mm=(grouped_mm, (rnd(4,16).bfloat16(), rnd(2,16,32).bfloat16()), 4*16*32), # 2 experts, each for 2 rows
+    mkldnn_linear=(lambda x,w: torch._C._nn.mkldnn_linear(x.to_mkldnn(), w.to_mkldnn()).to_dense(), (rnd(3,4), rnd(5,4)), 60),
+    mkldnn_convolution=(lambda x,w: torch.mkldnn_convolution(x.to_mkldnn(), w.to_mkldnn(), None, [0,0], [1,1], [1,1], 2).to_dense(),
+                        (rnd(2,4,9,9), rnd(6,2,3,3)), 2*49*6*2*9))
+
+@pytest.mark.parametrize('op', low_precision)
+def test_matrices_that_were_packed(op):
+    f,sample,want = low_precision[op]
+    if not hasattr(torch.ops.aten, op): pytest.skip('not in this torch')
+    if 'mkldnn' in op and not torch.backends.mkldnn.is_available(): pytest.skip('needs mkldnn')
+    assert macs(Do(f), sample) == want
+
+def test_deformable_convolution():
+    from torchvision.ops import deform_conv2d
+    assert macs(Do(lambda x,w: deform_conv2d(x, torch.zeros(2,18,7,7), w)), (rnd(2,4,9,9), rnd(6,4,3,3))) == 2*49*4*6*9
+
+def by_hand(model, x):
+    "MACs of the linear layers and convolutions of `model`, from their weights and what they give"
+    total = []
+    def add(m, x, out): total.append(out.numel()*m.weight[0].numel())
+    hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, (nn.Linear,nn.Conv1d,nn.Conv2d))]
+    with torch.no_grad(): model.eval()(x)
+    for o in hooks: o.remove()
+    return sum(total)
+
+def timm(name, **kw):
+    import timm
+    return timm.create_model(name, pretrained=False, num_classes=5, **kw)
+
+def tv(name, *args, **kw):
+    from torchvision import models
+    return getattr(models, name)(*args, **kw)
+
+tokens = 4*4+1
+networks = dict( # model, size of the image, what attention takes; None where only the kernel of two products is there to compare
+    resnet=(lambda: tv('resnet18', weights=None), 64, 0),
+    convnext=(lambda: timm('convnext_atto', depths=(1,1,1,1), dims=(8,16,32,64)), 64, 0),
+    mixer=(lambda: timm('mixer_s32_224', img_size=64), 64, 0),
+    vit=(lambda: timm('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=2), 32, 2*2*tokens*tokens*192),
+    deit=(lambda: timm('deit_tiny_patch16_224', img_size=32, patch_size=8, depth=2), 32, 2*2*tokens*tokens*192),
+    cait=(lambda: timm('cait_xxs24_224', img_size=32, depth=1), 32, None), # gives a parameter to its modules
+    swin=(lambda: timm('swin_tiny_patch4_window7_224', depths=(1,1), embed_dim=24, num_heads=(2,4), img_size=56), 56, None),
+    vision_transformer=(lambda: tv('VisionTransformer', 32, 8, 2, 4, 16, 32), 32, None),
+    swin_v1=(lambda: tv('SwinTransformer', [4,4], 24, [2,2], [2,4], [4,4]), 64, None))
+
+@pytest.mark.parametrize('name', networks)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_networks(name, dtype):
+    if name in ('convnext','mixer','vit','deit','cait','swin'): pytest.importorskip('timm')
+    make,size,attention = networks[name]
+    model,x = make().to(dtype),rnd(2,3,size,size).to(dtype)
+    n = macs(model, x)
+    with sdpa_kernel(SDPBackend.MATH): assert macs(model, x) == n
+    if attention is not None: assert n == by_hand(model, x) + 2*attention
+
+def test_every_module_has_its_share_of_attention():
+    class Attend(nn.Module):
+        def forward(self, q): return F.scaled_dot_product_attention(q, q, q)
+    class Block(nn.Module):
+        def __init__(self): super().__init__(); self.qkv,self.attend,self.mlp = nn.Linear(8,8),Attend(),nn.Linear(8,8)
+        def forward(self, x): return self.mlp(self.attend(self.qkv(x)[:,None])[:,0])
+    each = {'qkv': b*t*64, 'attend': b*t*t*16, 'mlp': b*t*64}
+    whole = sum(each.values())
+    got = macs_per_layer(nn.Sequential(Block(), Block()), rnd(b,t,8))
+    assert got == {'': 2*whole} | {k:v for i in '01' for k,v in {i: whole, **{f'{i}.{n}': o for n,o in each.items()}}.items()}
+
+# --- what is not known is told
+
+def told(model, sample):
+    "The MACs, and the warnings"
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        n = count_macs(model, sample)
+    return n,[str(o.message) for o in w]
+
+def own(name, f):
+    "`f` as an operator of a library of its own"
+    return torch.library.custom_op(f'fasterai_lr_test::{name}', f, mutates_args=())
+
+def two(x:torch.Tensor, y:torch.Tensor)->torch.Tensor: return x@y
+def one(x:torch.Tensor, scale:torch.Tensor)->torch.Tensor: return x*scale
+
+def test_an_operator_of_ones_own_is_warned_of_until_it_has_a_formula():
+    op,packet = own('fused', two),lambda: torch.ops.fasterai_lr_test.fused
+    model,sample = Do(lambda x,y: op(x, y)@y),(rnd(3,4), rnd(4,4))
+    n,warned = told(model, sample)
+    assert n == 3*4*4 and len(warned)==1 and 'no formula for fasterai_lr_test.fused,' in warned[0] and 'register_flop_formula' in warned[0]
+    register_flop_formula(packet())(lambda x, y, **kwargs: 2*x[0]*x[1]*y[1])
+    try: assert told(model, sample) == (2*3*4*4, [])
+    finally: del flop_registry[packet()]
+
+def test_a_harmless_operator_of_ones_own_is_not():
+    op = own('scale', one)
+    assert told(Do(lambda x,y: op(x, y)@x.T), (rnd(3,4), rnd(4))) == (3*4*3, [])
+
+def test_an_attention_that_torch_has_no_formula_for(monkeypatch): # as in a release with a new operator
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    (model,sample),want = attentions['alone']
+    assert told(model, sample) == (want, [])
+    monkeypatch.setattr(cost, '_formulas', {})
+    monkeypatch.delitem(flop_registry, op, raising=False)
+    n,warned = told(model, sample)
+    assert n == 0 and len(warned)==1 and str(op) in warned[0]
+
+def test_a_registered_formula_is_kept(monkeypatch): # torch's, or of those who count a causal attention by half
+    monkeypatch.setitem(flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, lambda *args, **kwargs: 14)
+    (model,sample),_ = attentions['causal']
+    assert count_macs(model, sample) == 7
+
+def test_names_of_operators_that_multiply():
+    known = [str(o) for o in _Counter().flop_registry]
+    assert len(known) > 40 and [o for o in known if not _is_product(o)] == []
+    for o in ('quantized.linear_dynamic', 'quantized.conv2d_relu', 'aten.quantized_lstm', 'aten._foreach_mm', 'aten._native_multi_head_attention',
+              'aten._transformer_encoder_layer_fwd', 'xformers.efficient_attention_forward', 'flash_attn._flash_attn_varlen_forward',
+              'mine.gemv_4bit', 'mine.batched_matmul', 'mine.conv'):
+        assert _is_product(o), o
+    for o in ('upsample_bilinear2d', '_upsample_bilinear2d_aa', 'upsample_linear1d', 'native_layer_norm', 'cummax', 'lgamma', '_to_copy',
+              '_thnn_fused_lstm_cell', '_fused_sdp_choice', '_convert_indices_from_coo_to_csr', 'mkldnn_reorder_conv2d_weight',
+              'convert_element_type', '_cudnn_rnn_flatten_weight', 'conv2d_prepack', 'dist'):
+        assert not _is_product(o), o
 
 # --- parameters and bytes
 
