@@ -134,6 +134,11 @@ def _split(batch, bs):
     part = lambda i: tree_map(lambda t: t[i:i+bs] if isinstance(t, Tensor) and t.dim() else t, batch)
     return [part(i) for i in range(0, max(n, 1), bs)]
 
+def _check_list(data):
+    "Raise a `ValueError` for a list that must be one batch, as its tensors differ in their number of axes"
+    if type(data) is list and len(data) > 1 and all(isinstance(t, Tensor) for t in data) and len({t.dim() for t in data}) > 1:
+        raise ValueError("data: a list holds batches, but its tensors look like inputs and targets; give a tuple for one batch")
+
 class Batches:
     "The inputs in `data`, batch by batch, on `device`; can be gone through again and again"
     def __init__(self,
@@ -141,6 +146,7 @@ class Batches:
         device=None, # to move them to
         bs:int=64): # the size of the batches that a single one is split into
         if isinstance(data, Batches): data = data.data
+        _check_list(data)
         if isinstance(data, (Tensor, tuple, Mapping)): data = _split(data, bs)
         self.data,self.device = data.train if hasattr(data, 'loaders') else data,device     # a fastai loader has a `train` too: its dataset's
         if not hasattr(self.data, '__iter__') or isinstance(self.data, str):
@@ -326,6 +332,8 @@ def _gathering(model, gathers):
         for h in hooks: h.remove()
         for p,f in flags: p.requires_grad_(f)
 
+_calibrated = nn.Linear,nn.Conv1d,nn.Conv2d,nn.Conv3d # the layers that moments are known for
+
 def _scalar(loss, out, gen):
     if loss not in (classification, regression):
         res = loss(out, gen) if isinstance(loss, OwnLoss) else loss(out)
@@ -336,13 +344,16 @@ def _scalar(loss, out, gen):
     return loss(out, gen)
 
 def check_weights(model:nn.Module):
-    "Raise a `ValueError` where a parameter of `model` is NaN or infinite, or one that autograd cannot use"
-    for name,p in model.named_parameters():
-        if isinstance(p, UninitializedParameter) or p.is_meta or not p.is_floating_point(): continue
-        if p.is_inference():
+    "Raise a `ValueError` where a tensor of `model` is one that autograd cannot use, or a weight is NaN or infinite"
+    for name,t in (*model.named_parameters(), *model.named_buffers()):
+        if t.is_inference():
             raise ValueError(f"model: {name!r} was made inside torch.inference_mode(), and autograd cannot use it; "
                              "make the model outside of it, or give a copy that was made outside: copy.deepcopy(model)")
-        if not torch.isfinite(p).all(): raise ValueError(f"model: its parameter {name!r} holds NaN or infinity")
+    layers = {id(p) for m in model.modules() if isinstance(m, _calibrated) for p in m.parameters(recurse=False)}
+    for name,p in model.named_parameters():
+        if isinstance(p, UninitializedParameter) or p.is_meta or not p.is_floating_point(): continue
+        wrong = ~torch.isfinite(p) if id(p) in layers else torch.isnan(p) # others may be masks, which hold infinities
+        if wrong.any(): raise ValueError(f"model: its parameter {name!r} holds NaN or infinity")
 
 def _shapes(batch):
     "What a batch of inputs looks like, for an error message"
@@ -355,7 +366,7 @@ def blaming_data(batch):
     "Let an error that the model raises for `batch` say what it was called with"
     try: yield
     except torch.OutOfMemoryError: raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         why = next(iter(str(e).strip().splitlines()), type(e).__name__)
         hint = '; a tuple is one batch, give a list for several' if isinstance(batch, tuple) and len(batch) > 1 else ''
         raise ValueError(f"data: the model cannot be called with inputs {_shapes(batch)}: {why}{hint}") from e
@@ -365,11 +376,13 @@ def _all_finite(tensors): return all(torch.isfinite(t).all() for t in tensors if
 def _check_moments(moments, batches): # `moments`: {layer name: `Moments`}
     "Raise a `ValueError` where a moment is not finite, which says whether the data or the model makes it so"
     seen = {n: (m.outputs, m.output_mean, m.inputs, m.input_mean) for n,m in moments.items()}
-    wrong = [n for n,ts in seen.items() if not _all_finite(ts)] or [n for n,m in moments.items() if not _all_finite([m.grads])]
-    if not wrong: return
-    for i,b in enumerate(batches):
-        if not _all_finite(tree_leaves(b)): raise ValueError(f"data: batch {i} holds NaN or infinity")
-    raise ValueError(f"model: what it computes from the data, which is finite, is NaN or infinite at layer {wrong[0]!r}")
+    wrong = [n for n,ts in seen.items() if not _all_finite(ts)]
+    if wrong:
+        for i,b in enumerate(batches):
+            if not _all_finite(tree_leaves(b)): raise ValueError(f"data: batch {i} holds NaN or infinity")
+        raise ValueError(f"model: what it computes from the data, which is finite, is NaN or infinite at layer {wrong[0]!r}")
+    wrong = [n for n,m in moments.items() if not _all_finite([m.grads])]
+    if wrong: raise ValueError(f"loss: its gradient is NaN or infinite at layer {wrong[0]!r}")
 
 def calibrate(
     model:nn.Module,
@@ -384,7 +397,7 @@ def calibrate(
     if not callable(loss): raise TypeError(f"loss: {loss!r} is no function; give classification, regression, or a function from the model's output to a scalar")
     check_weights(model)
     gen = torch.Generator().manual_seed(seed)
-    layers = [f for f in find_layers(model, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) if not f.reason]
+    layers = [f for f in find_layers(model, _calibrated) if not f.reason]
     gathers = {f.name: _Gather(f.layer, max_size, most, gen) for f in layers}
     device,samples = next(iter(devices_of(model)), None),0
     scale = 256. if any(p.dtype == torch.float16 for p in model.parameters()) else 1. # small gradients would be zero there
@@ -403,12 +416,12 @@ def calibrate(
 def enough_items(
     moments:dict, # {layer name: `Moments`}
     items:int, # that they come from
-    classes:int=1 # that the model tells apart
+    classes:float=1 # that the model tells apart, for each position of an item that it classifies
    )->int:
     "The number of items with which every moment could have full rank, and 25 for each class, though no more than 2,000 for that"
     def width(m): return max((t.shape[-1] for t in (m.inputs, m.outputs) if t is not None and t.dim() == 3), default=1)
-    of_layers = [ceil(width(m)*items/m.positions) for m in moments.values()]
-    return max([min(25*classes, 2000), *of_layers])
+    of_layers = [ceil(width(m)*items/m.positions) for m in moments.values() if m.positions >= items] # others do not see all items
+    return max([min(ceil(25*classes), 2000), *of_layers])
 
 def too_few(
     items:int, # that there are

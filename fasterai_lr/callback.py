@@ -37,7 +37,7 @@ from .settings import Settings, check_names
 from .cost import count_macs, count_params
 from .decomposer import as_decomposers, check_reach, check_what, check_without_data, factorize, half_saved, needs_data, warn_if_unchanged
 from .distributed import check_wrapper, in_all, on_first_rank, shared_moments
-from .fit import output_loss
+from .fit import output_loss, trace
 from .layers import FactoredLayer, evaluating, factored_layers, find_layers, run_model
 from .optimizer import check_opt, swap_layers
 from .plan import Budget, Plan, dense_model, layer_types, too_loose
@@ -124,7 +124,14 @@ def metric_value(
     value = measure_metric(learn, model)
     return -value if _less_is_better.search(_metric(learn).name) else value
 
-_fractions = re.compile('accuracy|error_rate|f1_|fbeta|precision|recall|dice|jaccard|roc_auc|apscore|hamming|brier')
+def _named_value(learn):
+    "`metric_value` as a function of a model alone, named after the metric"
+    def value(model): return metric_value(learn, model)
+    value.__name__ = _metric(learn).name
+    return value
+
+_fractions = re.compile('acc|error_rate|f1|fbeta|precision|recall|dice|jaccard|iou|auc|apscore|hamming|brier|kappa|matthews', re.I)
+_percent = re.compile('percent|pct|%')
 
 def check_max_drop(
     learn, # a `Learner`
@@ -132,7 +139,7 @@ def check_max_drop(
    ):
     "Raise a `ValueError` where that metric is a fraction, which could not get so much worse"
     name = _metric(learn).name
-    if max_drop < 1 or not _fractions.search(name): return
+    if max_drop < 1 or not _fractions.search(name) or _percent.search(name): return
     value = measure_metric(learn)
     if 0 <= value <= 1: raise too_loose(max_drop, value, name)
 
@@ -147,6 +154,7 @@ def _sample(learn, data, model): return next(iter(Batches(_data(learn, data, 1),
 def _default(learn, data):
     "A budget of half of what can be saved; the plain decomposers where nothing can, or the model cannot be run outside of a fit"
     model = dense_model(get_model(learn.model))
+    if data is not None: trace(model, [], _sample(learn, data, model)) # an error where it is the data that is wrong
     try:
         sample = _sample(learn, data, model)
         with evaluating(model), torch.no_grad(): output_kind(learn)(run_model(model, sample))
@@ -161,6 +169,8 @@ def _check_arguments(whats, data, kwargs):
     settings = {n:v for n,v in kwargs.items() if n not in others}
     Settings.of(settings, factorize)
     check_what(whats, settings, others['evaluate'], others['sample'])
+    for w in whats:
+        if isinstance(w, Plan): Settings.of(settings, factorize, w.settings).check_functions()
     if data is None and not any(w is None or needs_data(w) for w in whats): check_without_data(settings, **others)
 
 def _own_loss_of(learn, what):
@@ -177,7 +187,7 @@ def _settled(learn, what, data, kwargs):
     data = Batches(_data(learn, data), next(get_model(learn.model).parameters()).device)
     if isinstance(what, Budget) and what.kind == 'max_drop' and kwargs.get('evaluate') is None:
         check_max_drop(learn, what.value)
-        kwargs = kwargs | dict(evaluate=partial(metric_value, learn))
+        kwargs = kwargs | dict(evaluate=_named_value(learn))
     return what,data,_own_loss_of(learn, what) | kwargs
 
 def _subject(learn, what):
@@ -369,6 +379,7 @@ class DecomposeCallback(Callback):
 
     def _check_what(self, what):
         model = get_model(self.model)
+        if self.data is not None: trace(dense_model(model), [], _sample(self.learn, self.data, model)) # an error where the model cannot be called with it
         if isinstance(what, Plan): what.check(model)
         elif isinstance(what, Budget): self._check_budget(dense_model(model), what)
         elif what is not None:
@@ -377,7 +388,7 @@ class DecomposeCallback(Callback):
     def _check_budget(self, model, budget):
         if budget.kind == 'max_drop' and self.kwargs.get('evaluate') is None: check_max_drop(self.learn, budget.value)
         sample = self.kwargs.get('sample')
-        if sample is None: sample = _sample(self.learn, self.data, model)
+        sample = _sample(self.learn, self.data if sample is None else [sample], model)
         check_reach(model, budget, sample, self.kwargs.get('schemes', Settings().schemes))
 
     def _refuse(self):

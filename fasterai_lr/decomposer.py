@@ -22,11 +22,11 @@ from .layers import FactoredLayer, Geometry, check_loaded, check_module, check_p
 from .rank import check_rank
 from .schemes import Svd, check_scheme, exceeds, schemes
 from .calibrate import Batches
-from .settings import Settings, check_names, takes_settings
+from .settings import Settings, check_callable, check_names, takes_settings
 from .cost import count_params
 from .fit import fit, trace
-from .plan import (Budget, Plan, Planner, cannot_reach, chain_macs, check_evaluate, dense_model, dense_record, holders, known_records, layer_types, measured, merged_records,
-    no_smaller, own_amounts)
+from fasterai_lr.plan import (Budget, Plan, Planner, cannot_reach, chain_macs, check_evaluate, dense_model, dense_record, holders, known_records, layer_types, measured, merged_records,
+    own_amounts)
 
 # %% ../nbs/08_decomposer.ipynb #6430becd
 def _plain(rank): return list(rank) if isinstance(rank, tuple) else rank
@@ -52,6 +52,7 @@ def warn_if_unchanged(model, new:dict, plan:dict):
     budget = plan.get('budget') or {}
     if any(isinstance(m, FactoredLayer) for m in new.values()) or 'max_drop' in budget or 1. in budget.values(): return
     reasons = {n: r['reason'] for n,r in plan['layers'].items() if r['status'] == 'dense'}
+    if 'set by hand' in reasons.values() or set(reasons.values()) == {'left out by layers or exclude'}: return
     held = holders(model, own_amounts(model, 'params'), reasons=reasons)
     warnings.warn(f"No layer was decomposed and the model is as it was. Its parameters are held by {held or 'no layer'}. "
                   "`low_rank_plan` of the model, `summarize` and `learn.low_rank_summary` tell why, layer by layer")
@@ -169,7 +170,7 @@ class Decomposer:
         for f,choice,rec in self.choices(model, percent_removed, rank_ratio, layers, exclude, progress, taken):
             if choice:
                 scheme,rank = choice
-                new[f.name],rec.error = scheme.build(rank, f.layer),scheme.error(rank)
+                new[f.name],rec.error,rec.error_of = scheme.build(rank, f.layer),scheme.error(rank),[scheme.name, _plain(rank), 'weight']
             records[f.name] = asdict(rec)
         return new,records
 
@@ -268,13 +269,14 @@ def _fitted(decomposers, model, data, settings, moments=None, progress=None, arg
             if choice:
                 chosen[f.name],rec.error = (f, *choice),choice[0].error(choice[1])
                 why = planner.why_not(f)
+                rec.error_of = [rec.scheme, rec.rank, 'weight' if why else settings.metric]
                 rec.reason = '; '.join(filter(None, (rec.reason, f'{why}: decomposed by its weight alone' if why else planner.note(f.name))))
             if choice or f.name not in records: records[f.name] = asdict(rec)
     reached = {n: (s, r) for n,(f,s,r) in chosen.items() if n in planner.uses}
     predicted = planner.predicted_loss(s.costs([r])[0] for s,r in reached.values())
     res = fit(model, {n: (s.name, r) for n,(s,r) in reached.items()}, planner.batches, planner.moments, progress, settings)
     res = replace_layers_(res, {n: s.build(r, f.layer) for n,(f,s,r) in chosen.items() if n not in reached})
-    plan = Plan(merged_records(model, records), None, predicted, measured(model, res, planner.batches, settings.loss), planner.data, settings)
+    plan = Plan(merged_records(model, records), None, predicted, measured(dense_model(model), res, planner.batches, settings.loss), planner.data, settings)
     return changed_modules(model, res), plan.plain()
 
 def _alone(decomposers, model, progress):
@@ -286,12 +288,12 @@ def _alone(decomposers, model, progress):
         records |= {n:r for n,r in recs.items() if n in layers or n not in records}
     return new,dict(layers=merged_records(model, records))
 
-def _planned(model, budget, data, settings, evaluate, sample, moments, progress):
-    "A copy of `model` decomposed for a budget"
-    dense = check_evaluate(model, budget, evaluate)
-    check_reach(model, budget, sample if sample is not None else _first_batch(model, data), settings.schemes)
-    planner = Planner(model, data, settings, moments, sample, progress)
-    if budget.kind == 'max_drop': return planner.drop_search(budget, evaluate, dense, progress=progress)[1]
+def _planned(model, dense, budget, data, settings, evaluate, sample, moments, progress):
+    "A copy of `model`, which stands for `dense`, decomposed for a budget"
+    value = check_evaluate(dense, budget, evaluate)
+    check_reach(dense, budget, _first_batch(dense, data if sample is None else [sample]), settings.schemes)
+    planner = Planner(dense, data, settings, moments, sample, progress)
+    if budget.kind == 'max_drop': return planner.drop_search(budget, evaluate, value, model, progress=progress)[1]
     return planner.make(budget, progress=progress).apply(model, planner.batches, planner.moments, progress)
 
 def _first_batch(model, data): return next(iter(Batches(data, next(iter(devices_of(model)), None))))
@@ -307,6 +309,7 @@ def check_what(
     sample=None
    ):
     "Raise a `TypeError` for an argument that is given and that nothing in `whats` makes use of"
+    if evaluate is not None: check_callable('evaluate', evaluate, 'a function from a model to a number, larger is better')
     budgets = [w for w in whats if w is None or isinstance(w, Budget)]
     given = [n for n,v in dict(evaluate=evaluate, sample=sample).items() if v is not None] + ['schemes']*('schemes' in kwargs)
     if given and not budgets: raise TypeError(f"{', '.join(given)}: only with a Budget")
@@ -338,22 +341,17 @@ def factorize(
     settings = Settings.of(kwargs, factorize)
     check_what([what], kwargs, evaluate, sample)
     if data is None: check_without_data(kwargs, moments=moments, evaluate=evaluate, sample=sample)
+    if progress is not None: check_callable('progress', progress, 'a function that wraps an iteration, like `fastprogress.progress_bar`')
     what,dense = _settled(model, what, data)
-    if isinstance(what, list): return _fitted(what, dense, data, settings, moments, progress) if data is not None else _alone(what, dense, progress)
-    if isinstance(what, Budget): res = _planned(dense, what, data, settings, evaluate, sample, moments, progress)
-    else: res = what.apply(dense, data, moments, progress, **kwargs)
-    new,plan = changed_modules(dense, res),res.low_rank_plan
-    return (new,plan) if dense is model else _smaller_only(model, dense, new, plan, data)
+    if isinstance(what, list): return _fitted(what, model, data, settings, moments, progress) if data is not None else _alone(what, model, progress)
+    if isinstance(what, Budget): res = _planned(model, dense, what, data, settings, evaluate, sample, moments, progress)
+    else: res = what.apply(model, data, moments, progress, **kwargs)
+    return {} if _equal(model, res) else changed_modules(dense, res), res.low_rank_plan
 
-def _smaller_only(model, dense, new, plan, data):
-    "Of what a second decomposition came to, what makes a layer smaller than it is already; with a plan that says so"
-    known = known_records(model)
-    kept = no_smaller(model, {n:m for n,m in new.items() if isinstance(m, FactoredLayer)})
-    new = {n:m for n,m in new.items() if n not in kept}
-    if not any(isinstance(m, FactoredLayer) for m in new.values()): new = {} # what was fitted to them is of no use
-    plan['layers'] |= {n: known[n] for n in kept if n in known}
-    if kept and data is not None: plan['measured'] = measured(dense, replace_layers(model, new), data, Settings.of_plain(plan['settings']).loss)
-    return new,plan
+def _equal(model, other):
+    "Have the two the same layers, to the last bit?"
+    a,b = model.state_dict(),other.state_dict()
+    return a.keys() == b.keys() and all(t.shape == b[k].shape and torch.equal(t, b[k]) for k,t in a.items() if isinstance(t, torch.Tensor))
 
 @torch.inference_mode(False) # or what is new could not be trained
 @delegates(factorize)

@@ -187,7 +187,7 @@ def _spectra(model, layers=None, plan=None, data=None, loss=classification):
     "(layer name, scheme's name, rank or `None`, `Mode`s) of every layer that has a spectrum"
     found,choices = find_layers(model, (*layer_types, FactoredLayer)),_choices(model if plan is None else plan)
     if unknown := choices.keys() - {n for f in found for n in f.names}: raise ValueError(f"plan: the model has no layer {min(unknown)!r}")
-    planner = None if data is None else Planner(model, data, loss=loss)
+    planner = None if data is None else Planner(dense_model(model), data, loss=loss)
     res,why = [],'it has none'
     for f in select(found, layers):
         name,rank = choices.get(f.name, ('svd', None))

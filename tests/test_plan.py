@@ -263,7 +263,7 @@ def test_what_else_is_refused():
     with pytest.raises(TypeError, match='budget: 0.5 is not a Budget'): make_plan(net, images, .5)
     with pytest.raises(ValueError, match="schemes: 'qr' is not one of 'svd'"): make_plan(net, images, Budget(macs=.5), schemes=('qr',))
     with pytest.raises(ValueError, match="metric: 'plain' is not one of"): make_plan(net, images, Budget(macs=.5), metric='plain')
-    with pytest.raises(ValueError, match='evaluate: None given; a budget of max_drop needs'): make_plan(net, images, Budget(max_drop=.1))
+    with pytest.raises(ValueError, match='evaluate: none given; a budget of max_drop needs'): make_plan(net, images, Budget(max_drop=.1))
 
 def test_planning_leaves_the_model_and_random_states_alone():
     net,state = with_statistics(res_net(), images).train(),torch.get_rng_state()
