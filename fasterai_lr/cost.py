@@ -55,7 +55,8 @@ def _per_module(model, sample, read):
     hooks = register_module_forward_pre_hook(enter),register_module_forward_hook(leave)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.compiler.set_stance('force_eager'), evaluating(model), torch.no_grad(): # compiled, layers would not be seen one by one
+        with torch.compiler.set_stance('force_eager'), evaluating(model), torch.no_grad(), warnings.catch_warnings(): # compiled, layers would not be seen one by one
+            warnings.filterwarnings('ignore', 'Using `torch.compile') # that hooks are called once more for the wrapper, which has none of its own to count
             first = read()
             run_model(model, sample)
             grown[model] = read() - first

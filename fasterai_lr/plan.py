@@ -352,7 +352,7 @@ class Plan:
         self.check(model)
         dense = dense_model(model)
         if settled_edits(self.layers): self.predicted,self.measured = {},{}
-        self._renew(dense, self.settings.metric)
+        self._renew(dense)
         return self._with(replace_layers(dense, {n:_fresh(dense.get_submodule(n), *c) for n,c in self.choices.items()}))
 
     @torch.inference_mode(False) # or what is new could not be trained
@@ -412,16 +412,18 @@ class Plan:
         res = fit(model, plan.choices, batches, moments, progress, settings)
         return plan._with(res, settings, plan.measured | measured(model, res, batches, settings.loss))
 
-    def _renew(self, model, metric:str)->list: # names of layers
-        "Bring up to date what the records of factored layers say of `model`; the layers whose error is of another choice or metric"
+    def _renew(self, model, metric:str|None=None)->list: # names of layers
+        "Bring up to date what the records of factored layers say of `model`; the layers whose error is of another choice or `metric`"
         stale = []
         for n,(name,rank) in self.choices.items():
             scheme,rec = known_schemes[name](Geometry.of(model.get_submodule(n))),self.layers[n]
             size = dict(full_rank=_plain_rank(scheme.full()), params_after=scheme.n_params(rank))
-            of = [name, _plain_rank(rank), metric]
+            of = rec.get('error_of') or [name, _plain_rank(rank), metric]
             old = not rec.get('error_of') and rec.get('error') is not None and all(rec.get(k) == v for k,v in size.items()) # of version 0.1
-            if rec.get('error_of') != of and not old: stale.append(n)
-            rec |= dict(size, rank=_plain_rank(rank), error_of=of, error=None if n in stale else rec['error'])
+            wanted = [name, _plain_rank(rank), metric or of[2]]
+            if not old and (not rec.get('error_of') or of != wanted): stale.append(n)
+            rec |= dict(size, rank=_plain_rank(rank))
+            if n in stale: rec |= dict(error=None, error_of=wanted if metric else None)
         return stale
 
     def _measure_errors(self, model, names, moments, uses, kind):
