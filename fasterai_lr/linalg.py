@@ -38,7 +38,7 @@ def _scaled(A):
     "`A` and 1, or, where its largest entry is far from 1, `A/s` and the power of two `s` that brings it there"
     top = max(abs(float(o)) for o in A.aminmax())
     if top==0 or 1e-6<top<1e6: return A, 1.
-    s = 2.**math.frexp(top)[1]
+    s = 2.**(math.frexp(top)[1]-1)
     return A/s, s
 
 # %% ../nbs/00_linalg.ipynb #afe51726

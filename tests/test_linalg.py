@@ -67,6 +67,13 @@ def test_routes(shape, kind, dtype, part, seed):
     assert (S - exact).abs().max() <= 100*torch.finfo(dtype).eps*exact[0]
     check(A, r, svd.truncate(r)) # from what the spectrum has left behind
 
+@pytest.mark.parametrize('dtype,top', [(torch.float32, 3e38), (torch.float64, 1.7e308)])
+def test_the_largest_numbers(dtype, top):
+    A = torch.diag(torch.tensor([1., -.25, .5], dtype=dtype))*top
+    U,S,V = truncated_svd(A, 2)
+    assert torch.equal(S, singular_values(A)[:2]) and ((S.double()/top - torch.tensor([1, .5]).double()).abs() < 1e-6).all()
+    assert torch.equal((U*S)@V, A*torch.tensor([1, 0, 1])) # unit vectors, without rounding
+
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_exact_at_full_rank(kind, dtype):
