@@ -10,7 +10,7 @@ __all__ = ['relative_error', 'channel_unfoldings', 'tucker2_full_ranks', 'hosvd_
 from math import prod
 import torch
 from torch import Tensor
-from .linalg import truncated_svd, check_finite, _compute_dtype, full_precision
+from .linalg import truncated_svd, check_finite, _compute_dtype, _scaled, full_precision
 
 # %% ../nbs/01_tensor.ipynb #b7be7516
 def _check_kernel(W):
@@ -28,8 +28,9 @@ def relative_error(
     approx:Tensor # what stands for `W`, same shape
 )->float:
     "`‖W-approx‖ / ‖W‖`, and 0 where both are zero"
-    diff,norm = _norm(W.double()-approx.double()), _norm(W)
-    return diff/norm if norm else (0. if diff==0 else float('inf'))
+    X,s = _scaled(W.double()) # the squares of very small and very large entries are outside double precision
+    if not X.any(): return float('inf') if approx.any() else 0.
+    return _norm(X - approx.double()/s)/_norm(X)
 
 # %% ../nbs/01_tensor.ipynb #68565424
 def channel_unfoldings(
@@ -64,7 +65,7 @@ def hosvd_errors(
     W:Tensor # kernel [o,i,*k]
 )->Tensor: # float64, on the CPU, of the shape `tucker2_full_ranks`; ranks (ro,ri) are at [ro-1,ri-1]
     "Relative error of the truncated HOSVD at every pair of ranks, never growing along either axis"
-    X = _check_kernel(W)
+    X = _scaled(_check_kernel(W))[0]
     X = X.reshape(*X.shape[:2], -1)
     with full_precision(X.device):
         Uo,Ui = _bases(X, tucker2_full_ranks(X.shape))
@@ -89,10 +90,11 @@ def _widen(A, U, rank):
     U = U.to(A)
     return _leading(torch.cat([2*_norm(A)*U, A-U@(U.T@A)], 1), rank)
 
-def _start(X, ranks, init):
+def _start(X, ranks, init, full):
     "Bases of the truncated HOSVD or of the widened `init`, whichever keeps more of `X`"
     starts = [_bases(X, ranks)]
     if init is not None: starts.append([_widen(A, U, r) for A,U,r in zip(channel_unfoldings(X), init[1:], ranks)])
+    if full: return starts[0] # the best there is
     return max(starts, key=lambda s: _norm(_times_i(_times_o(X, s[0]), s[1])))
 
 # %% ../nbs/01_tensor.ipynb #823d2b99
@@ -104,11 +106,11 @@ def tucker2(
     tol:float=1e-4 # stop when a sweep lowers the error by less than this part of it
 ): # core [ro,ri,*k], Uo [o,ro], Ui [i,ri]; the columns of `Uo` and `Ui` are orthonormal
     "Tucker-2 decomposition by HOOI: `W[o,i] ≈ Σ core[a,b] Uo[o,a] Ui[i,b]`"
-    X = _check_kernel(W)
+    X,s = _scaled(_check_kernel(W))
     (ro,ri),X = _check_ranks(ranks, X.shape),X.reshape(*X.shape[:2], -1)
     full = any(r==f for r,f in zip((ro,ri), tucker2_full_ranks(W.shape))) # then the HOSVD is the best there is
     with full_precision(X.device):
-        Uo,Ui = _start(X, (ro,ri), init)
+        Uo,Ui = _start(X, (ro,ri), init, full)
         core = _times_i(_times_o(X, Uo), Ui)
         left = _norm(X)**2 - _norm(core)**2
         for _ in range(0 if full else max_sweeps):
@@ -121,7 +123,7 @@ def tucker2(
             Uo,Ui,core = U,V,C
             if gain<=2*tol*left: break
             left -= gain
-    return core.reshape(ro, ri, *W.shape[2:]), Uo, Ui
+    return core.reshape(ro, ri, *W.shape[2:])*s, Uo, Ui
 
 def tucker2_to_kernel(
     core:Tensor, # [ro,ri,*k]
@@ -134,7 +136,6 @@ def tucker2_to_kernel(
 # %% ../nbs/01_tensor.ipynb #b7c7320c
 _CORE    = 64   # channels below which a smaller core saves no time
 _PENALTY = 1e-3 # weight of the terms' squared norms, as a part of the squared error
-_GONE    = torch.finfo(torch.float32).tiny # squared norm of a term's other factors below which it is no more: its next factor might not be finite
 
 def _khatri_rao(fs):
     "Columnwise Kronecker product [prod(n), r] of factors [n,r]"
@@ -150,7 +151,9 @@ def _balance(fs):
 
 def _solve(M, G, mu):
     "The factor that minimises squared error plus `mu` times the terms' squared norms, from the matricised product `M` and the others' Gram matrix `G`"
-    d = torch.where(G.diagonal()>_GONE, G.diagonal().rsqrt(), 0.)
+    # Where the others are below ε² of the kernel together, the term is rounding, and becomes zero:
+    # kept, its next factor could leave the range of the dtype
+    d = torch.where(G.diagonal()>torch.finfo(M.dtype).eps**4, G.diagonal().rsqrt(), 0.)
     L = torch.linalg.cholesky(G*d*d[:,None] + mu*torch.eye(len(d), dtype=d.dtype, device=d.device))
     return (torch.cholesky_solve((M.double()*d).T, L).T*d).to(M.dtype)
 
@@ -183,7 +186,7 @@ def _als(T, fs, err2, max_sweeps, tol):
         mu = max(_PENALTY*err2, floor)
         new,change,new_size = _sweep(T, start, mu)
         new_err2 = max(1+change, 0.)
-        if new_err2>err2 or new_err2+mu*new_size > err2+mu*size:
+        if not (new_err2<=err2 and new_err2+mu*new_size <= err2+mu*size): # NaN helps no more than growth
             if not ahead: break
             start,ahead,step = fs,False,step/2
             continue
@@ -220,8 +223,11 @@ def _fresh(T, rank, gen):
     "Factors for `rank` new terms of `T` [p,*mid,q], zero on the side of q"
     p,*mid,q = T.shape
     rand = [torch.randn(n, rank, generator=gen).to(T) for n in (p, *mid)]
-    n = min(rank, p, T.numel()//p)
-    rand[0][:,:n] = _leading(T.flatten(1), n)
+    n,A = min(rank, p, T.numel()//p),T.flatten(1)
+    U = _leading(A, n)
+    s = (U.T@A).norm(dim=1)
+    some = s > 100*torch.finfo(T.dtype).eps*s[0] # the others are orthogonal to `T`: terms there would stay zero
+    rand[0][:,:n] = torch.where(some, U, rand[0][:,:n])
     return [*(f/f.norm(dim=0) for f in rand), T.new_zeros(q, rank)]
 
 def _cold(T, rank, gen, max_sweeps, tol):
@@ -235,10 +241,17 @@ def _cold(T, rank, gen, max_sweeps, tol):
 
 def _warm(T, fs, rank, gen, max_sweeps, tol):
     "Factors of `T` from those of a lower rank"
+    norms,eps = cp_term_norms(fs),torch.finfo(T.dtype).eps
+    useful = (norms>eps**2) & (norms<1/eps) # smaller terms are rounding, and the rounding of larger ones is a kernel
+    fs = [f[:,useful] for f in fs]
     R = T - _terms_sum(fs)
-    more = rank-fs[0].shape[1]
+    err2,more = _norm(R)**2,rank-fs[0].shape[1]
+    if err2>1: # worse than nothing: only the directions are of use
+        fs,R,err2 = [*fs[:-1], torch.zeros_like(fs[-1])],T,1.
     if more: fs = [torch.cat(f, 1) for f in zip(fs, _fresh(R, more, gen))]
-    return _als(T, fs, _norm(R)**2, max_sweeps, tol)[0]
+    new = _als(T, fs, err2, max_sweeps, tol)[0]
+    # Sweeps know their error but for rounding, so it is measured
+    return new if _norm(T-_terms_sum(new))**2 <= err2 else fs
 
 def _terms_sum(fs):
     "The tensor that factors stand for"
@@ -252,6 +265,7 @@ def _check_cp(rank, init, shape):
     got = [list(f.shape) for f in init]
     if got!=[[n, got[0][1]] for n in shape] or got[0][1]>rank:
         raise ValueError(f"init must hold one factor [n, r] for each side of the kernel {list(shape)} with r at most the rank {rank}, got shapes {got}")
+    for f in init: check_finite(f, 'init')
 
 # %% ../nbs/01_tensor.ipynb #128fa3c5
 def cp(
@@ -263,27 +277,28 @@ def cp(
     tol:float=1e-5 # stop when a sweep lowers the error by less than this part of it
 )->list: # factors [o,rank], [i,rank], [k1,rank], …; all ones for a spatial axis of size 1
     "CP decomposition: `W ≈ Σ_r` of the outer products of the factors' columns, of balanced and bounded norms"
-    X = _check_kernel(W)
+    X,s = _scaled(_check_kernel(W))
     _check_cp(rank, init, W.shape)
     p,q,*mid = sorted(range(X.ndim), key=lambda n: -X.shape[n]) # the two longest sides, whichever they are
     mid = [n for n in mid if X.shape[n]>1]
     order,gen,norm = [p,*mid,q],torch.Generator().manual_seed(seed),_norm(X)
     if not norm: return [X.new_full((n, rank), float(m>1 and n==1)) for m,n in enumerate(X.shape)]
+    each = norm**(1/len(order)) * s**(1/len(order))
     with full_precision(X.device):
         T = (X.double()/norm).to(X.dtype).permute(*order, *(n for n in range(X.ndim) if n not in order)).reshape([X.shape[n] for n in order]).contiguous()
         if not mid or rank>=cp_exact_rank(X.shape): fs = _slice_cp(T, rank)
         elif init is None: fs = _cold(T, rank, gen, max_sweeps, tol)
-        else: fs = _warm(T, _from_init(init, order, norm, T), rank, gen, max_sweeps, tol)
-    out = [X.new_ones(1, rank) for _ in X.shape]
-    for n,f in zip(order, fs): out[n] = f*norm**(1/len(order))
+        else: fs = _warm(T, _from_init(init, order, each, T), rank, gen, max_sweeps, tol)
+    alive,out = cp_term_norms(fs)>0,[X.new_ones(1, rank) for _ in X.shape]
+    for n,f in zip(order, fs): out[n] = f*alive*each
     return out
 
-def _from_init(init, order, norm, T):
-    "Factors `init` of a kernel of norm `norm` as factors of `T`, factors of sides of length 1 multiplied in"
-    fs = [init[n].to(T)/norm**(1/len(order)) for n in order]
+def _from_init(init, order, each, T):
+    "Factors `init`, whose scale is `each`, as factors of `T`, factors of sides of length 1 multiplied in"
+    fs = [init[n].to(T.device, torch.float64)/each for n in order]
     for n,f in enumerate(init):
-        if n not in order: fs[0] = fs[0]*f.to(T)
-    return _balance(fs)
+        if n not in order: fs[0] = fs[0]*f.to(fs[0])
+    return [f.to(T.dtype) for f in _balance(fs)]
 
 # %% ../nbs/01_tensor.ipynb #fd791f15
 def cp_to_kernel(
