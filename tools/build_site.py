@@ -22,7 +22,7 @@ root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root)) # the package that is documented is the one beside this script
 sections = 'tutorials', 'howto', 'explanation', 'api' # docs/NAME.md is what stands above the list of pages of each
 menu = 'quickstart', *(f'{o}/index' for o in sections), 'Benchmarks <benchmarks>', 'changelog', 'contributing'
-moved = {'nbs/15_digits.ipynb': 'tutorials/digits.ipynb', 'nbs': 'api/index.md', 'nbs/tutorials': 'tutorials/index.md', 'nbs/howto': 'howto/index.md', 'README.md': 'index.ipynb',
+moved = {'nbs/24_digits.ipynb': 'tutorials/digits.ipynb', 'nbs': 'api/index.md', 'nbs/tutorials': 'tutorials/index.md', 'nbs/howto': 'howto/index.md', 'README.md': 'index.ipynb',
          'CHANGELOG.md': 'changelog.md', 'CONTRIBUTING.md': 'contributing.md'}
 
 # Notebooks
