@@ -49,12 +49,27 @@ class Scheme:
 
     def __init__(self,
         geometry:Geometry, # of the dense layer
-        weight:Tensor|None=None, # its weight; not needed for costs and skeletons
         layer:str='layer', # its name, for error messages
+        weight:Tensor|None=None, # its weight; not needed for costs and skeletons
         metric=None): # a `Metric` to measure errors in; `None`: the plain Frobenius norm
         self.geom,self.weight,self.layer,self.metric = geometry,weight,layer,metric
         self.groups,self.o,self.i,*self.k = geometry.block_shape
 
+    def solver(self, weight, metric=None): return type(self)(self.geom, self.layer, weight, metric)
+    @property
+    def scheme(self): return self
+    def largest(self): return self.most()
+    def macs(self, rank, use):
+        total = 0
+        for x,y in zip(use.inputs, use.outputs):
+            n_axes = len(self.geom.axes)
+            sizes,out = list(x.shape[x.dim()-n_axes:]),y.shape[y.dim()-n_axes:]
+            rows = x.shape[0] if n_axes and x.dim() == n_axes+2 else 1 if n_axes else prod(x.shape[:-1])
+            for l in self.chain(rank):
+                if not hasattr(l, 'axes'): continue
+                for a in l.axes: sizes[a] = out[a]
+                total += rows*self.groups*l.out*(l.inp//l.inner)*prod(self.k[a] for a in l.axes)*prod(sizes)
+        return total
     # what a scheme defines
     def unfit(self, rank)->str|None: return None # the scheme's own reasons not to fit
     def full(self): raise NotImplementedError # full rank, what a fraction refers to; a tuple for schemes with several ranks
@@ -275,7 +290,7 @@ class Svd(_Matrix):
         tails = .5*self.svd.spectrum.reshape(self.groups, -1).square().sum(0).flip(0).cumsum(0).flip(0)
         return [float(tails[r]) if r < len(tails) else 0. for r in ranks]
 
-    def product(self, rank):
+    def nearest(self, rank):
         "The weight of the given rank that is nearest to the layer's, in the layer's shape"
         left,right = self.halves(rank)
         return self.geom.from_blocks((left@right).reshape(self.geom.block_shape))
