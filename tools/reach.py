@@ -4,8 +4,8 @@
     python tools/reach.py --compare REV  # the same beside another commit: `then → now`
     python tools/reach.py --check        # exit with 1 where a target is missed
 
-A `!` marks what misses its target; below the tables you find where that is. The script needs the standard library
-and, to compare, git.
+A `!` marks what misses its target; below the tables you find where that is. The script needs the standard
+library and, to compare, git.
 """
 import argparse, ast, io, json, re, subprocess, symtable, sys, tarfile, tokenize
 from collections import Counter, defaultdict
@@ -278,7 +278,7 @@ def long_shown_lines(project):
         for line in cell.lines:
             if len(line) > 88: yield cell.place()
 
-# lines of table two: {what is counted: (the function that finds its places in a module, the most there may be)}
+# lines of table two: {what is counted: (the function that finds it in a module, the most there may be)}
 by_module = {
     'parameters named metric, loss, seed, progress, max_size, moments': (setting_parameters, 20),
     'keywords of these names in calls': (setting_keywords, None),
