@@ -24,8 +24,10 @@ from fasterai_lr.plan import Budget, Planner
 nets = dict(resnet20=(cifar.resnet20, cifar.images), resnet18=(imagenette.resnet18, imagenette.images))
 ours = 'fasterai_lr'
 
-def shrunk(make, macs, x, dense, fractions=[i/40 for i in range(40, 0, -1)]):
-    "What `make` returns for the largest of the fractions, found by bisection, that leaves at most the share `macs`"
+fractions = [i/40 for i in range(40, 0, -1)] # of the full rank
+
+def shrunk(make, macs, x, dense):
+    "What `make` returns for the largest of `fractions`, found by bisection, that leaves at most the share `macs`"
     limit,low,high,best = macs*count_macs(dense, x),0,len(fractions),None
     while low < high:
         mid = at = (low+high)//2
@@ -123,9 +125,9 @@ def main():
     for seed in args.seeds:
         x,_ = load_images(images, 'train', args.images, seed)
         batches = list(x.split(128))
-        planner = cache(lambda: timed(Planner, dense, batches, seed=seed))
+        planner = cache(lambda batches=batches, seed=seed: timed(Planner, dense, batches, seed=seed))
         for macs in args.macs:
-            sees,blinds = seeing(dense, x[:1], macs, batches, lambda: planner()[0], args.steps, seed),blind(dense, x[:1], macs) if seed == args.seeds[0] else {}
+            sees,blinds = seeing(dense, x[:1], macs, batches, lambda planner=planner: planner()[0], args.steps, seed),blind(dense, x[:1], macs) if seed == args.seeds[0] else {}
             for name,make in (sees | blinds).items():
                 key = name,macs,seed
                 if key in right or name not in (args.methods or [name]): continue

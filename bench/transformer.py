@@ -148,16 +148,16 @@ def ranks_by_error(model, svds, share):
     options = {}
     for n,l in linears(model).items():
         S2 = svds[n][1].square()
-        loss = lambda r: float(S2[r:].sum()/S2.sum())
-        size = lambda r: r*(l.in_features + l.out_features) + l.out_features
+        loss = lambda r, S2=S2: float(S2[r:].sum()/S2.sum())
+        size = lambda r, l=l: r*(l.in_features + l.out_features) + l.out_features
         options[n] = [Option(None, None, 0., count_params(l), 0)] + [Option('svd', r, loss(r), size(r), 0) for r in range(1, len(S2)) if size(r) < count_params(l)]
     return {n:o.rank for n,o in choose(options, share*n_linear(model), 'params').items() if o.rank}
 
 def peers(dense, batches, moments, share):
     for name,scales in scalings(dense, batches, moments).items():
         svds = scaled_svds(dense, scales)
-        yield f'{name}, one share', lambda: truncated(dense, scales, svds, one_share(dense, share))
-        yield f'{name}, ranks by error', lambda: truncated(dense, scales, svds, ranks_by_error(dense, svds, share))
+        yield f'{name}, one share', lambda scales=scales, svds=svds: truncated(dense, scales, svds, one_share(dense, share))
+        yield f'{name}, ranks by error', lambda scales=scales, svds=svds: truncated(dense, scales, svds, ranks_by_error(dense, svds, share))
 
 def planned(planner, share, sequential=True, ranks=None, seed=0):
     "The network by this library, with `ranks` or those of a plan"

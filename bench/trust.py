@@ -31,7 +31,7 @@ def digits_cnn():
     block = lambda i,o,s: [nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
     model = nn.Sequential(*block(1, 16, 1), *block(16, 32, 2), *block(32, 64, 2), nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
     opt = torch.optim.Adam(model.parameters(), 2e-3)
-    for epoch in range(8):
+    for _ in range(8):
         for i in torch.randperm(len(x)).split(50):
             opt.zero_grad()
             F.cross_entropy(model(x[i]), y[i]).backward()

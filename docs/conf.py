@@ -28,14 +28,17 @@ toc_object_entries_show_parents = 'hide'
 # Formulas: MathJax as one file beside the pages, which loads nothing more
 
 mathjax_path = 'tex-svg.js'
-mathjax3_config = {'options': {'enableMenu': False, 'skipHtmlTags': ['script', 'noscript', 'style', 'textarea', 'pre', 'code', 'a']}}
+mathjax3_config = {'options': {
+    'enableMenu': False,
+    'skipHtmlTags': ['script', 'noscript', 'style', 'textarea', 'pre', 'code', 'a']}}
 myst_update_mathjax = False
 
 # Looks
 
 html_theme = 'pydata_sphinx_theme'
 html_title = cfg['lib_name']
-html_static_path = ['_static', str(distribution('sphinx-mathjax-offline').locate_file('sphinx-mathjax-offline/static/mathjax/tex-svg.js'))]
+mathjax = distribution('sphinx-mathjax-offline')
+html_static_path = ['_static', str(mathjax.locate_file('sphinx-mathjax-offline/static/mathjax/tex-svg.js'))]
 html_favicon = '_static/logo.svg'
 html_css_files = ['style.css']
 html_show_sourcelink = False
@@ -43,7 +46,10 @@ html_copy_source = False
 pygments_style = 'default'
 html_context = {'default_mode': 'auto'}
 html_theme_options = {
-    'github_url': cfg['git_url'], 'navbar_align': 'left', 'header_links_before_dropdown': 6, 'show_nav_level': 1, 'show_toc_level': 2,
-    'logo': {'image_light': '_static/logo.svg', 'image_dark': '_static/logo.svg', 'text': cfg['lib_name'], 'alt_text': ''},
-    'footer_start': ['copyright'], 'footer_end': [], 'secondary_sidebar_items': ['page-toc'], 'pygments_light_style': 'tango', 'pygments_dark_style': 'github-dark'}
+    'github_url': cfg['git_url'],
+    'navbar_align': 'left', 'header_links_before_dropdown': 6, 'show_nav_level': 1, 'show_toc_level': 2,
+    'logo': {'image_light': '_static/logo.svg', 'image_dark': '_static/logo.svg',
+             'text': cfg['lib_name'], 'alt_text': ''},
+    'footer_start': ['copyright'], 'footer_end': [], 'secondary_sidebar_items': ['page-toc'],
+    'pygments_light_style': 'tango', 'pygments_dark_style': 'github-dark'}
 html_sidebars = {o: [] for o in ('index', 'quickstart', 'benchmarks', 'changelog', 'contributing')}

@@ -9,7 +9,7 @@ if _typing.TYPE_CHECKING: # what editors and type checkers read
     from .decomposer import decompose, FC_Decomposer, ConvDecomposer
     from .plan import Budget, Plan, make_plan
     from .layers import recompose
-else: # what runs: a name is imported when it is first asked for, so that `import fasterai_lr.linalg` loads no more than it needs
+else: # what runs: a name is imported when it is first asked for, so that `import fasterai_lr.linalg` is fast
     _home = {'decompose': 'decomposer', 'FC_Decomposer': 'decomposer', 'ConvDecomposer': 'decomposer',
              'Budget': 'plan', 'Plan': 'plan', 'make_plan': 'plan', 'recompose': 'layers'}
 

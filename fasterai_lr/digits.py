@@ -10,7 +10,6 @@ from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 from torch import nn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .layers import FactoredLayer, Geometry, check_loaded, evaluating, factored_layers, find_layers, recompose, select
+from .layers import FactoredLayer, Geometry, evaluating, factored_layers, find_layers, recompose, select
 from .schemes import schemes as known_schemes
 from .calibrate import classification, n_items
 from .cost import count_macs, count_params, macs_per_layer, measure_latency, size_on_disk

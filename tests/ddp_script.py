@@ -250,7 +250,7 @@ def run_error(path):
     learn,errors = mk_learn(),[]
     def fail(err): raise err
     for err in (RuntimeError('no memory'), KeyboardInterrupt()):
-        real,module.factorize = module.factorize,lambda *args, **kw: fail(err)
+        real,module.factorize = module.factorize,lambda *args, err=err, **kw: fail(err)
         try:
             with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2, cbs=DecomposeCallback(1, what))
         except BaseException as e: errors.append(f'{type(e).__name__}: {e}')

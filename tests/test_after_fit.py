@@ -16,7 +16,6 @@ from fastai.interpret import ClassificationInterpretation, Interpretation, Segme
 from fastai.learner import load_learner
 from fastai.optimizer import Adam, ranger
 from fastai.vision.all import vision_learner, accuracy
-import fastai.callback.hook
 from small_data import digit_dls, seed, tiny_xresnet
 from test_applications import apps
 from tiny import snapshot, moved, ids, flat

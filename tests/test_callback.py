@@ -5,7 +5,7 @@ import copy, gc, json, math, warnings, weakref
 import numpy as np, pytest, torch
 from torch import nn
 from torch.testing import assert_close
-from fastai.callback import fp16, hook
+from fastai.callback import fp16, hook # `hook` gives learners `summary`
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger, ProgressCallback
@@ -16,11 +16,11 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.learner import load_learner
 from fastai.metrics import mae
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
-from tiny import mk_learn, net, splitter, snapshot, moved, ids, flat
+from tiny import mk_learn, net, snapshot, moved, ids, flat
 from fastai.data.core import DataLoaders
 from fasterai_lr.calibrate import n_items
 from fasterai_lr.callback import DecomposeCallback, calibration_batches, decompose_learner
-from fasterai_lr.decomposer import FC_Decomposer, ConvDecomposer, smallest
+from fasterai_lr.decomposer import FC_Decomposer, smallest
 from fasterai_lr.layers import FactoredLayer
 from fasterai_lr.plan import Budget
 from fasterai_lr.report import plot_training

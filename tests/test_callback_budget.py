@@ -9,13 +9,13 @@ from dataclasses import replace
 from functools import partial
 from sklearn.datasets import load_digits
 from fasterai_lr.calibrate import classification, regression
-from fasterai_lr.callback import DecomposeCallback, calibration_batches, decompose_learner, metric_value, output_kind
+from fasterai_lr.callback import DecomposeCallback, calibration_batches, metric_value, output_kind
 from fasterai_lr.cost import count_macs, count_params
 from fasterai_lr.decomposer import ConvDecomposer, decompose, FC_Decomposer
 from fasterai_lr.fit import output_loss
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
-from fasterai_lr.plan import Budget, Plan, make_plan
+from fasterai_lr.plan import Budget, make_plan
 
 X = torch.tensor(load_digits().images, dtype=torch.float32)[:,None]/16
 Y = torch.tensor(load_digits().target)
@@ -100,7 +100,7 @@ def test_the_teacher_shapes_the_loss_and_is_freed():
     for distill in (0., 10.):
         learn,c = learner(),DecomposeCallback(0, Budget(macs=.3), distill=distill, ft_lr=1e-9) # no step to speak of
         class Grad(Callback):
-            def after_loss(self): 
+            def after_loss(self, distill=distill):
                 if self.training: losses.setdefault(distill, []).append(float(self.loss_grad.detach()) - float(self.loss.detach()))
             order = 80
         quiet_fit(learn, 1, [c, Grad()])
@@ -158,7 +158,7 @@ def test_the_teacher_under_accumulation():
         learn.dls.train.bs,learn.dls.train.shuffle = 400//acc,False
         class Grad(Callback):
             order = 70
-            def before_step(self): grads.setdefault(acc, [p.grad.clone() for p in self.model.parameters()])
+            def before_step(self, acc=acc): grads.setdefault(acc, [p.grad.clone() for p in self.model.parameters()])
         class Still(Callback):
             "BatchNorm would make a batch more than its halves"
             order = 70

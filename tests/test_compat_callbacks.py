@@ -12,15 +12,14 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
+from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.callback.core import Callback, CancelBackwardException, CancelStepException
 from fastai.imports import noop
-from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam, OptimWrapper
-import fastai.callback.schedule
 from tiny import mk_learn as mk_plain, snapshot, moved, ids, flat
 from test_optimizer import opt_funcs
 from fasterai_lr.callback import DecomposeCallback
@@ -322,7 +321,6 @@ def test_frozen_groups(n):
     "Gradual unfreezing: the swap happens while the first groups are frozen"
     learn,w = mk_learn(),Watch()
     learn.freeze_to(n)
-    before = snapshot(learn.model)
     learn.fit_one_cycle(2, 1e-2, cbs=[cb(), w])
     groups = split(learn.model)
     assert learn.opt.frozen_idx == n and w.trains == [0,3]

@@ -8,13 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from fastai.data.core import Datasets
 from fastai.imports import noop
-from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from sklearn.datasets import load_digits
-import fastai.callback.schedule
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
 from fasterai_lr.layers import factored_layers

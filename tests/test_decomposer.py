@@ -213,7 +213,7 @@ def test_an_integer_above_the_full_rank_leaves_a_layer_dense_unless_it_is_named(
     new = ConvDecomposer('tucker', rank=16).decompose(nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3)))
     assert factored(new) == {'1': [16,16]} and 'above its full rank' in plan(new)['0']['reason']
     for rank in ({'0': 16}, {'0': (16,16)}):
-        make = lambda: ConvDecomposer('tucker', rank=rank).decompose(nn.Sequential(nn.Conv2d(3, 64, 3)))
+        make = lambda rank=rank: ConvDecomposer('tucker', rank=rank).decompose(nn.Sequential(nn.Conv2d(3, 64, 3)))
         if isinstance(rank['0'], tuple): assert factored(make()) == {'0': [16,3]} # pairs are capped
         else:
             with pytest.raises(ValueError, match=r"rank: '0': rank \(16, 16\) is above its full rank \(27, 3\)"): make()

@@ -163,7 +163,7 @@ def test_what_cannot_be_wrapped_again_is_refused(runs):
 @pytest.mark.parametrize('launcher', ['torchrun', 'bf16'])
 def test_other_launchers(launcher, tmp_path):
     "torchrun, and accelerate with its own autocast"
-    for name,runs in launch(launcher, tmp_path, ['ctx', 'frozen', 'plain']).items(): check_both(*runs)
+    for runs in launch(launcher, tmp_path, ['ctx', 'frozen', 'plain']).values(): check_both(*runs)
 
 # In one process
 

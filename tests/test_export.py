@@ -7,7 +7,7 @@ import pytest, torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.testing import assert_close
-from fastai.optimizer import Adam, OptimWrapper, SGD, ranger
+from fastai.optimizer import OptimWrapper, SGD, ranger
 from fastai.vision.all import unet_learner
 from small_data import mask_dls, seed, tiny_xresnet
 from test_after_fit import mk, n_fact, quiet, same, train_on, what

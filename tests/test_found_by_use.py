@@ -1,13 +1,11 @@
 "Wrong calls that were once accepted in silence, or refused only after hours: each is one clear error before anything is computed, or a warning"
-import copy, json, re
+import copy, json
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from contextlib import nullcontext
 from torch import nn
 from sklearn.datasets import load_digits
-from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import L
 from fastai.learner import Learner
 from fastai.metrics import accuracy, error_rate
 from fasterai_lr.all import *

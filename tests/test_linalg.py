@@ -109,7 +109,7 @@ def test_randomized_is_chosen_and_declined(monkeypatch):
         assert (calls.pop() is not None) == bool(taken)
     truncated_svd(A, 200)
     svd = SVD(A)
-    svd.spectrum
+    _ = svd.spectrum
     svd.truncate(4) # eigenvectors are there already
     assert not calls
 
@@ -119,7 +119,7 @@ def test_eigenproblem_is_solved_once(monkeypatch):
     svd = SVD(matrix(200, 300, 'random', torch.float32))
     for r in (50, 100, 150): svd.truncate(r)
     assert calls==[torch.float32]
-    svd.spectrum; svd.truncate(200); svd.truncate(50)
+    _ = svd.spectrum; svd.truncate(200); svd.truncate(50)
     assert calls==[torch.float32, torch.float64] # the smallest, 0.01 of the largest, ask for more digits
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -11,7 +11,7 @@ from fasterai_lr.calibrate import calibrate, regression
 from fasterai_lr.cost import Latency, count_macs, count_params
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose, half_saved
 from fasterai_lr.fit import loss_increase
-from fasterai_lr.layers import FactoredLayer, Geometry, factored_layers
+from fasterai_lr.layers import Geometry, factored_layers
 from fasterai_lr.plan import Budget, Option, Plan, Planner, choose, make_plan
 from fasterai_lr.schemes import schemes
 from test_fit import ViT, images, miss, plain_net, res_net, tokens, with_statistics
@@ -357,7 +357,7 @@ def test_no_layer_of_a_plan_for_latency_is_slower_than_dense(monkeypatch, rule, 
     assert plan.measured['latency'] == pytest.approx(ratio) and ratio <= value    # as measured in the end
     assert abs(plan.predicted['latency'] - ratio) < .02                           # straight lines between four ranks of an affine rule
     assert plan.budget == {'latency': value} and plan.predicted['macs'] == pytest.approx(count_macs(small, images[:4])/count_macs(net, images[:4]))
-    for s,r in plan.choices.values(): assert r % 4 == 0 or r < 16
+    for _,r in plan.choices.values(): assert r % 4 == 0 or r < 16
 
 def test_where_factors_are_slower_no_latency_can_be_saved(monkeypatch):
     Clock(lambda m: 1.).start(monkeypatch)                                         # every call takes as long

@@ -1,5 +1,5 @@
 "The metadata, the imports and the tracked files of the project are what they should be"
-import ast, re, subprocess, sys, tomllib
+import ast, json, re, subprocess, sys, tomllib
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
@@ -65,6 +65,27 @@ def test_installed_version():
     parser.read(root/'settings.ini')
     assert fasterai_lr.__version__ == parser['DEFAULT']['version']
 
+# Style
+
+def ruff(*args, **kwargs):
+    "What `ruff check` prints with the settings of ruff.toml; nothing where it has no remark"
+    cmd = [sys.executable, '-m', 'ruff', 'check', '--quiet', '--no-cache', '--output-format', 'concise', *args]
+    res = subprocess.run(cmd, cwd=root, text=True, encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
+    assert res.returncode in (0, 1), res.stdout # 2: a mistake in ruff.toml
+    return res.stdout
+
+def test_ruff_has_no_remark(): assert ruff() == ''
+
+@pytest.mark.parametrize('path, text, found', [
+    ('tools/x.py', f'x = "{"a"*105}"', 'E501'), ('fasterai_lr/x.py', 'import os', 'F401'), ('fasterai_lr/learner.py', 'undefined', 'F821'),
+    ('tests/test_x.py', 'def f(x=[]): return x', 'B006'), ('bench/x.py', 'print(f"")', 'F541')])
+def test_ruff_remarks_on_what_it_should(path, text, found): assert found in ruff('--stdin-filename', path, '-', input=text)
+
+def test_ruff_reads_notebooks():
+    cell = dict(cell_type='code', id='a', metadata={}, execution_count=None, outputs=[], source='undefined')
+    nb = json.dumps(dict(cells=[cell], metadata=dict(language_info=dict(name='python')), nbformat=4, nbformat_minor=5))
+    assert 'F821' in ruff('--stdin-filename', 'nbs/x.ipynb', '-', input=nb)
+
 # Imports
 
 @pytest.mark.parametrize('name', modules)
@@ -85,8 +106,8 @@ def test_the_package_gives_the_names_that_most_programs_need():
     assert names.keys() - {'__builtins__'} == set(fasterai_lr.__all__) == public.keys()
     for n,m in public.items(): assert getattr(fasterai_lr, n) is names[n] is getattr(import_module(f'fasterai_lr.{m}'), n)
     assert not public.keys() & set(modules) # `fasterai_lr.calibrate` is the module, and would be the function only until somebody imports the module
-    with pytest.raises(AttributeError, match="^module 'fasterai_lr' has no attribute 'nothing'$"): fasterai_lr.nothing
-    with pytest.raises(ImportError, match="^cannot import name 'nothing' from 'fasterai_lr'"): from fasterai_lr import nothing
+    with pytest.raises(AttributeError, match="^module 'fasterai_lr' has no attribute 'nothing'$"): _ = fasterai_lr.nothing
+    with pytest.raises(ImportError, match="^cannot import name 'nothing' from 'fasterai_lr'"): exec('from fasterai_lr import nothing')
 
 def test_editors_and_type_checkers_see_the_same_names():
     block, = [o for o in ast.parse((lib/'__init__.py').read_text()).body if isinstance(o, ast.If)]

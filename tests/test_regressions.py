@@ -4,7 +4,7 @@ import copy, warnings
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, prune
 from torchvision import models
 
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose, project_

@@ -1,8 +1,9 @@
-"""Build the documentation: `python tools/build_site.py` writes a site that reads offline; open `build/html/index.html`.
+"""Build the documentation: `python tools/build_site.py` writes a site that reads offline.
 
-nbdev's `proc_nbs` takes out of the executed notebooks what readers need not see, and marks which names to document. Here these notebooks become
-pages for Sphinx, in `build/site/`: links lead to other pages, and each name gets its signature and a table of its parameters, read from the
-package. No cell is run. Sphinx makes HTML of the pages; a warning is an error.
+Open `build/html/index.html`. nbdev's `proc_nbs` takes out of the executed notebooks what readers need not see
+and marks which names to document. Here these notebooks become pages for Sphinx, in `build/site/`: links lead
+to other pages, and each name gets its signature and a table of its parameters, read from the package. No cell
+is run. Sphinx makes HTML of the pages; a warning is an error.
 """
 import inspect, os, re, shutil, sys
 from configparser import ConfigParser
@@ -20,10 +21,16 @@ from sphinx.cmd.build import main as sphinx_build
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root)) # the package that is documented is the one beside this script
-sections = 'tutorials', 'howto', 'explanation', 'api' # docs/NAME.md is what stands above the list of pages of each
+sections = 'tutorials', 'howto', 'explanation', 'api' # above the list of its pages stands docs/NAME.md
 menu = 'quickstart', *(f'{o}/index' for o in sections), 'Benchmarks <benchmarks>', 'changelog', 'contributing'
-moved = {'nbs/24_digits.ipynb': 'tutorials/digits.ipynb', 'nbs': 'api/index.md', 'nbs/tutorials': 'tutorials/index.md', 'nbs/howto': 'howto/index.md', 'README.md': 'index.ipynb',
-         'CHANGELOG.md': 'changelog.md', 'CONTRIBUTING.md': 'contributing.md'}
+moved = {
+    'nbs': 'api/index.md',
+    'nbs/24_digits.ipynb': 'tutorials/digits.ipynb',
+    'nbs/tutorials': 'tutorials/index.md',
+    'nbs/howto': 'howto/index.md',
+    'README.md': 'index.ipynb',
+    'CHANGELOG.md': 'changelog.md',
+    'CONTRIBUTING.md': 'contributing.md'}
 
 # Notebooks
 
@@ -32,21 +39,40 @@ def shown(cell):
     found = re.search(r'^show_doc\(([\w.]+)\)$', cell.source, re.M) if cell.cell_type == 'code' else None
     return found and found[1]
 
+def module_of(path):
+    "The name of the module that the notebook at `path` exports, or None"
+    for cell in read_nb(path).cells:
+        if 'default_exp' in cell.directives: return cell.directives['default_exp']
+
 class Page:
     "A notebook on its way to the site; `nb` is what `proc_nbs` has left of it"
     def __init__(self, path): # below the root
-        module = next((c.directives['default_exp'] for c in read_nb(path).cells if 'default_exp' in c.directives), None)
+        module = module_of(path)
         name = re.sub(r'^\d+[a-z]?_', '', path.name)
         self.path,self.module = path.as_posix(),module and f'fasterai_lr.{module}'
-        self.to = moved.get(self.path) or (Path('api' if module else path.parent.relative_to('nbs'))/name).as_posix()
+        folder = Path('api') if module else path.parent.relative_to('nbs')
+        self.to = moved.get(self.path) or (folder/name).as_posix()
         self.nb = read_nb('_proc'/path.relative_to('nbs'))
         head = yaml.safe_load(self.nb.cells.pop(0).source.strip().strip('-'))
         self.title,self.lead = head['title'],head.get('description', '')
-        self.nb.cells = [c for doc,run in groupby(self.nb.cells, lambda c: bool(shown(c))) for c in (sorted(run, key=self.line) if doc else run)]
+        self._sort_names()
         self.names = [o for c in self.nb.cells if (o := shown(c))]
-        rest = [o for o in (import_module(self.module).__all__ if module not in (None, 'all') else ()) if o not in self.names]
-        self.names += rest # assigned, so that `proc_nbs` does not see them
-        self.nb.cells += [mk_cell('## Other names', 'markdown')]*bool(rest) + [mk_cell(f'show_doc({o})') for o in rest]
+        if module not in (None, 'all'): self._add_other_names()
+
+    def _sort_names(self):
+        "Let names that are shown one after the other come as the module defines them"
+        cells = []
+        for documents,run in groupby(self.nb.cells, lambda c: bool(shown(c))):
+            if documents: cells += sorted(run, key=self.line)
+            else: cells += run
+        self.nb.cells = cells
+
+    def _add_other_names(self):
+        "Show the names that `proc_nbs` does not see, because they are assigned"
+        others = [o for o in import_module(self.module).__all__ if o not in self.names]
+        self.names += others
+        if others: self.nb.cells.append(mk_cell('## Other names', 'markdown'))
+        self.nb.cells += [mk_cell(f'show_doc({o})') for o in others]
 
     @property
     def section(self): return self.to.rpartition('/')[0]
@@ -60,13 +86,18 @@ class Page:
 
 # Links
 
+_link = re.compile(r'(?<=\]\()(?![a-z]+:|#|/)([^)\s]+)') # the target of a relative one
+
 class Links:
-    "Makes relative links lead to pages of the site, or else to the repository, and names in code to where they are documented"
+    """Makes links lead to pages of the site, or else to the repository, and names in code to where they are
+    documented"""
     def __init__(self, pages, git_url):
         self.pages,self.git_url = {**moved, **{p.path: p.to for p in pages}},git_url
         self.names = {n: f'{p.module}.{n}' for p in pages if p.section == 'api' for n in p.names}
-        self.names |= {n.replace('Learner.', 'learn.'): o for n,o in self.names.items() if n.startswith('Learner.')}
-        for o in import_module('fasterai_lr.schemes').schemes: self.names.pop(o, None) # 'cp' is more often the method than the function
+        methods = [n for n in self.names if n.startswith('Learner.')]
+        for n in methods: self.names[n.replace('Learner.', 'learn.')] = self.names[n]
+        # 'cp' is more often the method than the function
+        for o in import_module('fasterai_lr.schemes').schemes: self.names.pop(o, None)
 
     def target(self, link, source):
         path,_,anchor = link.partition('#')
@@ -80,15 +111,17 @@ class Links:
         "The markdown `text` with all its links; `source` is the file that it is from"
         res = ''
         for i,part in enumerate(re.split(r'(^ *```.*?^ *```|`[^`\n]+`)', text, flags=re.M|re.S)):
-            if not i%2: part = re.sub(r'(?<=\]\()(?![a-z]+:|#|/)([^)\s]+)', lambda m: self.target(m[1], source), part)
-            elif not res.endswith('[') and not res.rpartition('\n')[2].startswith('#'): part = self._code(part)
+            in_link,in_heading = res.endswith('['),res.rpartition('\n')[2].startswith('#')
+            if not i%2: part = _link.sub(lambda m: self.target(m[1], source), part)
+            elif not in_link and not in_heading: part = self._code(part)
             res += part
         return res
 
     def _code(self, span):
         "A span of code as a link to what it names or calls"
         found = re.fullmatch(r'`([\w.]+)(\([^<>]*\))?`', span)
-        return f'{{py:obj}}`{span[1:-1]} <{self.names[found[1]]}>`' if found and found[1] in self.names else span
+        if not found or found[1] not in self.names: return span
+        return f'{{py:obj}}`{span[1:-1]} <{self.names[found[1]]}>`'
 
 # The documentation of names
 
@@ -100,15 +133,21 @@ class _Verbatim(str):
 
 def _anno(o):
     "An annotation nearly as it was written: without the names of modules"
-    return o if o is _empty else _Verbatim(re.sub(r'\b(?:[a-z_]\w*\.)+(?=\w)', '', o if isinstance(o, str) else inspect.formatannotation(o)))
+    if o is _empty: return o
+    text = o if isinstance(o, str) else inspect.formatannotation(o)
+    return _Verbatim(re.sub(r'\b(?:[a-z_]\w*\.)+(?=\w)', '', text))
 
 def _default(o): return o if o is _empty else _Verbatim(getattr(o, '__name__', None) or repr(o))
 
 def signature(sym):
     "What a caller gives to `sym`, and what comes back"
     sig = inspect.signature(sym)
-    params = [p.replace(annotation=_anno(p.annotation), default=_default(p.default)) for p in sig.parameters.values() if p.name not in ('self', 'cls')]
-    return inspect.Signature(params, return_annotation=_empty if isinstance(sym, type) else _anno(sig.return_annotation))
+    params = []
+    for p in sig.parameters.values():
+        if p.name in ('self', 'cls'): continue
+        params.append(p.replace(annotation=_anno(p.annotation), default=_default(p.default)))
+    returned = _empty if isinstance(sym, type) else _anno(sig.return_annotation)
+    return inspect.Signature(params, return_annotation=returned)
 
 def _returned(sym, docs):
     "What is said about the value that comes back; fastcore misses it where it has no annotation"
@@ -131,44 +170,61 @@ class Documenter:
     def text(self, o):
         "Plain text with spans of code as markdown"
         parts = re.split(r'(`[^`\n]+`)', o or '')
-        return self.links(''.join(p if i%2 else re.sub(r'([*_<\[\]\\$])', r'\\\1', p) for i,p in enumerate(parts)), self.page.path)
+        for i in range(0, len(parts), 2): parts[i] = re.sub(r'([*_<\[\]\\$])', r'\\\1', parts[i])
+        return self.links(''.join(parts), self.page.path)
 
     def parameters(self, sym):
-        "The parameters of `sym` with types, defaults and docments as a table; nothing where the signature says it all"
+        "A table of the parameters of `sym` with their docments; nothing where the signature says it all"
         sig,docs = signature(sym),docments(sym, full=True)
-        rows = [(f'`{p.name}`', _code(p.annotation), _code(p.default), self.text(docs.get(p.name, {}).get('docment'))) for p in sig.parameters.values()]
+        rows = []
+        for p in sig.parameters.values():
+            meaning = self.text(docs.get(p.name, {}).get('docment'))
+            rows.append((f'`{p.name}`', _code(p.annotation), _code(p.default), meaning))
         said = '' if isinstance(sym, type) else _returned(sym, docs)
         if said: rows.append(('returns', _code(sig.return_annotation), '', self.text(said)))
-        return table([('Parameter', 'Type', 'Default', 'Meaning'), *rows], 'parameters') if any(r[3] for r in rows) else ''
+        if not any(r[3] for r in rows): return ''
+        return table([('Parameter', 'Type', 'Default', 'Meaning'), *rows], 'parameters')
 
     def directive(self, kind, name, sym, *inner, option=None):
         body = [] if kind == 'property' else [self.parameters(sym)]
         sig,fence = '' if kind == 'property' else signature(sym),'`'*(6 if inner else 5)
-        lines = f'{fence}{{py:{kind}}} {name}{sig}', f':module: {self.page.module}', option, '', self.text(inspect.getdoc(sym)) + '\n', *body, *inner, fence
-        return '\n'.join(o for o in lines if o is not None)
+        start = [f'{fence}{{py:{kind}}} {name}{sig}', f':module: {self.page.module}']
+        if option: start.append(option)
+        return '\n'.join([*start, '', self.text(inspect.getdoc(sym)) + '\n', *body, *inner, fence])
 
     def method(self, name, raw, cls):
-        if isinstance(raw, (classmethod, staticmethod)): return self.directive('method', name, getattr(cls, name), option=f':{type(raw).__name__}:')
+        if isinstance(raw, (classmethod, staticmethod)):
+            return self.directive('method', name, getattr(cls, name), option=f':{type(raw).__name__}:')
         if inspect.isfunction(raw): return self.directive('method', name, raw)
         return self.directive('property', name, getattr(raw, 'fget', None) or raw.func)
 
     def data(self, name):
         "A name that stands for neither a class nor a function, with the comment beside it"
         said = re.search(rf'^{name} *=.*# *(.+)$', inspect.getsource(import_module(self.page.module)), re.M)
-        return f'```{{py:data}} {name}\n:module: {self.page.module}\n\n{self.text(said[1]) if said else ""}\n```'
+        text = self.text(said[1]) if said else ''
+        return f'```{{py:data}} {name}\n:module: {self.page.module}\n\n{text}\n```'
 
     def __call__(self, name):
-        "Signature, docstring and parameters of `name`; for a class also those of its public methods with a docstring, unless the page shows them elsewhere"
+        """Signature, docstring and parameters of `name`; for a class also those of its public methods with a
+        docstring, unless the page shows them elsewhere"""
         sym = self.page.symbol(name)
         if not callable(sym): return self.data(name)
-        if not isinstance(sym, type): return self.directive('method' if '.' in name else 'function', name, sym)
-        own = {k: v for k,v in vars(sym).items() if k[0] != '_' and isinstance(v, _methods) and v.__doc__}
-        return self.directive('class', name, sym, *(self.method(k, v, sym) for k,v in own.items() if f'{name}.{k}' not in self.page.names))
+        if not isinstance(sym, type):
+            return self.directive('method' if '.' in name else 'function', name, sym)
+        methods = []
+        for k,v in vars(sym).items():
+            if k.startswith('_') or not isinstance(v, _methods) or not v.__doc__: continue
+            if f'{name}.{k}' not in self.page.names: methods.append(self.method(k, v, sym))
+        return self.directive('class', name, sym, *methods)
 
 # Writing
 
 _callout = re.compile(r'^:::\s*\{\.callout-(\w+)[^}]*\}', re.M)
-_tags = {'echo: false': 'remove-input', 'output: false': 'remove-output', 'code-fold: true': 'hide-input', 'include: false': 'remove-cell'}
+_tags = {'echo: false': 'remove-input', 'output: false': 'remove-output',
+         'code-fold: true': 'hide-input', 'include: false': 'remove-cell'}
+_by_nbdev = '<!-- WARNING: THIS FILE WAS AUTOGENERATED'
+_metadata = {'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'},
+             'language_info': {'name': 'python', 'pygments_lexer': 'ipython3'}}
 
 def code_cell(cell):
     "Turn Quarto's directives at the top of `cell` into the tags of myst-nb"
@@ -181,12 +237,13 @@ def head(page, links):
     "Title, lead, the module's name and where the notebook is"
     module = f'`{page.module}` · ' if page.section == 'api' else ''
     res = [f'# {page.title}', '{.lead}\n' + links(page.lead, page.path)]
-    if page.to != 'index.ipynb': res.append(f'{{.module}}\n{module}[notebook]({links.git_url}/blob/main/{page.path})')
+    source = f'{links.git_url}/blob/main/{page.path}'
+    if page.to != 'index.ipynb': res.append(f'{{.module}}\n{module}[notebook]({source})')
     return '\n\n'.join(res)
 
 def write_page(page, links, to):
     nb = page.nb
-    nb.cells = [c for c in nb.cells if c.source.strip() and not c.source.startswith('<!-- WARNING: THIS FILE WAS AUTOGENERATED')]
+    nb.cells = [c for c in nb.cells if c.source.strip() and not c.source.startswith(_by_nbdev)]
     document = Documenter(page, links)
     for c in nb.cells:
         if name := shown(c): c.update(mk_cell(document(name), 'markdown'))
@@ -194,7 +251,7 @@ def write_page(page, links, to):
         else: c.source = _callout.sub(r':::{\1}', links(c.source, page.path))
     nb.cells.insert(0, mk_cell(head(page, links), 'markdown'))
     if page.to == 'index.ipynb': nb.cells.append(mk_cell(toctree(menu), 'markdown'))
-    nb.metadata = {'kernelspec': dict(name='python3', display_name='python3', language='python'), 'language_info': dict(name='python', pygments_lexer='ipython3')}
+    nb.metadata = _metadata
     (to/page.to).parent.mkdir(parents=True, exist_ok=True)
     write_nb(nb, to/page.to)
 
@@ -204,15 +261,23 @@ def listing(page, links):
     "The entry of a page in its section; for a module, with a table of its names"
     if page.section != 'api': return f'[{page.title}](/{page.to})\n: {page.lead}\n'
     text = Documenter(page, links).text
-    rows = [(f'{{py:obj}}`{n} <{page.module}.{n}>`', text((inspect.getdoc(s) or '').partition('\n')[0]) if callable(s) else '') for n,s in ((n, page.symbol(n)) for n in page.names)]
-    return '\n\n'.join([f'## [{page.short}](/{page.to})', page.lead, table([('Name', 'What it is'), *rows], 'names') if rows else ''])
+    rows = []
+    for name in page.names:
+        sym = page.symbol(name)
+        said = inspect.getdoc(sym) if callable(sym) else None
+        rows.append((f'{{py:obj}}`{name} <{page.module}.{name}>`', text((said or '').partition('\n')[0])))
+    names = table([('Name', 'What it is'), *rows], 'names') if rows else ''
+    return '\n\n'.join([f'## [{page.short}](/{page.to})', page.lead, names])
 
 def write_section(section, pages, links, to):
     mine = [p for p in pages if p.section == section]
     entries = [f'{p.short} <{Path(p.to).stem}>' for p in mine]
-    text = '\n\n'.join([Path(f'docs/{section}.md').read_text(encoding='utf-8'), *(listing(p, links) for p in mine), toctree(entries)])
+    above = Path(f'docs/{section}.md').read_text(encoding='utf-8')
+    text = '\n\n'.join([above, *(listing(p, links) for p in mine), toctree(entries)])
     (to/section).mkdir(parents=True, exist_ok=True)
     (to/section/'index.md').write_text(text, encoding='utf-8')
+
+def not_copied(folder, names): return [o for o in names if o[0] in '._' or o.endswith('.ipynb')]
 
 def write_pages(to):
     "All pages for Sphinx, in the new folder `to`"
@@ -220,10 +285,12 @@ def write_pages(to):
     parser.read('settings.ini', encoding='utf-8')
     pages = [Page(o) for o in sorted(Path('nbs').rglob('*.ipynb')) if not any(p[0] in '._' for p in o.parts)]
     links = Links(pages, parser['DEFAULT']['git_url'])
-    shutil.copytree('nbs', to, ignore=lambda d, names: [o for o in names if o[0] in '._' or o.endswith('.ipynb')])
+    shutil.copytree('nbs', to, ignore=not_copied)
     for p in pages: write_page(p, links, to)
     for o in sections: write_section(o, pages, links, to)
-    for o in ('CHANGELOG.md', 'CONTRIBUTING.md'): (to/moved[o]).write_text(links(Path(o).read_text(encoding='utf-8'), o), encoding='utf-8')
+    for o in ('CHANGELOG.md', 'CONTRIBUTING.md'):
+        text = links(Path(o).read_text(encoding='utf-8'), o)
+        (to/moved[o]).write_text(text, encoding='utf-8')
 
 def build():
     "Build the site; returns Sphinx's exit code"
@@ -231,6 +298,7 @@ def build():
         for o in ('site', 'doctrees', 'html'): shutil.rmtree(f'build/{o}', ignore_errors=True)
         proc_nbs('nbs', force=True, n_workers=0)
         write_pages(Path('build/site'))
-        return sphinx_build(['-q', '-W', '--keep-going', '-b', 'html', '-c', 'docs', '-d', 'build/doctrees', 'build/site', 'build/html'])
+        options = ['-q', '-W', '--keep-going', '-b', 'html', '-c', 'docs', '-d', 'build/doctrees']
+        return sphinx_build([*options, 'build/site', 'build/html'])
 
 if __name__ == '__main__': sys.exit(build())

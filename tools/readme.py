@@ -1,7 +1,9 @@
 """Make README.md from `nbs/index.ipynb`, and find the commands in it.
 
     python tools/readme.py                           # write README.md and the pictures it shows
-    python3 tools/readme.py command 'Run the tests'  # print the command below that heading (standard library only)
+    python3 tools/readme.py command 'Run the tests'  # print the command below that heading
+
+The second needs the standard library only.
 """
 import os, re, sys
 from pathlib import Path
@@ -14,7 +16,8 @@ def command(text, heading):
     "The one line of the fenced block that follows `heading` in the markdown `text`"
     found = re.findall(rf'^#+ {re.escape(heading)}\n\s*```\w*\n(.*?)\n```$', text, re.M|re.S)
     if len(found) != 1 or len(found[0].splitlines()) != 1:
-        raise ValueError(f'heading={heading!r}: expected one such heading, directly above a fenced block of one line; found {found}')
+        raise ValueError(f'heading={heading!r}: expected one such heading, directly above a fenced block of '
+                         f'one line; found {found}')
     return found[0]
 
 def _terminal(line):
@@ -26,18 +29,21 @@ def _terminal(line):
 def _plain(out):
     "`out` as README.md shows it: text and pictures, no HTML and no colours; None where nothing is left"
     if out['output_type'] == 'stream':
-        return None if out['name'] == 'stderr' else {**out, 'text': '\n'.join(map(_terminal, out['text'].split('\n')))}
+        if out['name'] == 'stderr': return None
+        return {**out, 'text': '\n'.join(map(_terminal, out['text'].split('\n')))}
     data = {k:v for k,v in out['data'].items() if k in ('text/markdown', 'text/plain', 'image/png')}
     if data.get('text/plain', '').startswith('<IPython.core.display'): data.pop('text/plain')
     return {**out, 'data': data} if data else None
 
 def prepare(nb):
-    "Drop the hidden cells, the directives and what markdown cannot show from `nb`, and point its links to where README.md sees them"
+    "Drop hidden cells, directives and what markdown cannot show from `nb`, and let links start at README.md"
     nb.cells = [c for c in nb.cells if 'hide' not in c.directives and c.source.strip()]
     for c in nb.cells:
-        if c.directives.get('echo') == 'false': c.metadata['transient'] = {'remove_source': True} # nbconvert's own mark
+        if c.directives.get('echo') == 'false':
+            c.metadata['transient'] = {'remove_source': True}  # nbconvert's own mark
         c.remove_directives()
-        if c.cell_type == 'markdown': c.source = _link.sub(lambda m: os.path.normpath(f'nbs/{m[1]}'), c.source)
+        if c.cell_type == 'markdown':
+            c.source = _link.sub(lambda m: os.path.normpath(f'nbs/{m[1]}'), c.source)
         else: c.outputs = [o for o in map(_plain, c.outputs) if o]
     return nb
 
@@ -48,7 +54,8 @@ def render(root):
     from nbconvert import MarkdownExporter
     nb = nbformat.reads(nb2str(prepare(read_nb(Path(root)/'nbs/index.ipynb'))), as_version=4)
     nb.metadata.language_info = {'name': 'python'}  # nbdev-clean removes it; the code fences need it
-    text, res = MarkdownExporter().from_notebook_node(nb, {'unique_key': 'index', 'output_files_dir': 'nbs/images'})
+    pictures = {'unique_key': 'index', 'output_files_dir': 'nbs/images'}
+    text, res = MarkdownExporter().from_notebook_node(nb, pictures)
     text = re.sub(r'\n{3,}', '\n\n', re.sub(r'[ \t]+$', '', text, flags=re.M)).strip() + '\n'
     return {'README.md': text.encode(), **res['outputs']}
 
