@@ -8,8 +8,11 @@ __all__ = ['Latency', 'count_params', 'size_on_disk', 'macs_per_layer', 'count_m
 # %% ../nbs/06_cost.ipynb #9f42893f
 import io, math, re, time, warnings
 from collections import defaultdict, namedtuple
+from contextlib import contextmanager
 from functools import cache
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -21,7 +24,7 @@ from .layers import devices_of, evaluating, run_model
 def count_params(
     model:nn.Module
 )->int: # Numbers in distinct parameters, trainable or not
-    "The number of parameters of `model`; a shared one counts once"
+    "Count the parameters of `model`; a shared one counts once"
     return sum(p.numel() for p in model.parameters())
 
 def size_on_disk(
@@ -37,70 +40,77 @@ def macs_per_layer(
     model:nn.Module,
     sample, # Input: a tensor, a tuple of arguments or a dict of keyword arguments
 )->dict: # {name in `named_modules()`: MACs}, the whole model under ''
-    "The multiply-accumulates of each module of `model` on `sample`, with those of its children"
+    "Count the multiply-accumulates of each module of `model` on `sample`, with those of its children"
     counter = _Counter()
     with counter: flops = _per_module(model, sample, counter.get_total_flops)
     if counter.unknown:
-        warnings.warn(f"macs_per_layer: no formula for {', '.join(sorted(counter.unknown))}, "
-                      "so what that multiplies counts 0; "
+        unknown = ', '.join(sorted(counter.unknown))
+        warnings.warn(f"macs_per_layer: no formula for {unknown}, so what that multiplies counts 0; "
                       "give it one with `torch.utils.flop_counter.register_flop_formula`")
-    return {n:f//2 for n,f in flops.items()}
+    return {name: n//2 for name,n in flops.items()}
+
+# %% ../nbs/06_cost.ipynb #5edc069d
+@contextmanager
+def _calling_each_module(model):
+    "Evaluation mode for `model`, without gradients, fused kernels and compiled code"
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (torch.compiler.set_stance('force_eager'), evaluating(model), torch.no_grad(),
+              warnings.catch_warnings()):
+            # torch remarks that hooks are called for the compiled wrapper too, which does no work of its own
+            warnings.filterwarnings('ignore', 'Using `torch.compile')
+            yield
+    finally: torch.backends.mha.set_fastpath_enabled(fastpath)
 
 def _per_module(model, sample, read):
-    "{name in `named_modules()`: what `read()` grows by while it is called with `sample`}, with all modules called that a fused kernel would leave out"
-    grown,start = defaultdict(int),defaultdict(list)
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    def enter(m, x): start[m].append(read())
-    def leave(m, x, out): grown[m] += read() - start[m].pop()
-    hooks = register_module_forward_pre_hook(enter),register_module_forward_hook(leave)
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.compiler.set_stance('force_eager'), evaluating(model), torch.no_grad(), warnings.catch_warnings(): # compiled, layers would not be seen one by one
-            warnings.filterwarnings('ignore', 'Using `torch.compile') # that hooks are called once more for the wrapper, which has none of its own to count
-            first = read()
-            run_model(model, sample)
-            grown[model] = read() - first
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for h in hooks: h.remove()
-    return {n:grown[m] for n,m in model.named_modules()}
+    "Run `model` on `sample`; return {name in `named_modules()`: growth of the number `read()` in its calls}"
+    growth = defaultdict(int)
+    starts = defaultdict(list)  # a stack for each module, which may call itself
+    def enter(module, args): starts[module].append(read())
+    def leave(module, args, out): growth[module] += read() - starts[module].pop()
+    with (register_module_forward_pre_hook(enter), register_module_forward_hook(leave),
+          _calling_each_module(model)):
+        start = read()
+        run_model(model, sample)
+        growth[model] = read() - start
+    return {name: growth[module] for name,module in model.named_modules()}
 
 # %% ../nbs/06_cost.ipynb #b5d0648d
 def _attention_flops(q, k, v, *args, **kwargs):
-    "Every query meets every key and every value, also where several query heads share a key head"
+    "FLOPs of attention: each query meets each key and value, also where query heads share a key head"
     return 2*math.prod(q[:-1])*k[-2]*(q[-1]+v[-1])
 
 def _rows_flops(x, *args, out_shape=None, **kwargs):
-    "Every number of the result is one sum of products along the last dimension of `x`"
+    "FLOPs where each number of the result is one sum of products along the last dimension of `x`"
     return 2*math.prod(out_shape)*x[-1]
 
 def _added_flops(start, x, *args, out_shape=None, **kwargs):
-    "The same, added to `start`"
+    "FLOPs of sums of products along the last dimension of `x` that are added to `start`"
     return _rows_flops(x, out_shape=out_shape)
 
 def _added_batch_flops(start, x, y, *args, **kwargs):
-    "Products of matrices, all added to `start`"
+    "FLOPs of a batch of matrix products that are all added to `start`"
     return 2*math.prod(x)*y[-1]
 
 def _conv_flops(x, weight, *args, out_shape=None, **kwargs):
-    "Every weight meets every position of the result"
+    "FLOPs of a convolution: each weight meets each position of the result"
     return 2*math.prod(weight)*math.prod(out_shape)//out_shape[1]
 
 def _conv_tbc_flops(x, weight, *args, out_shape=None, **kwargs):
-    "The same, with channels last"
+    "FLOPs of a convolution whose result has its channels last"
     return 2*math.prod(weight)*math.prod(out_shape[:-1])
 
 def _bilinear_flops(x, weight, y, *args, **kwargs):
-    "Each matrix of `weight` is multiplied by `x` first, and what that gives by `y`"
+    "FLOPs of a bilinear layer: `x` times each matrix of `weight`, and the result times `y`"
     return 2*x[0]*(math.prod(weight) + weight[0]*weight[2])
 
 def _rnn_flops(x, *args, **kwargs):
-    "Every weight matrix meets every step"
+    "FLOPs of recurrent layers: each weight matrix meets each step"
     weights = args[0] if isinstance(args[0], list) else args[:2]
     return 2*math.prod(x[:-1])*sum(math.prod(w) for w in weights if len(w)==2)
 
-_grouped_attention = """aten._scaled_dot_product_flash_attention aten._scaled_dot_product_efficient_attention
-    aten._scaled_dot_product_cudnn_attention"""
+# %% ../nbs/06_cost.ipynb #3b5e2a38
 _formulas = {
     _attention_flops: """aten._scaled_dot_product_flash_attention_for_cpu
         aten._scaled_dot_product_fused_attention_overrideable
@@ -115,29 +125,38 @@ _formulas = {
     _bilinear_flops: "aten._trilinear",
     _rnn_flops: "aten.mkldnn_rnn_layer aten._cudnn_rnn aten.miopen_rnn",
 }
+_grouped_attention = """aten._scaled_dot_product_flash_attention aten._scaled_dot_product_efficient_attention
+    aten._scaled_dot_product_cudnn_attention"""
 
 def _ops(names):
     "The operators of `names` that this torch has"
     for name in names.split():
         library,op = name.split('.')
-        if hasattr(getattr(torch.ops, library), op): yield getattr(getattr(torch.ops, library), op)
+        library = getattr(torch.ops, library)
+        if hasattr(library, op): yield getattr(library, op)
 
 def _more_formulas():
-    "{operator: formula} where torch has none, or may have one that refuses query heads that share a key head"
-    missing = {op:f for f,names in _formulas.items() for op in _ops(names) if op not in flop_registry}
-    return missing | {op:_attention_flops for op in _ops(_grouped_attention)}
+    "The formulas to add to torch's own: {operator: formula}"
+    res = {}
+    for formula,names in _formulas.items():
+        for op in _ops(names):
+            if op not in flop_registry: res[op] = formula
+    for op in _ops(_grouped_attention): res[op] = _attention_flops  # torch's may refuse shared key heads
+    return res
 
 # %% ../nbs/06_cost.ipynb #51aba6fc
 class _NoTracker(ModuleTracker):
-    "Follows no modules: hooks here do, and torch's own raise where a module is given a parameter"
+    "A tracker that follows no modules: `_per_module` does, and torch's fails on calls with a parameter"
     def __enter__(self): return self
     def __exit__(self, *args): pass
 
 class _Counter(FlopCounterMode):
-    "Torch's counter with more formulas; `unknown` names what seems to multiply matrices and has none"
+    "Torch's counter with more formulas; `unknown` names the operators that have none but seem to need one"
     def __init__(self):
         super().__init__(display=False, custom_mapping=_more_formulas())
-        self.unknown,self.mod_tracker = set(),_NoTracker()
+        self.unknown = set()
+        self.mod_tracker = _NoTracker()
+
     def _count_flops(self, op, out, args, kwargs):
         if op not in self.flop_registry and _multiplies(str(op), args): self.unknown.add(str(op))
         return super()._count_flops(op, out, args, kwargs)
@@ -148,11 +167,11 @@ _no_product = re.compile('upsample|prepack|unpack|reorder|flatten_weight|fused_(
 
 @cache
 def _is_product(name):
-    "Whether an operator called `name` multiplies matrices"
+    "Tell by its `name` if an operator multiplies matrices"
     return bool(_product.search(name)) and not _no_product.search(name)
 
 def _multiplies(op, args):
-    "Whether the operator `op` multiplies matrices, judged by its name or by two matrices among its `args`"
+    "Tell if the operator `op` multiplies matrices, by its name or by two matrices among its `args`"
     library,_,name = op.partition('.')
     if _is_product(name): return True
     if library in ('aten', 'prim', 'prims', 'torchvision'): return False
@@ -163,47 +182,51 @@ def count_macs(
     model:nn.Module,
     sample, # Input: a tensor, a tuple of arguments or a dict of keyword arguments
 )->int: # MACs for the whole sample: for one item, give a batch of one
-    "The multiply-accumulates of `model` on `sample`"
+    "Count the multiply-accumulates of `model` on `sample`"
     return macs_per_layer(model, sample)['']
 
 # %% ../nbs/06_cost.ipynb #40830f8e
 Latency = namedtuple('Latency', 'ms spread least')
-Latency.__doc__ = "Milliseconds of one call: the median over the repeats, their interquartile range, and the shortest, which other programs disturb least"
+Latency.__doc__ = ("Milliseconds of one call: the median over the repeats, their interquartile range, "
+                   "and the shortest, which other programs disturb least")
 
 def measure_latency(
     models, # One model, or a dict or list of models to compare
     sample, # Input for all: a tensor, a tuple of arguments or a dict of keyword arguments
     repeats:int=20, # Measurements of each model
-    warmup:int=3, # Calls before the first measurement; the last tells how many calls a measurement needs, and without any it is one
-    min_ms:float=5, # A faster model is called several times for each measurement
+    warmup:int=3, # Calls before the first measurement; the last one is timed for `min_ms`
+    min_ms:float=5, # Shortest measurement: a faster model is called several times (only with a `warmup`)
 ): # A `Latency`, or a dict or list of them like `models`
-    "The measured time of one call of each of `models`, taken in turns"
+    "Measure the time that one call of each of `models` takes, in turns"
     if isinstance(models, nn.Module): return measure_latency([models], sample, repeats, warmup, min_ms)[0]
-    if not isinstance(models, dict): return list(measure_latency(dict(enumerate(models)), sample, repeats, warmup, min_ms).values())
     if repeats<1: raise ValueError(f"repeats={repeats}: expected an int >= 1")
-    devices,ms = devices_of(*models.values()),{k:[] for k in models}
-    with evaluating(*models.values()), torch.no_grad():
-        for m in models.values(): _time(m, sample, warmup-1, devices)
-        calls = {k:max(1, math.ceil(min_ms/_time(m, sample, 1, devices))) if warmup else 1 for k,m in models.items()}
-        for i in range(repeats):
-            for k in list(models)[::(-1)**i]: ms[k].append(_time(models[k], sample, calls[k], devices))
-    return {k:Latency(float(np.median(v)), float(np.subtract(*np.percentile(v, [75,25]))), min(v)) for k,v in ms.items()}
+    nets = list(models.values() if isinstance(models, dict) else models)
+    devices = devices_of(*nets)
+    calls = [1]*len(nets)
+    ms = [[] for _ in nets]
+    with evaluating(*nets), torch.no_grad():
+        for net in nets: _time(net, sample, warmup-1, devices)
+        if warmup: calls = [_calls_for(min_ms, net, sample, devices) for net in nets]
+        turns = list(zip(nets, calls, ms))
+        for _ in range(repeats):
+            for net,n,measured in turns: measured.append(_time(net, sample, n, devices))
+            turns.reverse()
+    res = [_latency(o) for o in ms]
+    return dict(zip(models, res)) if isinstance(models, dict) else res
 
-def latency_per_layer(
-    model:nn.Module,
-    sample, # Input: a tensor, a tuple of arguments or a dict of keyword arguments
-    seconds:float=5, # To go on for; at least two calls and at most 15
-)->dict: # {name in `named_modules()`: milliseconds}, the whole model under ''
-    "The measured time of each module of `model` within a call, with that of its children: the median of the calls"
-    devices,calls,start = devices_of(model),[],time.perf_counter()
-    def now():
-        _sync(devices)
-        return time.perf_counter()*1e3
-    while len(calls) < 2 or len(calls) < 15 and time.perf_counter()-start < seconds: calls.append(_per_module(model, sample, now))
-    return {n:float(np.median([c[n] for c in calls])) for n in calls[0]}
+# %% ../nbs/06_cost.ipynb #77a50b36
+def _calls_for(min_ms, model, sample, devices):
+    "Time one call of `model`; return how many take at least `min_ms`"
+    ms = _time(model, sample, 1, devices)
+    return max(1, math.ceil(min_ms/ms))
+
+def _latency(ms):
+    "Summarise the measurements `ms` as a `Latency`"
+    lower,upper = np.percentile(ms, [25,75])
+    return Latency(float(np.median(ms)), float(upper-lower), min(ms))
 
 def _time(model, sample, calls, devices):
-    "Milliseconds per call of `model`, over `calls` of them"
+    "Milliseconds per call of `model`, averaged over `calls` of them"
     _sync(devices)
     start = time.perf_counter()
     for _ in range(calls): run_model(model, sample)
@@ -211,7 +234,24 @@ def _time(model, sample, calls, devices):
     return (time.perf_counter()-start)*1e3/max(calls,1)
 
 def _sync(devices):
-    "Wait for what the accelerators among `devices` still have to do"
+    "Wait until the accelerators among `devices` have finished their work"
     for d in devices:
         if d.type=='cuda': torch.cuda.synchronize(d)
         elif d.type=='mps': torch.mps.synchronize()
+
+# %% ../nbs/06_cost.ipynb #a1f6778a
+def latency_per_layer(
+    model:nn.Module,
+    sample, # Input: a tensor, a tuple of arguments or a dict of keyword arguments
+    seconds:float=5, # Time for all measurements; there are at least 2 and at most 15
+)->dict: # {name in `named_modules()`: milliseconds}, the whole model under ''
+    "Measure the time of each module of `model`, with that of its children: the median of several calls"
+    devices = devices_of(model)
+    def now():
+        _sync(devices)
+        return time.perf_counter()*1e3
+    calls = []
+    end = time.perf_counter() + seconds
+    while len(calls)<2 or (len(calls)<15 and time.perf_counter()<end):
+        calls.append(_per_module(model, sample, now))
+    return {name: float(np.median([c[name] for c in calls])) for name in calls[0]}

@@ -29,34 +29,48 @@ from .report import format_summary, plot_training, summarize
 
 # %% ../nbs/24_digits.ipynb #3a25f249
 def digits_dls(
-    fold:int=0, # which fifth of the images is for validation, 0 to 4
-    bs:int=64):
-    "fastai `DataLoaders` of scikit-learn's digits, 1,437 or 1,438 images for training and the rest for validation"
+    fold:int=0, # Which fifth of the images is for validation, 0 to 4
+    bs:int=64, # Images in a batch
+): # fastai `DataLoaders`: 1,437 or 1,438 images for training, the rest for validation
+    "Load scikit-learn's digits"
     images,targets = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8)*255/16).astype(np.uint8)
-    folds = list(StratifiedKFold(5, shuffle=True, random_state=0).split(images, targets))
-    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_x=lambda i: images[i], get_y=lambda i: targets[i],
-                      splitter=lambda _: [f.tolist() for f in folds[fold]])
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    train,valid = list(folds.split(images, targets))[fold]
+    block = DataBlock(
+        (ImageBlock(PILImageBW), CategoryBlock),
+        get_x=lambda i: images[i],
+        get_y=lambda i: targets[i],
+        splitter=lambda items: (train.tolist(), valid.tolist()))
     return block.dataloaders(range(len(images)), bs=bs, num_workers=0)
 
 # %% ../nbs/24_digits.ipynb #077fcabe
-def _conv(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+def _conv_block(inp, out):
+    conv = nn.Conv2d(inp, out, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU(inplace=True))
 
 def digits_vgg()->nn.Sequential: # 789,834 parameters
     "Four 3×3 convolutions and three linear layers for images of 8×8 pixels"
     return nn.Sequential(
-        _conv(1, 64), _conv(64, 64), nn.MaxPool2d(2), _conv(64, 128), _conv(128, 128), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Dropout(.25), nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Dropout(.25), nn.Linear(512, 10))
+        _conv_block(1, 64), _conv_block(64, 64), nn.MaxPool2d(2),
+        _conv_block(64, 128), _conv_block(128, 128), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Dropout(.25),
+        nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Dropout(.25),
+        nn.Linear(512, 10))
 
 # %% ../nbs/24_digits.ipynb #a944bb44
 class _KeepSwapped(Callback):
     "Keep a copy of the model as it is right after the decomposition"
-    order,run_valid = DecomposeCallback.order+1,False
+    order = DecomposeCallback.order+1
+    run_valid = False
+
     def before_fit(self): self.kept = None
+
     def before_train(self):
         if self.kept is None and self.decompose_cb.done: self.kept = deepcopy(self.learn.model)
 
 def _accuracy(dls, model):
+    "The accuracy of `model` on the validation images"
     learn = Learner(dls, model, metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): return float(learn.validate()[1])
 
@@ -64,41 +78,51 @@ def _accuracy(dls, model):
 what = [FC_Decomposer(rank=48), ConvDecomposer('spatial', rank=56)]
 
 def train_digits(
-    fold:int=0, # which fifth of the images is for validation
-    epochs:int=12,
-    at_epoch:int=7, # decompose at the start of this epoch
-    lr:float=3e-3,
-    ft_lr:float=1e-3, # learning rate from then on
-    seed:int=0
-   )->SimpleNamespace: # the two learners, and accuracies on the validation images
+    fold:int=0, # Which fifth of the images is for validation
+    epochs:int=12, # Of each fit
+    at_epoch:int=7, # Decompose at the start of this epoch
+    lr:float=3e-3, # Highest learning rate
+    ft_lr:float=1e-3, # Learning rate after the decomposition
+    seed:int=0, # Of both fits
+)->SimpleNamespace: # The two learners, and accuracies on the validation images
     "Train the network dense, and again with a `DecomposeCallback`"
     def fit(*cbs):
-        set_seed(seed, reproducible=True)                       # before the loaders, which draw a seed of their own
+        set_seed(seed, reproducible=True)  # before the loaders, which draw a seed of their own
         learn = Learner(digits_dls(fold), digits_vgg(), metrics=accuracy)
         learn.fit_one_cycle(epochs, lr, cbs=cbs)
         return learn
-    dense,keep = fit(),_KeepSwapped()
-    dls = dense.dls
+    dense = fit()
+    keep = _KeepSwapped()
     small = fit(DecomposeCallback(at_epoch, what, ft_lr=ft_lr), keep)
-    after,end = _accuracy(dls, keep.kept),_accuracy(dls, small.model)
-    return SimpleNamespace(dense=dense, small=small, dense_accuracy=_accuracy(dls, dense.model), swap_accuracy=after, accuracy=end)
+    return SimpleNamespace(
+        dense=dense,
+        small=small,
+        dense_accuracy=_accuracy(dense.dls, dense.model),
+        swap_accuracy=_accuracy(dense.dls, keep.kept),
+        accuracy=_accuracy(dense.dls, small.model))
 
 # %% ../nbs/24_digits.ipynb #7eeffdbb
+def _print_change(label, dense, small, number, change):
+    "Print one line of the totals; `number`: the format of both numbers"
+    print(f'{label:36}{dense:>12{number}} → {small:>10{number}}   {dense/small:.2f}× {change}')
+
 def report(
-    r, # from `train_digits`
-    picture='digits.png' # file for the training curve; `None`: none
-   ):
-    "Print the table of layers and the totals, save the training curve"
+    r, # From `train_digits`
+    picture='digits.png', # File for the training curve; `None`: none
+):
+    "Print the table of layers and the totals, and save the training curve"
+    dense,small = r.dense.model,r.small.model
     x = r.small.dls.valid.one_batch()[0]
-    table = summarize(r.small.model, x[:1])
+    table = summarize(small, x[:1])
     print(format_summary(table), end='\n\n')
-    lat = measure_latency(dict(dense=r.dense.model, small=r.small.model), x)
-    t = table.loc['total']
-    rows = [('parameters', t.params_before, t.params_after), ('MACs for one image', t.macs_before, t.macs_after),
-            ('size on disk, bytes', size_on_disk(r.dense.model), size_on_disk(r.small.model))]
-    for name,dense,small in rows: print(f'{name:36}{dense:>12,} → {small:>10,}   {dense/small:.2f}× less')
-    print(f"{'latency of '+str(len(x))+' images, ms':36}{lat['dense'].ms:>12.2f} → {lat['small'].ms:>10.2f}   {lat['dense'].ms/lat['small'].ms:.2f}× as fast")
-    print(f'accuracy: dense {r.dense_accuracy:.2%}, right after the decomposition {r.swap_accuracy:.2%}, fine-tuned {r.accuracy:.2%}')
+    total = table.loc['total']
+    times = measure_latency(dict(dense=dense, small=small), x)
+    _print_change('parameters', total.params_before, total.params_after, ',', 'less')
+    _print_change('MACs for one image', total.macs_before, total.macs_after, ',', 'less')
+    _print_change('size on disk, bytes', size_on_disk(dense), size_on_disk(small), ',', 'less')
+    _print_change(f'latency of {len(x)} images, ms', times['dense'].ms, times['small'].ms, '.2f', 'as fast')
+    print(f'accuracy: dense {r.dense_accuracy:.2%}, right after the decomposition {r.swap_accuracy:.2%}, '
+          f'fine-tuned {r.accuracy:.2%}')
     if picture:
         axes = plot_training(r.small.recorder)
         axes[0].figure.savefig(picture, dpi=120)

@@ -20,124 +20,164 @@ from .layers import devices_of
 # %% ../nbs/16_distributed.ipynb #1e5072d9
 _sharded = ('FullyShardedDataParallel', 'DTensor')
 
+def _own_options(ddp):
+    "Describe the options of `ddp` that cannot be carried over to new parameters"
+    res = []
+    if ddp.process_group is not dist.group.WORLD: res.append('a process group')
+    if ddp._get_ddp_logging_data().get('comm_hook'): res.append('a communication hook')
+    if ddp.mixed_precision: res.append('mixed precision')
+    if ddp._delay_all_reduce_params: res.append('delayed reductions')
+    return ' and '.join(res)
+
 def check_wrapper(
-    model:nn.Module # with its wrapper, if it has one
+    model:nn.Module # With its wrapper, if it has one
 ):
-    "A `RuntimeError` where layers cannot be replaced because of the way in which `model` is spread over processes"
-    if any(type(o).__name__ in _sharded for o in chain(model.modules(), model.parameters())):
-        raise RuntimeError("model: its parameters are sharded over the processes (FSDP or tensor parallel); decompose it before it is sharded")
-    if not isinstance(model, DistributedDataParallel): return
-    own = {'a process group': model.process_group is not dist.group.WORLD, 'a communication hook': model._get_ddp_logging_data().get('comm_hook'),
-           'mixed precision': model.mixed_precision, 'delayed reductions': model._delay_all_reduce_params}
-    own = [k for k,v in own.items() if v]
-    if own: raise RuntimeError(f"model: a DistributedDataParallel with {' and '.join(own)} of its own cannot take new parameters; decompose the model before it is wrapped")
+    "Raise a `RuntimeError` if layers cannot be replaced because of the way `model` is spread over processes"
+    for o in chain(model.modules(), model.parameters()):
+        if type(o).__name__ in _sharded:
+            raise RuntimeError("model: its parameters are sharded over the processes "
+                               "(FSDP or tensor parallel); decompose it before it is sharded")
+    if isinstance(model, DistributedDataParallel) and (own := _own_options(model)):
+        raise RuntimeError(f"model: a DistributedDataParallel with {own} of its own "
+                           "cannot take new parameters; decompose the model before it is wrapped")
 
 # %% ../nbs/16_distributed.ipynb #03b36f72
-def _tensors(m): return chain(m.parameters(), m.buffers())
+def _tensors(module): return chain(module.parameters(), module.buffers())
 
-def _meta(t):
-    "`t` without its values"
-    res = t.detach().to('meta')
-    return nn.Parameter(res, t.requires_grad) if isinstance(t, nn.Parameter) else res
-
-def _without_values(m): return copy.deepcopy(m, {id(t): _meta(t) for t in _tensors(m)})
+def _without_values(module):
+    "Copy `module` to the meta device, without the values of its tensors"
+    memo = {}
+    for t in _tensors(module):
+        empty = t.detach().to('meta')
+        if isinstance(t, nn.Parameter): empty = nn.Parameter(empty, t.requires_grad)
+        memo[id(t)] = empty
+    return copy.deepcopy(module, memo)
 
 def _attempt(f):
-    "What `f` returns, and what it raises"
+    "Return what `f` returns, and what it raises"
     try: return f(),None
-    except BaseException as e: return None,e            # an interrupt too: the others are waiting
+    except BaseException as e: return None,e  # an interrupt too: the others are waiting
+
+def _as_text(err): return None if err is None else f'{type(err).__name__}: {err}'
 
 def _send(t):
     "Give every process the values that the first one has in `t`"
-    values = t.detach().contiguous()                    # backends want that; `t` may be channels last
+    values = t.detach().contiguous()  # backends want that; `t` may be channels last
     dist.broadcast(values, 0)
     with torch.no_grad(): t.copy_(values)
 
+# %% ../nbs/16_distributed.ipynb #a83f4122
 def on_first_rank(
-    f, # takes nothing and returns ({layer name: module}, data that can be pickled); called in the first process
-    model:nn.Module # with its wrapper, if it has one; where that is not a `DistributedDataParallel`, this is just `f()`
-)->tuple: # what `f` returns, equal to the last bit in all processes, on the device that each has the layer on
-    "Compute new layers for `model` in one process and send them to all; what `f` raises there is raised in all"
+    f, # Function without arguments that returns ({layer name: module}, data that can be pickled)
+    model:nn.Module # With its wrapper; without a `DistributedDataParallel`, this is just `f()`
+)->tuple: # What `f` returns, equal to the last bit in all processes, on each one's own device
+    "Compute new layers for `model` in the first process and send them to all; an error there is one in all"
     if not isinstance(model, DistributedDataParallel): return f()
     first = dist.get_rank() == 0
     res,err = _attempt(f) if first else (None,None)
-    box = [res and ({n: _without_values(m) for n,m in res[0].items()}, res[1]), err and f'{type(err).__name__}: {err}']
-    dist.broadcast_object_list(box, 0, device=model.device)
+    layers,data = res or ({},None)
+    told = [{name: _without_values(layer) for name,layer in layers.items()}, data, _as_text(err)]
+    dist.broadcast_object_list(told, 0, device=model.device)
     if err is not None: raise err
-    if box[1]: raise RuntimeError(f'in the first process: {box[1]}')
-    if not first: res = {n: m.to_empty(device=next(_tensors(model.module.get_submodule(n))).device) for n,m in box[0][0].items()},box[0][1]
-    for m in res[0].values():
-        for t in _tensors(m): _send(t)
-    return res
+    structure,data,text = told
+    if text: raise RuntimeError(f'in the first process: {text}')
+    if not first:
+        layers = structure
+        for name,layer in layers.items():
+            replaced = model.module.get_submodule(name)
+            layer.to_empty(device=next(_tensors(replaced)).device)
+    for layer in layers.values():
+        for t in _tensors(layer): _send(t)
+    return layers,data
 
 # %% ../nbs/16_distributed.ipynb #b4c8db34
 def _exchange(o, device):
-    "What each process has for `o`, in their order"
-    boxes = [[o] for _ in range(dist.get_world_size())]
-    for i,box in enumerate(boxes): dist.broadcast_object_list(box, i, device=device)
-    return [o for o, in boxes]
-
-def in_all(
-    f, # takes nothing; called in every process
-    model:nn.Module # with its wrapper, if it has one; where that is not a `DistributedDataParallel`, this is just `f()`
-): # what `f` returns here
-    "Compute something in every process; what `f` raises in one is raised in all"
-    if not isinstance(model, DistributedDataParallel): return f()
-    res,err = _attempt(f)
-    texts = _exchange(err and f'{type(err).__name__}: {err}', model.device)
-    if err is not None: raise err
-    for i,t in enumerate(texts):
-        if t: raise RuntimeError(f'in process {i}: {t}')
+    "The `o` of every process, in their order"
+    res = []
+    for process in range(dist.get_world_size()):
+        box = [o]
+        dist.broadcast_object_list(box, process, device=device)
+        res += box
     return res
 
-@undisturbed()
-def _part(model, batches, seed, kwargs):
-    "The moments of this process's share of the batches, and how many items that is; the first process has some, if there are any"
-    rank = dist.get_rank()
-    share = Inputs(islice(batches.data, rank, None, dist.get_world_size()))
-    share.n_inp = getattr(batches.data, 'n_inp', None)
-    if rank and not share: return {},0
-    return calibrate(model, share, seed=seed+rank, **kwargs),sum(map(n_items, Batches(share)))
+def in_all(
+    f, # Function without arguments, called in every process
+    model:nn.Module # With its wrapper; without a `DistributedDataParallel`, this is just `f()`
+): # What `f` returns here
+    "Call `f` in every process; an error in one is an error in all"
+    if not isinstance(model, DistributedDataParallel): return f()
+    res,err = _attempt(f)
+    texts = _exchange(_as_text(err), model.device)
+    if err is not None: raise err
+    for process,text in enumerate(texts):
+        if text: raise RuntimeError(f'in process {process}: {text}')
+    return res
 
-def _sizes(m): return {f: None if t is None else t.shape for f,t in vars(m).items() if f != 'positions'}
+# %% ../nbs/16_distributed.ipynb #286e45c5
+@undisturbed()
+def _moments_here(model, batches, seed, kwargs):
+    "The moments of this process's share of `batches`, and its number of items; the first always has some"
+    process = dist.get_rank()
+    share = Inputs(islice(batches.data, process, None, dist.get_world_size()))
+    share.n_inp = getattr(batches.data, 'n_inp', None)
+    if process and not share: return {},0
+    moments = calibrate(model, share, seed=seed+process, **kwargs)
+    return moments,sum(map(n_items, Batches(share)))
+
+def _outline(moments):
+    "The fields of one layer's `Moments`, with the shape of each tensor in its place"
+    return {field: getattr(value, 'shape', value) for field,value in vars(moments).items()}
+
+def _mean_of_all(here, outline, share, device):
+    "Average one layer's `Moments` over all processes; `share`: of all items, those that are seen here"
+    res = dict(outline)
+    for field,shape in outline.items():
+        if shape is None or field == 'positions': continue
+        mean = torch.zeros(shape, dtype=torch.float64, device=device)
+        if here is not None:
+            weight = share if field == 'grads' else here.positions/outline['positions']
+            mean.add_(getattr(here, field), alpha=weight)
+        dist.all_reduce(mean)
+        res[field] = mean
+    return Moments(**res)
 
 def _added(moments, samples, device):
-    "The moments of all processes' data, from those of each one's"
-    parts = _exchange((samples, {n: (m.positions, _sizes(m)) for n,m in moments.items()}), device)
-    total,layers = sum(s for s,_ in parts),{}
-    for _,known in parts:
-        for n,(positions,sizes) in known.items(): layers[n] = layers.get(n, (0,))[0] + positions,sizes
-    def mean(name, field, size, positions):
-        if size is None: return
-        m = moments.get(name)
-        part = 0. if m is None else samples/total if field == 'grads' else m.positions/positions
-        res = torch.zeros(size, dtype=torch.float64, device=device)
-        if m is not None: res.add_(getattr(m, field), alpha=part)
-        dist.all_reduce(res)
-        return res
-    return {n: Moments(**{f: mean(n, f, s, positions) for f,s in sizes.items()}, positions=positions) for n,(positions,sizes) in layers.items()}
+    "Add up the `moments` of all processes; those given here are of `samples` items"
+    parts = _exchange((samples, {name: _outline(m) for name,m in moments.items()}), device)
+    outlines,total = {},0
+    for n,layers in parts:
+        total += n
+        for name,outline in layers.items():
+            if name in outlines: outline['positions'] += outlines[name]['positions']
+            outlines[name] = outline
+    share = samples/total
+    return {name: _mean_of_all(moments.get(name), o, share, device) for name,o in outlines.items()}
 
+# %% ../nbs/16_distributed.ipynb #d96c5e3e
 def shared_moments(
     ddp:DistributedDataParallel,
-    model:nn.Module, # what to calibrate: its module, or what that stands for
-    data, # as `calibrate` takes it, the same in all processes
-    seed:int=0,
-    **kwargs # for `calibrate`
+    model:nn.Module, # The model to calibrate: the module of `ddp`, or what that stands for
+    data, # As `calibrate` takes it, the same in all processes
+    seed:int=0, # Of random signs and positions; each process adds its number
+    **kwargs # For `calibrate`
 )->dict: # {layer name: `Moments`}, equal in all processes
-    "`calibrate`, with every process going through a part of the data"
+    "Do what `calibrate` does, with each process going through a part of the data"
     batches = Batches(data, next(iter(devices_of(model)), None))
-    moments,samples = in_all(lambda: _part(model, batches, seed, kwargs), ddp)
+    moments,samples = in_all(lambda: _moments_here(model, batches, seed, kwargs), ddp)
     return _added(moments, samples, ddp.device)
 
 # %% ../nbs/16_distributed.ipynb #76d91959
 def rewrap_(
-    ddp:DistributedDataParallel # changed in place; its options stay
-)->DistributedDataParallel: # the same
-    "Let `ddp` reduce the gradients of the parameters that its module has now; in all processes, between two steps"
-    static,ddp.static_graph = ddp.static_graph,False
+    ddp:DistributedDataParallel # Changed in place; its options stay
+)->DistributedDataParallel: # The same object
+    "Let `ddp` reduce the gradients of its module's present parameters; in all processes, between two steps"
+    static = ddp.static_graph
+    ddp.static_graph = False
     state = ddp.__getstate__()
-    del ddp.reducer,ddp.logger                          # and with them their hooks on the parameters that stay
+    del ddp.reducer,ddp.logger  # and with them their hooks on the parameters that stay
     ddp.__setstate__(state)
-    if static: ddp._set_static_graph()                  # that graph is another one now
-    ddp._module_parameters = [p for n,p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore]
+    if static: ddp._set_static_graph()  # the graph is another one now
+    ddp._module_parameters = []
+    for name,p in ddp.module.named_parameters():
+        if name not in ddp.parameters_to_ignore: ddp._module_parameters.append(p)
     return ddp

@@ -7,6 +7,7 @@ __all__ = ['follow_params', 'check_opt', 'rebind_opt', 'swap_layers', 'opt_state
 
 # %% ../nbs/17_optimizer.ipynb #24d9e796
 from collections import defaultdict
+from itertools import chain
 
 import torch
 from torch import nn
@@ -14,53 +15,70 @@ from torch.nn.parallel import DistributedDataParallel
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer, OptimWrapper, Lookahead
 from fastai.torch_core import get_model
+
 from .distributed import rewrap_
 from .layers import replace_layers_
 
 # %% ../nbs/17_optimizer.ipynb #fada0263
-def _follows(name, olds):
-    "The name among `olds` whose place a new parameter `name` takes"
+def _predecessor(name, olds):
+    "The name among `olds` whose place the new parameter `name` takes"
     if name in olds: return name
     leaf = name.split('.')[-1]
-    return ([o for o in olds if o.split('.')[-1] == leaf] or olds)[-1]
+    same_leaf = [old for old in olds if old.split('.')[-1] == leaf]
+    return (same_leaf or olds)[-1]
 
 def follow_params(
-    model:nn.Module, # still with its old layers
+    model:nn.Module, # With its old layers
     new:dict # {layer name: module that will replace it}
 )->dict: # {old parameter: list of new parameters}
     "The parameters of `new` that follow each parameter of the layers they replace"
     res = {}
     for name,layer in new.items():
         old = dict(model.get_submodule(name).named_parameters())
-        res.update({p: [] for p in old.values()})
+        for p in old.values(): res[p] = []
         for n,p in layer.named_parameters():
-            if not old: raise ValueError(f"new: layer {name!r} has no parameters whose places in the optimizer those of its replacement could take")
-            res[old[_follows(n, list(old))]].append(p)
+            if not old:
+                raise ValueError(f"new: layer {name!r} has no parameters whose places in the optimizer "
+                                 "those of its replacement could take")
+            res[old[_predecessor(n, list(old))]].append(p)
     return res
 
 # %% ../nbs/17_optimizer.ipynb #c46306cc
-def _keep_live(state, live):
-    "`state` without the parameters that are gone; a plain dict after `load` and `lr_find`, it takes new ones again"
-    return defaultdict(dict, {p:s for p,s in state.items() if p in live})
-
-def _rebind_torch(opt, live):
-    "What a torch optimizer `opt` keeps for itself"
-    opt.state = _keep_live(opt.state, live)
-    if isinstance(opt, torch.optim.Adagrad):      # the only one that makes its state in the constructor
-        new = [{**g, 'params': [p for p in g['params'] if p not in opt.state]} for g in opt.param_groups]
-        opt.state.update(torch.optim.Adagrad(new).state)
-
-def check_opt(opt):
-    "A `TypeError` where `opt` is not an optimizer that can be re-pointed"
+def check_opt(
+    opt # `Optimizer`, or torch optimizer in an `OptimWrapper`; also inside `Lookahead`
+):
+    "Raise a `TypeError` if `opt` is not an optimizer that can be re-pointed"
     while isinstance(opt, Lookahead): opt = opt.opt
     if not isinstance(opt, (Optimizer,OptimWrapper)):
-        raise TypeError(f"opt: {type(opt).__name__} is not a fastai optimizer; wrap a torch one in `OptimWrapper`")
-    inner = opt.opt if isinstance(opt, OptimWrapper) else None
-    if inner is not None and any(isinstance(o, torch.optim.Optimizer) for o in vars(inner).values()):
-        raise TypeError(f"opt: {type(inner).__name__} steps by another optimizer that it holds, which would go on with the old parameters; use that one itself")
+        raise TypeError(f"opt: {type(opt).__name__} is not a fastai optimizer; "
+                        "wrap a torch one in `OptimWrapper`")
+    if isinstance(opt, Optimizer): return
+    for o in vars(opt.opt).values():
+        if isinstance(o, torch.optim.Optimizer):
+            raise TypeError(f"opt: {type(opt.opt).__name__} steps by another optimizer that it holds, "
+                            "which would go on with the old parameters; use that one itself")
+
+# %% ../nbs/17_optimizer.ipynb #d43ed18a
+def _renewed(group, follow):
+    "The parameters of `group` with each one in `follow` replaced by those that follow it"
+    res = []
+    for p in group: res += follow.get(p, [p])
+    return res
+
+def _keep_live(state, live):
+    "The part of `state` for the parameters in `live`, as a `defaultdict` (after `load` it is a plain dict)"
+    return defaultdict(dict, {p: s for p,s in state.items() if p in live})
+
+def _rebind_torch(opt, live):
+    "Update the state that a torch optimizer keeps itself"
+    opt.state = _keep_live(opt.state, live)
+    if not isinstance(opt, torch.optim.Adagrad): return  # only Adagrad makes its state in the constructor
+    groups = [dict(group) for group in opt.param_groups]
+    for group in groups: group['params'] = [p for p in group['params'] if p not in opt.state]
+    opt.state.update(torch.optim.Adagrad(groups).state)
 
 def rebind_opt(
-    opt:Optimizer|OptimWrapper, # changed in place
+    opt:Optimizer|OptimWrapper, # Changed in place
     follow:dict # {old parameter: list of new parameters}, from `follow_params`
 ):
     "Let the new parameters take the places of the old ones in `opt`"
@@ -69,21 +87,22 @@ def rebind_opt(
         rebind_opt(opt.opt, follow)
         opt._init_state()
         return opt
-    opt.param_lists = type(opt.param_lists)(type(pg)(q for p in pg for q in follow.get(p, [p])) for pg in opt.param_lists)
-    live = {p for pg in opt.param_lists for p in pg}
+    groups = opt.param_lists
+    opt.param_lists = type(groups)(type(group)(_renewed(group, follow)) for group in groups)
+    live = set(chain(*opt.param_lists))
     state = _keep_live(opt.state, live)
-    for p,new in follow.items():
-        marks = {k:v for k,v in opt.state.get(p, {}).items() if k in Optimizer._keep_on_clear}
-        for q in new:
-            q.requires_grad_(p.requires_grad)
-            if q in live: state.setdefault(q, marks.copy())
+    for old,new in follow.items():
+        marks = {k: v for k,v in opt.state.get(old, {}).items() if k in Optimizer._keep_on_clear}
+        for p in new:
+            p.requires_grad_(old.requires_grad)
+            if p in live: state.setdefault(p, marks.copy())
     opt.state = state
     if isinstance(opt, OptimWrapper): _rebind_torch(opt.opt, live)
     return opt
 
 # %% ../nbs/17_optimizer.ipynb #e2ae7ceb
 def swap_layers(
-    learn, # a `Learner`; its optimizer, if it has one yet, is re-pointed
+    learn, # `Learner`; its optimizer, if it has one yet, is re-pointed
     new:dict # {layer name: module that replaces it}
 ):
     "Replace layers of `learn.model` in place, at any time between two steps"
@@ -97,49 +116,76 @@ def swap_layers(
 
 # %% ../nbs/17_optimizer.ipynb #5fbeeb71
 def _kind(opt):
-    "What an optimizer does at a step"
+    "The name of the rule by which an optimizer steps"
     if isinstance(opt, Lookahead): return f'Lookahead of {_kind(opt.opt)}'
     if isinstance(opt, OptimWrapper): return type(opt.opt).__name__
-    name = lambda cb: getattr(getattr(cb, 'func', cb), '__name__', type(cb).__name__)
-    return ', '.join(map(name, opt.cbs))
+    def step_name(cb):
+        function = getattr(cb, 'func', cb)  # of a partial, the function inside
+        return getattr(function, '__name__', type(cb).__name__)
+    return ', '.join(map(step_name, opt.cbs))
 
 def _names(opt, model, new):
-    "The names of the parameters in each group of `opt` when `new` is in `model`"
+    "The names of the parameters in each group of `opt`, when `new` is in `model`"
+    names = {}
+    for prefix,module in [('', model), *new.items()]:
+        for n,p in module.named_parameters(prefix): names[p] = n
     follow = follow_params(model, new)
-    names = {p:n for n,p in model.named_parameters()} | {p: f'{n}.{k}'.strip('.') for n,m in new.items() for k,p in m.named_parameters()}
-    return [[names.get(q, '') for p in pg for q in follow.get(p, [p])] for pg in opt.param_lists]
+    res = []
+    for group in opt.param_lists:
+        params = _renewed(group, follow)
+        res.append([names.get(p, '') for p in params])
+    return res
 
 def opt_state(
     opt:Optimizer|OptimWrapper,
-    model:nn.Module # that it trains
+    model:nn.Module # The model that `opt` trains
 )->dict: # 'kind', 'params' (names by group) and 'state'
-    "What `opt` knows about the parameters of `model`"
+    "The state of `opt`, with the names that its parameters have in `model`"
     check_opt(opt)
     return dict(kind=_kind(opt), params=_names(opt, model, {}), state=opt.state_dict())
 
+# %% ../nbs/17_optimizer.ipynb #d995df08
+def _group_sizes(groups): return ', '.join(str(len(group)) for group in groups)
+
 def check_opt_state(
-    saved:dict, # from `opt_state`
+    saved:dict, # From `opt_state`
     opt:Optimizer|OptimWrapper,
-    model:nn.Module,
+    model:nn.Module, # The model that `opt` trains
     new:dict={} # {layer name: module that will be put into `model`}
 ):
-    "A `ValueError` where `saved` is not for `opt` with these layers"
-    if not {'kind', 'params', 'state'} <= set(saved): raise ValueError("its optimizer state is not one of a fastai optimizer")
-    if saved['kind'] != _kind(opt): raise ValueError(f"its optimizer is another one ({saved['kind']}) than here ({_kind(opt)})")
+    "Raise a `ValueError` if `saved` is not for `opt` with these layers"
+    if not {'kind', 'params', 'state'} <= set(saved):
+        raise ValueError("its optimizer state is not one of a fastai optimizer")
+    kind = _kind(opt)
+    if saved['kind'] != kind:
+        raise ValueError(f"its optimizer is another one ({saved['kind']}) than here ({kind})")
     here,there = _names(opt, model, new),saved['params']
-    if [len(g) for g in here] != [len(g) for g in there]:
-        raise ValueError(f"its optimizer has groups of {', '.join(str(len(g)) for g in there)} parameters, and here they are of {', '.join(str(len(g)) for g in here)}")
-    for a,b in zip(sum(there, []), sum(here, [])):
+    if _group_sizes(here) != _group_sizes(there):
+        raise ValueError(f"its optimizer has groups of {_group_sizes(there)} parameters, "
+                         f"and here they are of {_group_sizes(here)}")
+    for a,b in zip(chain(*there), chain(*here)):
         if a != b: raise ValueError(f"its optimizer has {a!r} in the place of {b!r}")
 
-def _near(state, p): return {k: v.to(p.device) if torch.is_tensor(v) else v for k,v in state.items()}
+def _moved(state, p):
+    "The `state` of one parameter with its tensors on the device of `p`"
+    res = dict(state)
+    for key,value in state.items():
+        if torch.is_tensor(value): res[key] = value.to(p.device)
+    return res
 
 def load_opt_state(
-    opt:Optimizer|OptimWrapper, # changed in place
-    saved:dict # from `opt_state`, checked
+    opt:Optimizer|OptimWrapper, # Changed in place
+    saved:dict # From `opt_state`, checked
 ):
-    "Let `opt` go on where the one that was saved ended"
-    state,params = dict(saved['state']),[p for pg in opt.param_lists for p in pg]
-    if 'hypers' in state: state |= dict(hypers=L(state['hypers']), state=[_near(s, p) for s,p in zip(state['state'], params, strict=True)])     # torch's own do that themselves
-    if state.get('slow_weights'): state['slow_weights'] = [[t.to(p.device) for t,p in zip(*g, strict=True)] for g in zip(state['slow_weights'], opt.param_lists, strict=True)]
+    "Let `opt` go on where the saved one ended"
+    state = dict(saved['state'])
+    if 'hypers' in state:  # fastai's; torch's optimizers move their state themselves
+        state['hypers'] = L(state['hypers'])
+        params = chain(*opt.param_lists)
+        state['state'] = [_moved(s, p) for s,p in zip(state['state'], params, strict=True)]
+    if state.get('slow_weights'):  # of `Lookahead`
+        slow = []
+        for weights,group in zip(state['slow_weights'], opt.param_lists, strict=True):
+            slow.append([w.to(p.device) for w,p in zip(weights, group, strict=True)])
+        state['slow_weights'] = slow
     opt.load_state_dict(state)

@@ -9,22 +9,35 @@ __all__ = ['Energy', 'evbmf_rank', 'EVBMF', 'check_rank', 'resolve_rank']
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Integral,Real
-import numpy as np, torch
+from numbers import Integral, Real
+
+import numpy as np
+import torch
 
 # %% ../nbs/03_rank.ipynb #2591ae46
-def _spectrum(
-    s, # Singular values [n] or, for the n blocks of a grouped layer, [blocks,n]: tensor, array or list
+def _clean_svals(
+    s, # Singular values [n] or, for the blocks of a grouped layer, [blocks,n]: tensor, array or list
     shape, # Rows and columns of the matrix (of one block)
 )->np.ndarray: # float64 [blocks,n], descending, rounding errors set to zero
-    "Singular values, clean and ready for a rule"
-    if isinstance(s, torch.Tensor): s = (s if s.dtype==torch.float64 else s.float()).detach().cpu().numpy()
+    "Check and sort singular values, and set rounding errors among them to zero"
+    if isinstance(s, torch.Tensor):
+        s = s.detach().cpu()
+        if s.dtype != torch.float64: s = s.float()
+        s = s.numpy()
     s = np.atleast_2d(s)
     eps = np.finfo(s.dtype if s.dtype==np.float32 else float).eps
     s = np.sort(s.astype(float), -1)[:,::-1]
-    if s.shape[-1]!=min(shape): raise ValueError(f"{s.shape[-1]} singular values given for shape={tuple(shape)}: expected {min(shape)}")
-    if not (np.isfinite(s).all() and (s>=0).all()): raise ValueError("singular values must be finite and not negative")
-    return np.where(s > eps*sum(map(math.sqrt, shape))*s[:,:1], s, 0.)
+    n = s.shape[-1]
+    full = min(shape)
+    if n != full: raise ValueError(f"{n} singular values given for shape={tuple(shape)}: expected {full}")
+    valid = np.isfinite(s) & (s>=0)
+    if not valid.all(): raise ValueError("singular values must be finite and not negative")
+    rounding = eps*sum(map(math.sqrt, shape))*s[:,:1]
+    return np.where(s>rounding, s, 0.)
+
+def _sums_from(x):
+    "The sums of `x` [n] from each index to its end, [n+1]: the last is 0; values are added from the end on"
+    return np.append(x[::-1].cumsum()[::-1], 0)
 
 # %% ../nbs/03_rank.ipynb #24a46dac
 @dataclass(frozen=True)
@@ -32,21 +45,23 @@ class Energy:
     "The smallest rank that keeps a fraction `p` of the energy (the squared singular values)"
     p:float # Fraction to keep, 0<p<=1
 
-    def __post_init__(self): object.__setattr__(self, 'p', _fraction(self.p, 'p'))
+    def __post_init__(self):
+        p = self.p
+        if isinstance(p, bool) or not isinstance(p, Real):
+            raise TypeError(f"p={p!r}: expected a number with 0 < p <= 1")
+        if not 0<p<=1: raise ValueError(f"p={p!r}: expected a fraction with 0 < p <= 1")
+        object.__setattr__(self, 'p', float(p))
+
     def __repr__(self): return f'Energy({self.p})'
 
     def __call__(self, s, shape)->int:
-        "The rank for singular values `s` [n] or [blocks,n] of a matrix of this `shape`"
-        s = _spectrum(s, shape)
-        e = ((s/(s.max() or 1))**2).sum(0)
-        lost = np.append(e[::-1].cumsum()[::-1][1:], 0)  # lost[r-1]: what rank r leaves behind
-        return int((lost <= (1-self.p)*e.sum()*(1+1e-9)).argmax()) + 1
-
-def _fraction(f, name):
-    "`f` as a float, if it is in (0,1]"
-    if isinstance(f, bool) or not isinstance(f, Real): raise TypeError(f"{name}={f!r}: expected a number with 0 < {name} <= 1")
-    if not 0<f<=1: raise ValueError(f"{name}={f!r}: expected a fraction with 0 < {name} <= 1")
-    return float(f)
+        "Return the rank for singular values `s` [n] or [blocks,n] of a matrix of this `shape`"
+        s = _clean_svals(s, shape)
+        relative = s/(s.max() or 1)
+        energy = (relative**2).sum(0)
+        lost = _sums_from(energy)[1:]  # lost[r-1]: what rank r leaves out
+        allowed = (1-self.p)*energy.sum()*(1+1e-9)
+        return int((lost<=allowed).argmax()) + 1
 
 # %% ../nbs/03_rank.ipynb #6948d46b
 def _phi(z): return math.log1p(z)/z - .5
@@ -56,9 +71,10 @@ def _evb_tau(
     alpha:float # L/M, 0<alpha<=1
 )->float:
     "The root τ of Φ(τ)+Φ(τ/α)=0"
-    from scipy.optimize import brentq            # slow to import, and only EVBMF needs it
+    from scipy.optimize import brentq  # slow to import, and only EVBMF needs it
+    def equation(tau): return _phi(tau) + _phi(tau/alpha)
     z = brentq(_phi, 2, 3)
-    return brentq(lambda t: _phi(t)+_phi(t/alpha), .99*alpha*z, 1.01*z, xtol=1e-15)
+    return brentq(equation, .99*alpha*z, 1.01*z, xtol=1e-15)
 
 # %% ../nbs/03_rank.ipynb #e87e7192
 def _free_energy(
@@ -67,17 +83,33 @@ def _free_energy(
     x_min:float, # Threshold on g/(M σ²)
 ): # Function of u=log σ²
     "The empirical VB free energy, less a constant"
-    L,alpha = len(g),len(g)/M
-    tail = np.append(g[::-1].cumsum()[::-1], 0)
-    def f(u):
-        v = M*math.exp(u)
-        k = np.searchsorted(-g, -v*x_min)  # components kept
-        b = g[:k]/v - (1+alpha)
-        t = (b + np.sqrt(b*b-4*alpha))/2
-        return L*u + tail[k]/v + (1+alpha + alpha/t + np.log1p(t) + alpha*np.log1p(t/alpha)).sum()
-    return f
+    L = len(g)
+    alpha = L/M
+    tails = _sums_from(g)
+    def energy(u):
+        noise = M*math.exp(u)
+        kept = np.searchsorted(-g, -noise*x_min)  # number of components
+        b = g[:kept]/noise - (1+alpha)
+        tau = (b + np.sqrt(b*b-4*alpha))/2
+        terms = 1+alpha + alpha/tau + np.log1p(tau) + alpha*np.log1p(tau/alpha)
+        return L*u + tails[kept]/noise + terms.sum()
+    return energy
 
 # %% ../nbs/03_rank.ipynb #739044dd
+def _between(x, lo, hi): return x[(x>lo) & (x<hi)]
+
+def _best_intervals(
+    seen:dict # {point: value}
+)->list: # Pairs of points
+    "The intervals around the four points of the lowest values, each from its left to its right neighbour"
+    points = sorted(seen)
+    padded = [points[0], *points, points[-1]]
+    res = []
+    for best in sorted(points, key=seen.get)[:4]:
+        i = points.index(best)
+        res.append((padded[i], padded[i+2]))
+    return res
+
 def _noise_var(
     g:np.ndarray, # Squared singular values [L], descending
     M:int, # The larger side
@@ -86,20 +118,19 @@ def _noise_var(
 )->float: # σ²
     "The noise variance that minimises the free energy"
     from scipy.optimize import minimize_scalar
-    L,f = len(g),_free_energy(g, M, x_min)
-    lo,hi = math.log(max(g[h]/x_min, g[h:].sum()/(L-h))/M), math.log(g.sum()/(L*M))
-    kinks = np.log(g[:h+1]/(M*x_min))
-    kinks = kinks[(kinks>lo) & (kinks<hi)]
+    L = len(g)
+    energy = _free_energy(g, M, x_min)
+    lo = math.log(max(g[h]/x_min, g[h:].sum()/(L-h))/M)
+    hi = math.log(g.sum()/(L*M))
+    kinks = _between(np.log(g[:h+1]/(M*x_min)), lo, hi)
     seen = {}
-    def look(us): seen.update((u,f(u)) for u in us)
-    def brackets():
-        us = sorted(seen)
-        best = sorted(range(len(us)), key=lambda i: seen[us[i]])[:4]
-        return [(us[max(i-1,0)], us[min(i+1,len(us)-1)]) for i in best]
-    look([*np.linspace(lo, hi, 64), *kinks[::len(kinks)//256+1]])
-    for a,b in brackets(): look(kinks[(kinks>a) & (kinks<b)])
-    for a,b in brackets():
-        res = minimize_scalar(f, bounds=(a,b), method='bounded')
+    def look(us):
+        for u in us: seen[u] = energy(u)
+    look(np.linspace(lo, hi, 64))
+    look(kinks[::len(kinks)//256+1])
+    for interval in _best_intervals(seen): look(_between(kinks, *interval))
+    for interval in _best_intervals(seen):
+        res = minimize_scalar(energy, bounds=interval, method='bounded')
         seen[res.x] = res.fun
     return math.exp(min(seen, key=seen.get))
 
@@ -109,12 +140,16 @@ def evbmf_rank(
     shape, # Rows and columns of the matrix
 )->int: # 0 where nothing stands out of the noise
     "The rank of a noisy matrix by the analytic empirical variational Bayes solution"
-    s,(L,M) = _spectrum(s, shape)[0],sorted(shape)
+    s = _clean_svals(s, shape)[0]
+    L,M = sorted(shape)
     h = (L*M-1)//(L+M)  # ⌈L/(1+α)⌉-1
     if s[h]==0: return int((s>0).sum())  # no noise
-    g,tau = (s/s[0])**2,_evb_tau(L/M)
-    x_min = (1+tau)*(1+L/M/tau)
-    return int((g > M*x_min*_noise_var(g, M, x_min, h)).sum())
+    g = (s/s[0])**2
+    alpha = L/M
+    tau = _evb_tau(alpha)
+    x_min = (1+tau)*(1+alpha/tau)
+    threshold = M*x_min*_noise_var(g, M, x_min, h)
+    return int((g>threshold).sum())
 
 # %% ../nbs/03_rank.ipynb #dc7795f5
 @dataclass(frozen=True, repr=False)
@@ -125,48 +160,62 @@ class EVBMF:
     def __post_init__(self):
         m = self.multiple_of
         if m is None: return
-        if isinstance(m, bool) or not isinstance(m, Integral): raise TypeError(f"multiple_of={m!r}: expected an int >= 1 or None")
-        if m<1: raise ValueError(f"multiple_of={m!r}: expected an int >= 1 or None")
+        message = f"multiple_of={m!r}: expected an int >= 1 or None"
+        if isinstance(m, bool) or not isinstance(m, Integral): raise TypeError(message)
+        if m<1: raise ValueError(message)
         object.__setattr__(self, 'multiple_of', int(m))
 
-    def __repr__(self): return 'EVBMF()' if self.multiple_of is None else f'EVBMF(multiple_of={self.multiple_of})'
+    def __repr__(self):
+        if self.multiple_of is None: return 'EVBMF()'
+        return f'EVBMF(multiple_of={self.multiple_of})'
 
     def __call__(self, s, shape)->int:
-        "The rank for singular values `s` [n] or [blocks,n] of a matrix of this `shape`"
+        "Return the rank for singular values `s` [n] or [blocks,n] of a matrix of this `shape`"
+        rank = max(evbmf_rank(block, shape) for block in _clean_svals(s, shape))
         m = self.multiple_of or 1
-        return -(-max(evbmf_rank(o, shape) for o in _spectrum(s, shape))//m)*m
+        return -(-rank//m)*m
 
 # %% ../nbs/03_rank.ipynb #56360303
+_numbers = "a fraction 0 < float <= 1 or an int >= 1"
+_wishes = ("a fraction 0 < float <= 1, an int >= 1, Energy(p), EVBMF() or 'evbmf', "
+           "a pair (out, in) of numbers, or a dict {layer name or glob: rank}")
+
 def check_rank(
-    wish, # A fraction, an int, `Energy`, `EVBMF` or 'evbmf', a pair (out, in) of numbers, or a dict {layer name or glob: wish}
-    name:str='rank', # What errors call it
+    wish, # Fraction, int, `Energy`, `EVBMF`, 'evbmf', pair (out, in), or dict {layer name or glob: wish}
+    argument:str='rank', # What error messages call it
 ): # The wish in plain Python types; 'evbmf' becomes `EVBMF()`
-    "`wish`, if it makes sense as a rank"
+    "Return `wish`, or raise an error where it makes no sense as a rank"
     if isinstance(wish, (Energy,EVBMF)): return wish
     if isinstance(wish, str) and wish=='evbmf': return EVBMF()
-    if isinstance(wish, dict): return {k:_check_named(k, v, name) for k,v in wish.items()}
-    if isinstance(wish, (tuple,list)) and len(wish)==2: return tuple(_check_number(o, f'{name}[{i}]') for i,o in enumerate(wish))
-    return _check_number(wish, name, _wishes)
+    if isinstance(wish, dict):
+        return {key: _check_entry(key, o, argument) for key,o in wish.items()}
+    if isinstance(wish, (tuple,list)) and len(wish)==2:
+        out,inp = wish
+        return _check_number(out, f'{argument}[0]'), _check_number(inp, f'{argument}[1]')
+    return _check_number(wish, argument, _wishes)
 
-_wishes = "a fraction 0 < float <= 1, an int >= 1, Energy(p), EVBMF() or 'evbmf', a pair (out, in) of numbers, or a dict {layer name or glob: rank}"
+def _check_number(o, argument, expected=_numbers):
+    "Return `o` as an int of at least 1 or a float in (0,1]"
+    message = f"{argument}={o!r}: expected {expected}"
+    if isinstance(o, bool) or not isinstance(o, (Real,str)): raise TypeError(message)
+    if isinstance(o, Integral) and o>=1: return int(o)
+    if isinstance(o, Real) and 0<o<=1: return float(o)
+    raise ValueError(message)
 
-def _check_number(o, name, expected="a fraction 0 < float <= 1 or an int >= 1"):
-    "`o` as an int or a float in its range"
-    if isinstance(o, (bool,np.bool_)) or not isinstance(o, (Real,str)): raise TypeError(f"{name}={o!r}: expected {expected}")
-    if not isinstance(o, str) and (o>=1 if isinstance(o, Integral) else 0<o<=1): return int(o) if isinstance(o, Integral) else float(o)
-    raise ValueError(f"{name}={o!r}: expected {expected}")
-
-def _check_named(k, v, name):
-    "The wish `v` for the layers named `k`"
-    if not isinstance(k, str): raise TypeError(f"{name} has the key {k!r}: expected a layer name or glob pattern")
-    if isinstance(v, dict): raise TypeError(f"{name}[{k!r}]={v!r}: a dict of ranks cannot hold another")
-    return check_rank(v, f'{name}[{k!r}]')
+def _check_entry(key, wish, argument):
+    "Return the `wish` for the layers that match `key`"
+    if not isinstance(key, str):
+        raise TypeError(f"{argument} has the key {key!r}: expected a layer name or glob pattern")
+    argument = f'{argument}[{key!r}]'
+    if isinstance(wish, dict):
+        raise TypeError(f"{argument}={wish!r}: a dict of ranks cannot hold another")
+    return check_rank(wish, argument)
 
 # %% ../nbs/03_rank.ipynb #d158da25
 def resolve_rank(
     wish, # A fraction, an int, `Energy`, `EVBMF` or 'evbmf'
     full:int, # The full rank
-    svals=None, # Function without arguments that gives the singular values [n] or [blocks,n]; called only where the wish needs them
+    svals=None, # Function that returns the singular values [n] or [blocks,n]; called only if needed
     shape=None, # Rows and columns of the unfolding (of one block)
 )->int: # An int comes back as it is, also above `full`; all others are at most `full`
     "The rank that `wish` means for one layer"
