@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
+import fastai.callback.schedule         # a Learner gets `fit_one_cycle` and progress bars with our methods
 from fastai.layers import ToTensorBase
 from fastai.learner import Learner
 from fastai.torch_core import apply, cast, distrib_barrier, get_model, no_random, rank_distrib, to_device
@@ -24,7 +25,7 @@ from .settings import Settings, check_names
 from .plan import dense_model
 from .decomposer import factorize
 from .optimizer import check_opt, check_opt_state, load_opt_state, opt_state, swap_layers
-from .callback import calibration_batches, decompose_learner, measure_metric, output_kind
+from .learned import calibration_batches, decompose_learner, measure_metric, output_kind
 from .report import Summary, compare, plot_spectra, plot_tradeoff, summarize, tradeoff
 from .export import as_file, changed_layers, export_onnx, read_low_rank, rebuild, save_low_rank
 

@@ -23,7 +23,7 @@ from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
 from fasterai_lr.plan import Budget
 from fasterai_lr.rank import Energy
-import fasterai_lr.callback as module, fasterai_lr.distributed as distributed
+import fasterai_lr.learned as module, fasterai_lr.distributed as distributed
 
 torch.set_num_threads(1)
 warnings.filterwarnings('ignore', category=FutureWarning)

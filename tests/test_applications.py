@@ -15,7 +15,8 @@ from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config, 
 from fastai.vision.all import resnet18, resnet34, unet_learner, vision_learner
 from small_data import digit_dls, mask_dls, rating_dls, seed, text_dls, tiny_xresnet, wine_dls
 from tiny import snapshot, moved, ids
-from fasterai_lr.callback import DecomposeCallback, calibration_batches
+from fasterai_lr.callback import DecomposeCallback
+from fasterai_lr.learned import calibration_batches
 from fasterai_lr.decomposer import smallest
 from fasterai_lr.cost import count_params
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer

@@ -19,12 +19,13 @@ from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
 from tiny import mk_learn, net, snapshot, moved, ids, flat
 from fastai.data.core import DataLoaders
 from fasterai_lr.calibrate import n_items
-from fasterai_lr.callback import DecomposeCallback, calibration_batches, decompose_learner
+from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.decomposer import FC_Decomposer, smallest
 from fasterai_lr.layers import FactoredLayer
+from fasterai_lr.learned import calibration_batches, decompose_learner
 from fasterai_lr.plan import Budget
 from fasterai_lr.report import plot_training
-import fasterai_lr.callback as module
+import fasterai_lr.callback as module, fasterai_lr.learned as learned
 
 n_iter = 4              # batches in an epoch
 what = FC_Decomposer(rank=2)
@@ -282,14 +283,14 @@ def check_dense_and_trains(learn):
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError('no memory')])
 def test_an_interrupt_leaves_a_dense_learner(monkeypatch, error):
-    real = module.factorize
+    real = learned.factorize
     def stop_half_way(model, what, data=None, progress=None):
         def half(items):
             yield list(items)[0]
             raise error
         return real(model, what, data, progress=half)
     learn,c = mk_learn(),cb()
-    monkeypatch.setattr(module, 'factorize', stop_half_way)
+    monkeypatch.setattr(learned, 'factorize', stop_half_way)
     before = {n: p.detach().clone() for n,p in learn.model.named_parameters()}
     with pytest.raises(error if isinstance(error, type) else type(error)): learn.fit(3, 1e-2, cbs=c)
     assert not c.done and before.keys() == dict(learn.model.named_parameters()).keys()

@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import partial
 from sklearn.datasets import load_digits
 from fasterai_lr.calibrate import classification, regression
-from fasterai_lr.callback import DecomposeCallback, calibration_batches, metric_value, output_kind
+from fasterai_lr.callback import DecomposeCallback
+from fasterai_lr.learned import calibration_batches, metric_value, output_kind
 from fasterai_lr.cost import count_macs, count_params
 from fasterai_lr.decomposer import ConvDecomposer, decompose, FC_Decomposer
 from fasterai_lr.fit import output_loss

@@ -26,7 +26,7 @@ from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
-import fasterai_lr.callback as module
+import fasterai_lr.learned as module
 
 n_iter = 4                                      # batches in an epoch
 digits = load_digits()

@@ -6,7 +6,8 @@ from torch import nn
 from fastai.learner import load_learner
 from tiny import mk_learn, snapshot, moved, ids, flat
 from fasterai_lr.learner import *
-from fasterai_lr.callback import DecomposeCallback, calibration_batches
+from fasterai_lr.callback import DecomposeCallback
+from fasterai_lr.learned import calibration_batches
 from fasterai_lr.cost import count_params
 from fasterai_lr.decomposer import FC_Decomposer
 from fasterai_lr.layers import factored_layers, recompose
