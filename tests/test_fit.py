@@ -10,8 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import fasterai_lr.fit as fit_module
 from fasterai_lr.calibrate import calibrate, regression
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
-from fasterai_lr.fit import distill, fit, flip_and_crop, loss_increase, output_loss, trace
+from fasterai_lr.fit import distill, flip_and_crop, loss_increase, output_loss, trace
 from fasterai_lr.layers import FactoredLayer, factored_layers
+from fasterai_lr.plan import Plan
+from helpers import fitted
 
 torch.set_num_threads(1)
 
@@ -99,7 +101,7 @@ def test_shared_modules_have_nothing_that_follows_all_of_their_calls():
         def forward(self, x): x = self.bn(self.a(x)).relu(); return self.bn(self.b(x)) + self.c(self.c(x))
     net = with_statistics(Shared(), images)
     assert {n:(u.calls, u.norm, u.add) for n,u in trace(net, 'abc', (images,)).items()} == {'a': (1, None, None), 'b': (1, None, None), 'c': (2, None, None)}
-    assert miss(fit(net, {n:('svd', 3) for n in 'abc'}, images), net, images) < 1e-5 # float32
+    assert miss(fitted(net, {n:('svd', 3) for n in 'abc'}, images), net, images) < 1e-5 # float32
 
 def test_tracing_keeps_no_activation():
     seen,alive = [],[]
@@ -122,14 +124,14 @@ full = {'plain': lambda: (plain_net(), {'0': ('spatial', 9), '3': ('tucker', (6,
 def test_at_full_rank_nothing_is_lost(name, args, dtype):
     net,choices,x = full[name]()
     net,x = with_statistics(net, x).to(dtype),x.to(dtype)
-    res = fit(net, choices, x, **args)
+    res = fitted(net, choices, x, **args)
     assert set(factored_layers(res)) == set(choices)
     assert miss(res, net, x.flip(-1)) < 1e-4 # what the jitter in the solves, 10⁻⁸, does in directions that the inputs hardly have, in either precision
 
 def test_patches_beyond_the_limit_are_fitted_through_the_outputs():
     net,x = nn.Sequential(nn.Linear(40, 6), nn.Tanh(), nn.Linear(6, 4)).double(),torch.randn(400, 40).double()
-    assert miss(fit(net, {'0': ('svd', 6)}, x, max_size=20), net, x) < 1e-6
-    small,large = (fit(net, {'0': ('svd', 3)}, x, max_size=m) for m in (20, 8192))
+    assert miss(fitted(net, {'0': ('svd', 6)}, x, max_size=20), net, x) < 1e-6
+    small,large = (fitted(net, {'0': ('svd', 3)}, x, max_size=m) for m in (20, 8192))
     assert miss(small, net, x) < 1.05*miss(large, net, x) # the ridge pulls otherwise, and the damping is another one
 
 @pytest.mark.parametrize('sequential', [True, False])
@@ -138,7 +140,7 @@ def test_patches_beyond_the_limit_are_fitted_through_the_outputs():
 def test_a_layer_whose_outputs_hardly_vary_is_fitted(size, spread, part, sequential):
     net = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 10))
     x = torch.randn(300) + spread*torch.randn(64, 300)
-    assert miss(fit(net, {'0': ('svd', 100)}, list(x.split(16)), max_size=size, sequential=sequential), net, x) < part*spread
+    assert miss(fitted(net, {'0': ('svd', 100)}, list(x.split(16)), max_size=size, sequential=sequential), net, x) < part*spread
 
 # --- better than the parts
 
@@ -170,7 +172,7 @@ def test_each_ingredient_helps_on_data_not_seen(trained):
     svds,spatials = ({n:r for n,(s,r) in low.items() if s == k} for k in ('svd', 'spatial'))
     weights = decompose(net, [ConvDecomposer('svd', svds), ConvDecomposer('spatial', spatials)])
     assert {n:(l.scheme, l.rank) for n,l in factored_layers(weights).items()} == low
-    models = [weights, fit(net, low, x, sequential=False), fit(net, low, x)]
+    models = [weights, fitted(net, low, x, sequential=False), fitted(net, low, x)]
     models.append(distill(models[-1], net, x, steps=60))
     errors = [divergence(m, net, other) for m in models]
     # each ingredient takes off at least a twentieth here; the whole fit more than half
@@ -179,19 +181,19 @@ def test_each_ingredient_helps_on_data_not_seen(trained):
 
 def test_a_residual_sum_makes_up_for_the_other_branch(trained, monkeypatch):
     net,x,(other,_) = trained
-    found = divergence(fit(net, low, x), net, other)
+    found = divergence(fitted(net, low, x), net, other)
     blind = fit_module.trace
     def no_sums(*args):
         uses = blind(*args)
         for u in uses.values(): u.add = None
         return uses
     monkeypatch.setattr(fit_module, 'trace', no_sums)
-    assert found < .98*divergence(fit(net, low, x), net, other)
+    assert found < .98*divergence(fitted(net, low, x), net, other)
 
 def test_layers_that_stay_dense_are_fitted_too(trained):
     net,x,(other,_) = trained
     first = {'3.conv1': ('spatial', 4)}
-    res = fit(net, first, x)
+    res = fitted(net, first, x)
     only = copy.deepcopy(res)
     for n in ('3.conv2', '4.conv1', '4.conv2', '5', '9'): only.get_submodule(n).load_state_dict(net.get_submodule(n).state_dict())
     assert miss(res, net, other) < .9*miss(only, net, other)
@@ -201,8 +203,8 @@ def test_the_means_of_outputs_are_right_with_and_without_a_bias():
     for bias in (True, False):
         net = with_statistics(plain_net(bias), images)
         layers = {'0': ('spatial', 3), '5': ('svd', 4)}
-        res = fit(net, layers, images, most=10**6)
-        for norm in (1, 6): # at the output of the BatchNorm that follows, mean by channel
+        res = fitted(net, layers, images, most=10**6)
+        for first,norm in (('0', 1), ('5', 6)): # at the output of the BatchNorm that follows, mean by channel
             a,b = (m[:norm+1](images).mean((0, 2, 3)).detach() for m in (net, res))
             assert (a - b).abs().max() < 2e-4*net[:norm+1](images).std() # float32 sums of 6,144 positions
         assert [hasattr(m, 'bias') and m.bias is not None for m in res if isinstance(m, (nn.Conv2d, nn.Linear, FactoredLayer))] == [bias]*4
@@ -229,7 +231,7 @@ def test_the_model_given_is_untouched(caller):
     with caller(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'distill') # three steps are few
         before = state_of(net)
-        res = fit(net, {'0': ('svd', 3), '2.conv2': ('spatial', 9)}, data, distill_steps=3)
+        res = fitted(net, {'0': ('svd', 3), '2.conv2': ('spatial', 9)}, data, distill_steps=3)
         assert same(before, state_of(net))
     assert [m.training for m in res.modules() if not list(m.children())] == [m.training for n,m in net.named_modules() for _ in range(2 if n in ('0', '2.conv2') else 1) if not list(m.children())]
     assert not any(p.requires_grad for p in res[0][0].parameters()) and res[0].bias.requires_grad # the flags of what is replaced
@@ -250,7 +252,7 @@ def test_nor_after_an_interrupt(error, call):
             return super().forward(x)
     net = with_statistics(Net(*plain_net()), images)
     Net.armed,before = True,state_of(net)
-    with pytest.raises((error, ValueError), match='now'): fit(net, {'5': ('svd', 3)}, list(images[:20].split(4)), passes=1, distill_steps=20)
+    with pytest.raises((error, ValueError), match='now'): fitted(net, {'5': ('svd', 3)}, list(images[:20].split(4)), passes=1, distill_steps=20)
     assert same(before, state_of(net)) and len(calls) == call
 
 def test_dense_layers_keep_what_they_are():
@@ -258,13 +260,13 @@ def test_dense_layers_keep_what_they_are():
     net[0].note,flags = 'mine',dict(weight=False, bias=True)
     net[0].weight.requires_grad_(False)
     net[3].to(memory_format=torch.channels_last)
-    res = fit(net, {'5': ('svd', 4)}, images)
+    res = fitted(net, {'5': ('svd', 4)}, images)
     assert res[0].note == 'mine' and {n:p.requires_grad for n,p in res[0].named_parameters()} == flags
     assert res[3].weight.stride() == net[3].weight.stride()
 
 def test_seeds():
     net = with_statistics(plain_net(), images)
-    a,b,c = (fit(net, {'0': ('spatial', 3), '5': ('svd', 4)}, images, most=500, seed=s, distill_steps=4).state_dict() for s in (0, 0, 1))
+    a,b,c = (fitted(net, {'0': ('spatial', 3), '5': ('svd', 4)}, images, most=500, seed=s, distill_steps=4).state_dict() for s in (0, 0, 1))
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
 
 @pytest.mark.parametrize('passes, groups', [(1, 1), (3, 3), (24, 8)])
@@ -274,7 +276,7 @@ def test_passes_are_bounded(passes, groups):
         def forward(self, x): calls[len(x)] += 1; return super().forward(x)
     net,x = Net(*(m for _ in range(8) for m in (nn.Linear(6, 6), nn.Tanh()))),torch.randn(50, 6)
     bars = []
-    fit(net, {'0': ('svd', 2)}, list(x.split(25)), calibrate(net, x), passes=passes, loss=regression, progress=lambda it: bars.append(len(it)) or it)
+    fitted(net, {'0': ('svd', 2)}, list(x.split(25)), moments=calibrate(net, x), passes=passes, loss=regression, progress=lambda it: bars.append(len(it)) or it)
     assert bars == [groups]
     assert calls[25] == 1 + 2 + 2*groups # one to trace; two batches, once in the dense and for each group in the other model
 
@@ -284,7 +286,7 @@ def test_every_pass_ends_where_it_has_seen_enough():
         def __init__(self, i): super().__init__(); self.i = i
         def forward(self, x): reached[self.i] += 1; return x
     net = nn.Sequential(*(m for i in range(4) for m in (nn.Linear(4, 4), Spy(i))))
-    fit(net, {'0': ('svd', 1)}, torch.randn(20, 4), calibrate(net, torch.randn(20, 4)))
+    fitted(net, {'0': ('svd', 1)}, torch.randn(20, 4), moments=calibrate(net, torch.randn(20, 4)))
     # calls after layer i: calibration and trace, one of the dense network as far as the last layer, and one of the other for every later layer
     assert [reached[i] for i in range(4)] == [2+1+3, 2+1+2, 2+1+1, 2]
 
@@ -292,7 +294,7 @@ def test_every_pass_ends_where_it_has_seen_enough():
 def test_what_is_kept_of_the_dense_network_is_bounded_and_changes_nothing(trained, monkeypatch, room, runs):
     net,x,_ = trained
     moments,data = calibrate(net, x),list(x.split(100))
-    free = fit(net, low, data, moments, most=200).state_dict()
+    free = fitted(net, low, data, moments=moments, most=200).state_dict()
     made,kept,ran = [],[],[]
     def spied(*args):
         res = real(*args)
@@ -307,7 +309,7 @@ def test_what_is_kept_of_the_dense_network_is_bounded_and_changes_nothing(traine
     monkeypatch.setattr(fit_module, '_calls', spied)
     monkeypatch.setattr(fit_module, '_gather', alive)
     monkeypatch.setattr(fit_module, '_wanted', lambda *args: wanted(*args, room=room))
-    bounded = fit(net, low, data, moments, most=200).state_dict()
+    bounded = fitted(net, low, data, moments=moments, most=200).state_dict()
     assert all(torch.equal(v, bounded[k]) for k,v in free.items())
     assert len(kept) == 6 and max(kept) <= room and len(ran) == runs*len(data)
 
@@ -315,7 +317,7 @@ def test_a_loader_that_draws_anew_each_time_is_read_once():
     class Loader:
         def __iter__(self): yield from torch.randn(4, 50, 6)
     net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
-    small = fit(net, {n: ('svd', r) for n,r in (('0', 5), ('2', 4), ('4', 3))}, Loader())
+    small = fitted(net, {n: ('svd', r) for n,r in (('0', 5), ('2', 4), ('4', 3))}, Loader())
     assert miss(small, net, torch.randn(100, 6)) < 1e-3 # the ridge's pull; inputs of one draw with outputs of another have nothing in common
 
 def test_sums_that_are_taken_while_looking_on_are_not_those_of_the_model(trained):
@@ -336,7 +338,7 @@ def test_no_activation_or_graph_is_kept(monkeypatch):
     class Spy(nn.Module):
         def forward(self, x): alive.append(sum(r() is not None for r in seen)); seen.append(weakref.ref(x)); return x*1.
     net = with_statistics(nn.Sequential(nn.Linear(8, 6), Spy(), nn.Linear(6, 4)), torch.randn(9, 8))
-    fit(net, {'0': ('svd', 2)}, list(torch.randn(40, 8).split(4)), passes=1)
+    fitted(net, {'0': ('svd', 2)}, list(torch.randn(40, 8).split(4)), passes=1)
     assert not any(t.requires_grad for s in stats for t in (s.xx, s.yx, s.x, s.y))
     assert max(alive[1:]) <= 2 # of the batch that is in hand, in the two models
 
@@ -347,17 +349,17 @@ def test_layers_without_data_and_models_without_a_choice():
         def __init__(self): super().__init__(); self.a,self.never,self.b = nn.Linear(6, 6),nn.Linear(6, 6),nn.Linear(6, 3)
         def forward(self, x): return self.b(self.a(x).relu())
     net,x = Half(),torch.randn(30, 6)
-    res = fit(net, {'a': ('svd', 2)}, x)
+    res = fitted(net, {'a': ('svd', 2)}, x)
     assert torch.equal(res.never.weight, net.never.weight) and isinstance(res.a, FactoredLayer)
-    assert miss(fit(net, {}, x), net, x) < 1e-5
-    with pytest.raises(ValueError, match="choices: no data reaches 'never'"): fit(net, {'never': ('svd', 2)}, x)
+    assert miss(fitted(net, {}, x), net, x) < 1e-5
+    with pytest.raises(ValueError, match="choices: no data reaches 'never'"): fitted(net, {'never': ('svd', 2)}, x)
     by_weight = decompose(net, FC_Decomposer(2), x)
     assert isinstance(by_weight.never, FactoredLayer) and 'no data reaches it' in by_weight.low_rank_plan['layers']['never']['reason']
 
 def test_shared_layers_stay_shared():
     shared = nn.Linear(8, 8)
     net,x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), shared, nn.ReLU(), shared, nn.Linear(8, 3)),torch.randn(200, 8)
-    res = fit(net, {'0': ('svd', 3), '2': ('svd', 5)}, x)
+    res = fitted(net, {'0': ('svd', 3), '2': ('svd', 5)}, x)
     assert res[2] is res[4] and isinstance(res[2], FactoredLayer)
     plain = decompose(net, [FC_Decomposer({'0': 3, '2': 5})])
     assert miss(res, net, x) < miss(plain, net, x)
@@ -366,7 +368,7 @@ def test_shared_layers_stay_shared():
 def test_memory_format_and_dtype_are_kept(args):
     net,x = with_statistics(plain_net(), images).to(**args),images.to(**args)
     choices = {'0': ('spatial', 4), '5': ('svd', 12), '10': ('svd', 4)}
-    res,usual = fit(net, choices, x),fit(net.float().to(memory_format=torch.contiguous_format), choices, x.float().contiguous())
+    res,usual = fitted(net, choices, x),fitted(net.float().to(memory_format=torch.contiguous_format), choices, x.float().contiguous())
     net = net.to(**args)
     assert {p.dtype for p in res.parameters()} == {p.dtype for p in net.parameters()} and {b.dtype for b in res.buffers()} == {b.dtype for b in net.buffers()}
     for m in res.modules():
@@ -376,7 +378,7 @@ def test_memory_format_and_dtype_are_kept(args):
 def test_a_last_batch_of_one_changes_little():
     net = ViT()
     choices = {'blocks.0.proj': ('svd', 4), 'blocks.1.down': ('svd', 5)}
-    a,b = (fit(net, choices, tokens[:n]) for n in (64, 65))
+    a,b = (fitted(net, choices, tokens[:n]) for n in (64, 65))
     assert abs(miss(a, net, tokens) - miss(b, net, tokens)) < .1*miss(a, net, tokens)
 
 def test_inputs_that_are_changed_in_place_afterwards():
@@ -384,36 +386,36 @@ def test_inputs_that_are_changed_in_place_afterwards():
         def __init__(self): super().__init__(); self.a,self.b,self.head = nn.Linear(6, 8),nn.Linear(6, 8),nn.Linear(8, 3)
         def forward(self, x): x = x*1; a = self.a(x); x.relu_(); return self.head(a*self.b(x))
     net,x = Fork().double(),torch.randn(300, 6).double()
-    for passes in (1, 24): assert miss(fit(net, {'a': ('svd', 6), 'b': ('svd', 6)}, x, passes=passes), net, x) < 1e-5 # as above; inputs seen too late would be wrong by tenths
+    for passes in (1, 24): assert miss(fitted(net, {'a': ('svd', 6), 'b': ('svd', 6)}, x, passes=passes), net, x) < 1e-5 # as above; inputs seen too late would be wrong by tenths
 
 def test_dictionaries_in_and_out():
     class Named(nn.Module):
         def __init__(self): super().__init__(); self.fc,self.head = nn.Linear(6, 6),nn.Linear(6, 3)
         def forward(self, pixels): return {'logits': self.head(self.fc(input=pixels).relu())}
     net,data,loss = Named(),[dict(pixels=torch.randn(40, 6), labels=torch.zeros(40))],lambda o: o['logits'].square().sum()
-    assert isinstance(fit(net, {'fc': ('svd', 2)}, data, loss=loss).fc, FactoredLayer)
-    with pytest.raises(TypeError, match='distill: the model returns dict'): fit(net, {'fc': ('svd', 2)}, data, loss=loss, distill_steps=2)
+    assert isinstance(fitted(net, {'fc': ('svd', 2)}, data, loss=loss).fc, FactoredLayer)
+    with pytest.raises(TypeError, match='distill: the model returns dict'): fitted(net, {'fc': ('svd', 2)}, data, loss=loss, distill_steps=2)
 
 def test_weights_that_hooks_compute_stay_as_they_are():
     with pytest.warns(FutureWarning): net = nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3))
     x = torch.randn(50, 6)
     net(x) # whose weight is now no leaf, and cannot be copied by itself
-    res = fit(net, {'2': ('svd', 2)}, x, distill_steps=2)
+    res = fitted(net, {'2': ('svd', 2)}, x, distill_steps=2)
     assert hasattr(res[0], 'weight_g') and res(x).shape == (50, 3)
 
 @pytest.mark.parametrize('args, match', [(dict(passes=0), 'passes: 0 is not'), (dict(passes=2.), 'passes: 2.0 is not'), (dict(metric='plain'), "metric: 'plain' is not one of"),
     (dict(choices={'0': ('qr', 3)}), "choices: layer '0': 'qr' is not one of"), (dict(choices={'0': ('spatial', 2)}), "choices: layer '0': Linear has no two spatial axes"),
     (dict(choices={'no': ('svd', 3)}), "choices: no data reaches 'no'")])
 def test_what_is_wrong_is_said(args, match):
-    with pytest.raises(ValueError, match=match): fit(nn.Sequential(nn.Linear(4, 4)), **(dict(choices={'0': ('svd', 2)}, data=torch.randn(5, 4)) | args))
+    with pytest.raises(ValueError, match=match): fitted(nn.Sequential(nn.Linear(4, 4)), **(dict(choices={'0': ('svd', 2)}, data=torch.randn(5, 4)) | args))
 
 # --- self-distillation
 
 def test_distillation_leaves_flags_hooks_and_modes(trained):
     net,x,_ = trained
-    small = fit(net, low, x[:64])
+    small = fitted(net, low, x[:64])
     small.train(); small[1].eval(); small[0].weight.requires_grad_(False)
-    small[3].register_forward_hook(lambda *a: None)
+    small[3].register_forward_hook(hook := lambda *a: None)
     before,teacher = state_of(small),state_of(net)
     res = distill(small, net, x[:64], steps=20)
     assert same(before, state_of(small)) and same(teacher, state_of(net))
@@ -425,7 +427,7 @@ def test_distillation_leaves_flags_hooks_and_modes(trained):
 
 def test_distillation_that_does_harm_is_tried_again_and_then_left():
     net,x = with_statistics(plain_net(), images),images
-    small = fit(net, {'0': ('svd', 6)}, x)
+    small = fitted(net, {'0': ('svd', 6)}, x)
     before = loss_increase(net, small, x)
     tries = []
     def progress(it):
@@ -438,7 +440,7 @@ def test_distillation_that_does_harm_is_tried_again_and_then_left():
 
 def test_hooks_are_gone_after_an_interrupted_distillation():
     net = with_statistics(res_net(), images)
-    small = fit(net, {'2.conv1': ('svd', 3)}, images)
+    small = fitted(net, {'2.conv1': ('svd', 3)}, images)
     def bar(it):
         for i in it:
             if i == 2: raise KeyboardInterrupt
@@ -450,14 +452,14 @@ def test_hooks_are_gone_after_an_interrupted_distillation():
 @pytest.mark.parametrize('steps', [1, 2, 3])
 def test_a_few_steps(steps, monkeypatch):
     net,tried = with_statistics(res_net(), images),[]
-    small = fit(net, {'2.conv1': ('svd', 3)}, images)
+    small = fitted(net, {'2.conv1': ('svd', 3)}, images)
     monkeypatch.setattr(fit_module, '_apart', lambda model, *_: tried.append(model) or -len(tried)) # each better than the one before
     res = distill(small, net, images, steps=steps)
     assert tried == [small, res] and res(images).isfinite().all() and not torch.equal(res[0].weight, small[0].weight)
 
 def test_regression_of_one_value_with_a_last_batch_of_one():
     net,x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)),torch.randn(65, 8)
-    small = fit(net, {'0': ('svd', 3)}, x, loss=regression)
+    small = fitted(net, {'0': ('svd', 3)}, x, loss=regression)
     assert miss(distill(small, net, x, steps=40, loss=regression), net, x) < miss(small, net, x)
 
 def test_the_loss_of_class_scores_is_the_divergence_per_sample_and_position():
@@ -496,7 +498,7 @@ def test_a_mean_is_corrected_in_a_norm_only_if_nothing_is_added_to_its_input():
     net = with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), PreActivation(8), PreActivation(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)), images)
     uses = trace(net, ['0', '1.conv1', '1.conv2', '2.conv1', '2.conv2'], (images[:2],))
     assert [(u.norm, u.add) for u in uses.values()] == [(None, 0), ('1.bn2', None), (None, 0), ('2.bn2', None), (None, 1)]
-    res = fit(net, {'0': ('spatial', 3)}, images)
+    res = fitted(net, {'0': ('spatial', 3)}, images)
     assert torch.equal(res[1].bn1.running_mean, net[1].bn1.running_mean)
 
 # --- what it does to the loss
@@ -536,9 +538,9 @@ def norms(net): return {n:m for n,m in net.named_modules() if isinstance(m, nn.m
 def test_statistics_are_fitted_where_layers_do_not_make_up_for_each_other(trained, monkeypatch):
     net,x,(other,_) = trained
     small = {n: ('spatial' if n != '5' else 'svd', 2) for n in low}
-    with_norms = fit(net, small, x, sequential=False)
+    with_norms = fitted(net, small, x, sequential=False)
     monkeypatch.setattr(fit_module, '_renormalise', lambda *args: None)
-    without = fit(net, small, x, sequential=False)
+    without = fitted(net, small, x, sequential=False)
     assert divergence(with_norms, net, other) < .7*divergence(without, net, other)
     for n,m in norms(with_norms).items():
         old = net.get_submodule(n)
@@ -547,7 +549,7 @@ def test_statistics_are_fitted_where_layers_do_not_make_up_for_each_other(traine
 
 def test_statistics_are_those_of_the_changed_network():
     net = with_statistics(plain_net(bias=False), images)
-    res = fit(net, {'0': ('svd', 4), '5': ('svd', 3)}, images, sequential=False)
+    res = fitted(net, {'0': ('svd', 4), '5': ('svd', 3)}, images, sequential=False)
     assert min(res[i].running_var.div(net[i].running_var).min() for i in (1, 6)) > .0999 # what hardly varies any more is not blown up
     def both(m): # its second BatchNorm gets what the first has normalised by the batch
         h = m[0](images)
@@ -563,7 +565,7 @@ def test_norms_that_are_not_reached_see_one_value_or_keep_no_statistics_stay():
         def __init__(self): super().__init__(); self.a,self.n,self.b,self.free,self.never = nn.Linear(6, 6),nn.BatchNorm1d(6),nn.Linear(6, 3),nn.BatchNorm1d(3, track_running_stats=False, affine=False),nn.BatchNorm1d(4)
         def forward(self, x): x = self.b(self.n(self.a(x)).relu()); return self.free(x) if len(x) > 1 else x
     net = with_statistics_of(Net())
-    res = fit(net, {'a': ('svd', 2)}, torch.randn(65, 6), sequential=False)     # the last batch holds one sample
+    res = fitted(net, {'a': ('svd', 2)}, torch.randn(65, 6), sequential=False)     # the last batch holds one sample
     assert torch.equal(res.never.running_var, net.never.running_var) and res.free.running_mean is None
     assert res.n.running_var.isfinite().all() and not torch.equal(res.n.running_var, net.n.running_var)
     assert not any(m._forward_hooks for m in (*net.modules(), *res.modules()))
@@ -577,7 +579,7 @@ def with_statistics_of(net):
 def test_statistics_in_half_precision(dtype):
     net = with_statistics(plain_net(), images)
     choices = {'0': ('svd', 4), '5': ('svd', 8)}
-    want,got = fit(net, choices, images, sequential=False),fit(copy.deepcopy(net).to(dtype), choices, images.to(dtype), sequential=False)
+    want,got = fitted(net, choices, images, sequential=False),fitted(copy.deepcopy(net).to(dtype), choices, images.to(dtype), sequential=False)
     for n,m in norms(got).items():
         assert m.running_var.dtype == dtype
         torch.testing.assert_close(m.running_var.float(), want.get_submodule(n).running_var, rtol=.05, atol=.01) # sums of a hundred products, each rounded to 2⁻⁹

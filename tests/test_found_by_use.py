@@ -11,6 +11,7 @@ from fastai.metrics import accuracy, error_rate
 from fasterai_lr.all import *
 from fasterai_lr.fit import flip_crop_and_mix
 from fasterai_lr.plan import Planner
+from helpers import planner
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.filterwarnings('error:data.*items are too few'), pytest.mark.filterwarnings('error:No layer was decomposed')]
@@ -220,8 +221,8 @@ def test_an_edit_is_measured_anew(edit, data, net):
     else: want = decompose(net, ConvDecomposer('tucker', {'2': (4, 4)}), data).low_rank_plan['layers']['2']['error']
     if data is None: assert rec['error'] == pytest.approx(want, rel=1e-6)              # float32
     else:
-        planner = Planner(net, data)
-        metric = planner.metric_of('2')
+        plans = planner(net, data)
+        metric = plans.metric_of('2')
         cost, = schemes['tucker'](net_geometry(net[2]), net[2].weight, '2', metric).costs([(4, 4)])
         assert rec['error'] == pytest.approx((cost/metric.total)**.5, rel=1e-6)
 

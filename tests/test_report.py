@@ -13,6 +13,7 @@ from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
 from fasterai_lr.layers import factored_layers, recompose
 from fasterai_lr.plan import Budget, Plan, Planner, make_plan
 from fasterai_lr.report import *
+from helpers import planner
 
 torch.set_num_threads(1)
 
@@ -187,8 +188,8 @@ def test_spectra_in_other_types_and_of_zero():
 
 def test_spectra_in_the_metric_of_data():
     model,data = net().eval(),images()
-    planner = Planner(model, data)
-    loss = {o.rank:o.loss for o in planner.all_options()['8'] if o.scheme}           # of `svd`: half the energy beyond the rank
+    plans = planner(model, data)
+    loss = {o.rank:o.loss for o in plans.all_options()['8'] if o.scheme}           # of `svd`: half the energy beyond the rank
     (ax,) = plot_spectra(model, layers='8', data=data)
     energy = np.square(ax.get_lines()[0].get_ydata())
     tail = energy[::-1].cumsum()[::-1]

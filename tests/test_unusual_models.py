@@ -7,10 +7,11 @@ from torch import nn
 from fasterai_lr.calibrate import calibrate, regression
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
 from fasterai_lr.export import save_low_rank
-from fasterai_lr.fit import fit, trace
+from fasterai_lr.fit import trace
 from fasterai_lr.layers import factored_layers
-from fasterai_lr.plan import Budget, Plan, Planner, make_plan, measured
+from fasterai_lr.plan import Budget, Plan, make_plan, measured
 from fasterai_lr.schemes import schemes
+from helpers import fitted, planner
 from test_fit import miss
 
 torch.set_num_threads(1)
@@ -59,7 +60,7 @@ def test_layers_of_full_rank_keep_their_weight_whatever_the_mean_of_their_input(
     x[:,:columns] += mean
     net = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 5))
     with torch.no_grad(): net[0].bias.copy_(-net[0].weight@x.mean(0))
-    same = fit(net, {'0': ('svd', 10)}, x, loss=regression)
+    same = fitted(net, {'0': ('svd', 10)}, x, loss=regression)
     assert (same[0].weight - net[0].weight).norm() < 1e-4*net[0].weight.norm() # what rounding of moments of 10⁶ in float32 leaves after the ridge
     assert miss(same, net, x) < 1e-3
 
@@ -79,7 +80,7 @@ def test_the_order_of_batches_of_different_lengths_does_not_matter(length):
     net,batches = Recurrent(),[torch.randn(16, t, 12) for t in (length, 8, 8, 8)]
     what = {'i': ('svd', 4), 'h': ('svd', 4), 'o': ('svd', 4)}
     moments = calibrate(net, batches)
-    there,back = (fit(net, what, b, moments) for b in (batches, batches[::-1]))
+    there,back = (fitted(net, what, b, moments=moments) for b in (batches, batches[::-1]))
     x = torch.randn(64, 8, 12)
     assert miss(there, back, x) < 1e-3 # float32 sums in another order; with a part of the calls only it was 0.3
 
@@ -99,13 +100,13 @@ class Experts(nn.Module):
 def test_experts_that_get_nothing_in_some_batches(sequential):
     net,data = Experts(),[torch.randn(2, 8) for _ in range(40)]
     full = {n: ('svd', 8) for n in ('experts.0', 'experts.1', 'experts.2')} | {'gate': ('svd', 3)}
-    assert miss(fit(net, full, data, sequential=sequential), net, torch.cat(data)) < 1e-3 # the ridge's pull
+    assert miss(fitted(net, full, data, sequential=sequential), net, torch.cat(data)) < 1e-3 # the ridge's pull
     small = decompose(net, FC_Decomposer(.25), data)
     assert {'gate', 'experts.0', 'experts.1', 'experts.2'} <= set(factored_layers(small)) and all(p.isfinite().all() for p in small.parameters())
 
 def test_experts_that_are_sent_other_items_stay_what_they_are():
     net,data,x = Experts(),[torch.randn(12, 8) for _ in range(40)],torch.randn(50, 8)
-    small = fit(net, {n: ('svd', 8) for n in ('experts.0', 'experts.1', 'experts.2')} | {'gate': ('svd', 1)}, data)
+    small = fitted(net, {n: ('svd', 8) for n in ('experts.0', 'experts.1', 'experts.2')} | {'gate': ('svd', 1)}, data)
     assert (net.gate(x).argmax(-1) != small.gate(x).argmax(-1)).float().mean() > .1
     for e,f in zip(net.experts, small.experts): assert miss(f, e, x) < 1e-3 # the ridge's pull; fitted to what another item's output was, it is tenths
 
@@ -191,10 +192,10 @@ def test_batches_of_any_mapping():
 
 def test_a_metric_that_no_budget_keeps():
     net,x = mlp(),torch.randn(64, 16)
-    with pytest.warns(UserWarning, match='max_drop: 0.01 cannot be kept to'): plan,same = Planner(net, x).drop_search(Budget(max_drop=.01), lambda m: float(m is net))
+    with pytest.warns(UserWarning, match='max_drop: 0.01 cannot be kept to'): plan,same = planner(net, x).drop_search(Budget(max_drop=.01), lambda m: float(m is net))
     assert not plan.choices and not factored_layers(same) and same.low_rank_plan['measured'] == dict(metric=1., dense_metric=1.)
     with torch.no_grad(): assert torch.equal(same(x), net(x))
-    with pytest.raises(ValueError, match='evaluate: it returns nan'): Planner(net, x).drop_search(Budget(max_drop=.01), lambda m: float('nan'))
+    with pytest.raises(ValueError, match='evaluate: it returns nan'): planner(net, x).drop_search(Budget(max_drop=.01), lambda m: float('nan'))
 
 def test_a_layer_set_to_dense_has_no_error():
     plan = make_plan(mlp(), torch.randn(64, 16), Budget(macs=.5))
