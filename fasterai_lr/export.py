@@ -7,11 +7,10 @@ __all__ = ['plain', 'current_plan', 'as_file', 'save_low_rank', 'read_low_rank',
            'export_onnx']
 
 # %% ../nbs/21_export.ipynb #20b21b3c
-import os, zipfile
+import zipfile
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,36 +19,48 @@ import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .layers import devices_of, evaluating, factored_layers, recompose, replace_layers, run_model
+from .layers import devices_of, evaluating, factored_layers, replace_layers, run_model
 from .cost import count_params, size_on_disk
-from .plan import Plan, Record, known_records
+from .plan import Plan, Record, dense_model, known_records
 
 # %% ../nbs/21_export.ipynb #da9c3033
-_format,_version = 'fasterai_lr',1
+_format = 'fasterai_lr'
+_version = 1
 
-def plain(o, # tensors, numbers, strings and `None`, in lists, tuples and dicts
-          label:str='data'): # what it is, for the error
-    "`o` made of Python's own types and plain tensors only, as `torch.load(weights_only=True)` reads them"
+def plain(
+    o, # tensors, numbers, strings and `None`, in lists, tuples and dicts
+    label:str='data' # what `o` is, for the error
+   ):
+    "Return `o` as Python's own types and plain tensors, which `torch.load(weights_only=True)` reads"
     if o is None or type(o) in (bool, int, float, str): return o
     if isinstance(o, Tensor): return o.detach().as_subclass(Tensor)
     if isinstance(o, np.generic): return o.item()
-    if isinstance(o, dict): return {k: plain(v, f'{label}[{k!r}]') for k,v in o.items()}
-    if isinstance(o, tuple): return tuple(plain(v, label) for v in o)
-    if hasattr(o, '__iter__') and not isinstance(o, (str, bytes)): return [plain(v, label) for v in o]
-    raise TypeError(f"{label}: {type(o).__name__} is neither a tensor, a number nor a string, and the file holds nothing else")
+    if isinstance(o, dict): return {key: plain(value, f'{label}[{key!r}]') for key,value in o.items()}
+    if isinstance(o, (str, bytes)) or not hasattr(o, '__iter__'):
+        raise TypeError(f"{label}: {type(o).__name__} is neither a tensor, a number nor a string, "
+                        "and the file holds nothing else")
+    items = [plain(item, label) for item in o]
+    return tuple(items) if isinstance(o, tuple) else items
 
 # %% ../nbs/21_export.ipynb #3a667e40
-def current_plan(model:nn.Module)->Plan:
-    "What has become of the layers of `model`, as a plan; of a factored layer without a record too"
+def current_plan(
+    model:nn.Module # decomposed or not
+   )->Plan:
+    "The plan of what the layers of `model` are now, factored layers without a record among them"
     layers = known_records(model)
-    for n,l in factored_layers(model).items():
-        rec = layers.get(n) or asdict(Record(l.geometry.type_name, params_after=count_params(l)))
-        layers[n] = rec | dict(scheme=l.scheme, rank=l.rank, params_before=l.geometry.n_params, status='factored')
-    return Plan.of({**vars(model).get('low_rank_plan', {}), 'layers': layers})
+    for name,layer in factored_layers(model).items():
+        geom = layer.geometry
+        record = layers.get(name) or asdict(Record(geom.type_name, params_after=count_params(layer)))
+        now = dict(scheme=layer.scheme, rank=layer.rank, params_before=geom.n_params, status='factored')
+        layers[name] = record | now
+    known = vars(model).get('low_rank_plan', {})
+    return Plan.of(known | dict(layers=layers))
 
-def as_file(path, # of a file
-            suffix:str)->Path: # like '.pth'
-    "`path` with `suffix` where it has none"
+def as_file(
+    path, # of a file
+    suffix:str # like '.pth'
+   )->Path:
+    "Return `path`, with `suffix` if it has none"
     path = Path(path)
     return path if path.suffix else path.with_name(f'{path.name}{suffix}')
 
@@ -59,69 +70,100 @@ def save_low_rank(
     opt=None # the state of an optimizer, to be saved with it
    )->Path: # the file
     "Write the plan and the weights of `model`"
-    path,state = as_file(path, '.pth'),model.state_dict()
-    for k,v in state.items(): state[k] = plain(v, f'model: {k!r}')
+    path = as_file(path, '.pth')
+    state = model.state_dict()
+    for key,value in state.items(): state[key] = plain(value, f'model: {key!r}')
     data = dict(format=_format, version=_version, plan=current_plan(model).plain(), model=state)
     if opt is not None: data['opt'] = plain(opt, 'opt')
-    with TemporaryDirectory(dir=path.parent, prefix='.low_rank') as d:      # an older file stays until the new one is complete
-        torch.save(data, Path(d)/path.name)
-        os.replace(Path(d)/path.name, path)
+    with TemporaryDirectory(dir=path.parent, prefix='.low_rank') as folder:
+        new = Path(folder)/path.name
+        torch.save(data, new)
+        new.replace(path) # until here, an older file is still there
     return path
 
 # %% ../nbs/21_export.ipynb #8d75bfa2
-def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)
+def _first_line(error):
+    "The first line of an error's message, the name of its type if it has none"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
-def _intact(path, label):
-    "What `torch.load` reads, of a file whose checksums are right; torch itself does not look at them"
+def _read_checked(path, label):
+    "Return what `torch.load` reads from a file, after comparing checksums, which torch itself does not do"
     try:
-        with zipfile.ZipFile(path) as z: bad = z.testzip()
+        with zipfile.ZipFile(path) as file: bad = file.testzip()
         if bad: raise ValueError(f"the checksum of {bad!r} in it is wrong")
         return torch.load(path, map_location='cpu', weights_only=True)
     except OSError: raise
-    except Exception as e: raise ValueError(f"{label} is damaged, incomplete or no file of `save_low_rank`: {_first_line(e)}") from None
+    except Exception as e:
+        why = _first_line(e)
+        raise ValueError(f"{label} is damaged, incomplete or no file of `save_low_rank`: {why}") from None
 
-def read_low_rank(path # of a file of `save_low_rank`; `.pth` is added where there is no suffix
-                 )->dict: # 'plan' as plain data, 'model': the state dict, and 'opt' if there is one; tensors are on the CPU
-    "What `save_low_rank` has written; a `ValueError` for any other file, without running any code in it"
+def read_low_rank(
+    path # of a file of `save_low_rank`; `.pth` is added where there is no suffix
+   )->dict: # 'plan' as plain data, 'model': the state dict, and 'opt' if there is one; tensors are on the CPU
+    "Read what `save_low_rank` has written; no code in the file is run, and any other file is a `ValueError`"
     path = as_file(path, '.pth')
     label = f"file: {str(path)!r}"
-    data = _intact(path, label)
-    if not isinstance(data, dict) or data.get('format') != _format: raise ValueError(f"{label} was not written by `save_low_rank`")
-    if data.get('version') != _version: raise ValueError(f"{label} has version {data.get('version')} of the format; this fasterai_lr reads version {_version}")
-    Plan.of(data.get('plan'), label)
+    data = _read_checked(path, label)
+    if not isinstance(data, dict) or data.get('format') != _format:
+        raise ValueError(f"{label} was not written by `save_low_rank`")
+    version = data.get('version')
+    if version != _version:
+        raise ValueError(f"{label} has version {version} of the format; "
+                         f"this fasterai_lr reads version {_version}")
+    Plan.of(data.get('plan'), label) # an error if it is none
     if not isinstance(data.get('model'), dict): raise ValueError(f"{label} holds no state dict")
     return data
 
 # %% ../nbs/21_export.ipynb #404481a8
-def _some(names, n=3): return ', '.join(map(repr, islice(names, n))) + (', …' if len(names) > n else '')
+def _first_three(names):
+    "The first three of `names` as text"
+    text = ', '.join(map(repr, names[:3]))
+    return f'{text}, …' if len(names) > 3 else text
 
-def _misfits(here, there):
-    "How the state dict `there` differs from `here` in names and shapes"
-    lacks,more = [k for k in here if k not in there],[k for k in there if k not in here]
-    shape = lambda t: list(t.shape) if isinstance(t, Tensor) else None
-    other = [k for k in here if k in there and shape(here[k]) != shape(there[k])]
-    if lacks: yield f'it lacks {_some(lacks)}'
-    if more: yield f'it has {_some(more)} besides'
-    if other: yield f'{other[0]!r} is {shape(there[other[0]])} there and {shape(here[other[0]])} here'
+def _shape(value):
+    "The shape of a tensor as a list, `None` for anything else that a state dict may hold"
+    return list(value.shape) if isinstance(value, Tensor) else None
 
-def _same_training(model, base, names):
+def _mismatch(here, there):
+    "How the state dict `there` differs from `here` in names and shapes; nothing if it does not"
+    lacks = [key for key in here if key not in there]
+    more = [key for key in there if key not in here]
+    wrong = []
+    if lacks: wrong.append(f'it lacks {_first_three(lacks)}')
+    if more: wrong.append(f'it has {_first_three(more)} besides')
+    for key in here:
+        if key in lacks: continue
+        ours,theirs = _shape(here[key]),_shape(there[key])
+        if ours == theirs: continue
+        wrong.append(f'{key!r} is {theirs} there and {ours} here')
+        break
+    return '; '.join(wrong)
+
+def _freeze_alike(model, base, names):
     "Let the layers `names` of `model` be frozen where those of `base` are"
-    for n in names:
-        old = base.get_submodule(n)
-        for k,p in model.get_submodule(n).named_parameters(): p.requires_grad_((old.bias if k.endswith('bias') else old.weight).requires_grad)
+    for name in names:
+        old = base.get_submodule(name)
+        for parameter_name,parameter in model.get_submodule(name).named_parameters():
+            like = old.bias if parameter_name.endswith('bias') else old.weight
+            parameter.requires_grad_(like.requires_grad)
 
+# %% ../nbs/21_export.ipynb #1585ea45
 def rebuild(
     model:nn.Module, # left untouched; dense, or decomposed in any way
     saved:dict, # from `read_low_rank`
     label='file' # what to call it in errors
    )->nn.Module:
-    "A copy of `model` with the structure and the weights that were saved"
-    plan,base = Plan.of(saved['plan']),recompose(model) if factored_layers(model) else model
-    with torch.random.fork_rng([d for d in devices_of(base) if d.type == 'cuda']):      # new layers draw weights first
+    "Return a copy of `model` with the structure and the weights that were saved"
+    plan = Plan.of(saved['plan'])
+    base = dense_model(model)
+    devices = [device for device in devices_of(base) if device.type == 'cuda']
+    with torch.random.fork_rng(devices): # new layers draw weights first
         try: res = plan.skeleton(base)
         except ValueError as e: raise ValueError(f"{label} is of another model: {e}") from None
-    if bad := '; '.join(_misfits(res.state_dict(), saved['model'])): raise ValueError(f"{label} is of another model: {bad}")
-    _same_training(res, base, plan.choices)
+    wrong = _mismatch(res.state_dict(), saved['model'])
+    if wrong: raise ValueError(f"{label} is of another model: {wrong}")
+    _freeze_alike(res, base, plan.choices)
     res.load_state_dict(saved['model'])
     return res
 
@@ -129,80 +171,123 @@ def load_low_rank(
     model:nn.Module, # of the kind that was saved; left untouched
     path # of the file; `.pth` is added where there is no suffix
    )->nn.Module:
-    "A copy of `model` with the structure and the weights in the file"
+    "Return a copy of `model` with the structure and the weights in the file"
     path = as_file(path, '.pth')
     return rebuild(model, read_low_rank(path), f"file: {str(path)!r}")
 
 # %% ../nbs/21_export.ipynb #ffc7c4b7
-def _spec(m): return type(m),getattr(m, 'scheme', None),{k:t.shape for k,t in m.state_dict().items()}
+def _structure(layer):
+    "What two layers of the same structure have in common: class, scheme and shapes"
+    shapes = {key: value.shape for key,value in layer.state_dict().items()}
+    return type(layer),getattr(layer, 'scheme', None),shapes
 
 def changed_layers(
-    model:nn.Module,
+    model:nn.Module, # decomposed or not
     other:nn.Module # a copy of it that is decomposed in another way
    )->dict: # {name: layer of `other`}
-    "The layers to put into `model` to give it the structure of `other`"
-    names = {**factored_layers(model), **factored_layers(other)}
-    return {n: other.get_submodule(n) for n in names if _spec(model.get_submodule(n)) != _spec(other.get_submodule(n))}
+    "Find the layers to put into `model` to give it the structure of `other`"
+    changed = {}
+    for name in factored_layers(model) | factored_layers(other):
+        new = other.get_submodule(name)
+        if _structure(new) != _structure(model.get_submodule(name)): changed[name] = new
+    return changed
 
 # %% ../nbs/21_export.ipynb #9b21c15a
-_onnx = 'onnx','onnxscript','onnxruntime'
-
 def _check_onnx():
-    if missing := [o for o in _onnx if find_spec(o) is None]:
-        raise ImportError(f"export_onnx: it needs {' and '.join(missing)}, not installed here; `pip install {' '.join(missing)}`")
+    "Raise an `ImportError` that names the packages that are not installed"
+    missing = [package for package in ('onnx', 'onnxscript', 'onnxruntime') if not find_spec(package)]
+    if missing: raise ImportError(f"export_onnx: it needs {' and '.join(missing)}, not installed here; "
+                                  f"`pip install {' '.join(missing)}`")
 
-def _is_batch(t): return isinstance(t, Tensor) and t.dim() > 0
+def _is_batch(o):
+    "Has `o` rows, one for each item?"
+    return isinstance(o, Tensor) and o.dim() > 0
 
-def _rows(sample, n):
-    "`sample` with `n` rows, its own in turn"
-    return tree_map(lambda t: t[torch.arange(n, device=t.device) % len(t)] if _is_batch(t) else t, sample)
+def _with_rows(sample, n):
+    "`sample` with `n` rows: its own, and again from the first on if there are not so many"
+    def take(o):
+        if not _is_batch(o): return o
+        return o[torch.arange(n, device=o.device) % len(o)]
+    return tree_map(take, sample)
+
+def _checked_rows(sample):
+    "The number of rows that all tensors of `sample` have; an error if they differ"
+    sizes = {len(o) for o in tree_leaves(sample) if _is_batch(o)}
+    if len(sizes) == 1 and 0 not in sizes: return sizes.pop()
+    raise ValueError(f"sample: its tensors have {sorted(sizes)} rows; "
+                     "one or more tensors with the same number of rows are needed")
+
+# %% ../nbs/21_export.ipynb #ebaae0cf
+def _cpu_tensors(tree):
+    "The tensors in nested lists, tuples and dicts, on the CPU"
+    return [o.detach().cpu() for o in tree_leaves(tree) if isinstance(o, Tensor)]
+
+def _relative_error(got, want):
+    "The largest difference from `want`, relative to its largest number or to one; 1 if the shapes differ"
+    if got.shape != want.shape: return 1.
+    if not want.numel(): return 0.
+    want = want.double()
+    largest = want.abs().max().clamp(min=1)
+    return ((got.double() - want).abs().max()/largest).item()
 
 def _difference(model, session, sample):
-    "The largest difference between the outputs of `model` and of an onnxruntime session, relative to the largest output above one"
-    want = [t.detach().cpu() for t in tree_leaves(run_model(model, sample)) if isinstance(t, Tensor)]
-    feed = [t.detach().cpu().numpy() for t in tree_leaves(sample) if isinstance(t, Tensor)]
-    got = session.run(None, {i.name:a for i,a in zip(session.get_inputs(), feed, strict=True)})
-    error = lambda a,b: ((a-b).abs().max()/b.abs().max().clamp(min=1)).item() if a.shape == b.shape and b.numel() else float(a.shape != b.shape)
-    return max(error(torch.from_numpy(np.asarray(a)).double(), b.double()) for a,b in zip(got, want, strict=True))
+    "The largest relative error of the outputs of an onnxruntime session"
+    want = _cpu_tensors(run_model(model, sample))
+    inputs = {}
+    for node,tensor in zip(session.get_inputs(), _cpu_tensors(sample), strict=True):
+        inputs[node.name] = tensor.numpy()
+    got = session.run(None, inputs)
+    return max(_relative_error(torch.as_tensor(g), w) for g,w in zip(got, want, strict=True))
 
 def _check_file(file, model, sample, n):
-    "Raise what onnx has against `file`, and a `RuntimeError` where it does not compute what `model` does"
+    "Raise what onnx has against `file`, and a `RuntimeError` if it does not compute what `model` does"
     import onnx, onnxruntime
     onnx.checker.check_model(str(file))
     session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
     for rows in (n, n+1, 1):
-        try: diff = _difference(model, session, _rows(sample, rows))
-        except Exception as e: raise RuntimeError(f"model: it cannot be run for {rows} rows as well as for {n}: {_first_line(e)}") from e
-        if not diff <= 1e-4: raise RuntimeError(f"file: for {rows} rows the outputs of the ONNX model differ by {diff:.2g} from those of the model, more than 1e-4; nothing was written")
+        try: diff = _difference(model, session, _with_rows(sample, rows))
+        except Exception as e:
+            why = _first_line(e)
+            raise RuntimeError(f"model: it cannot be run for {rows} rows as well as for {n}: {why}") from e
+        if diff <= 1e-4: continue
+        raise RuntimeError(f"file: for {rows} rows the outputs of the ONNX model differ by {diff:.2g} "
+                           "from those of the model, more than 1e-4; nothing was written")
 
+# %% ../nbs/21_export.ipynb #9f81ce89
 def _as_maximum(model):
     "Let each max pool down to one value compute a maximum, which every torch can export; `model` is changed"
     for m in model.modules():
-        if type(m) is nn.AdaptiveMaxPool2d and m.output_size in (1, (1,1), [1,1]) and not m.return_indices:
-            m.forward = partial(torch.amax, dim=(-2,-1), keepdim=True)
+        if type(m) is not nn.AdaptiveMaxPool2d or m.return_indices: continue
+        if m.output_size in (1, (1,1), [1,1]): m.forward = partial(torch.amax, dim=(-2,-1), keepdim=True)
     return model
 
+def _export_arguments(sample):
+    "The arguments of `torch.onnx.export` for a sample, whose first axes may have any size"
+    dim = torch.export.Dim('batch')
+    def axes(o): return {0: dim} if _is_batch(o) else None
+    shapes = tree_map(axes, sample)
+    if isinstance(sample, dict): return dict(args=(), kwargs=sample, dynamic_shapes=shapes)
+    if isinstance(sample, tuple): return dict(args=sample, dynamic_shapes=shapes)
+    return dict(args=(sample,), dynamic_shapes=(shapes,))
+
 def export_onnx(
-    model:nn.Module,
+    model:nn.Module, # decomposed or not; left untouched
     sample, # inputs as the model takes them: a tensor, a tuple or a dict
     file # `.onnx` is added where there is no suffix
    )->Path: # the file
     "Write `model` in evaluation mode as ONNX, for batches of any size, and compare it with the model"
     _check_onnx()
-    file,batches = as_file(file, '.onnx'),[t for t in tree_leaves(sample) if _is_batch(t)]
-    if len(sizes := {len(t) for t in batches}) != 1 or 0 in sizes:
-        raise ValueError(f"sample: its tensors have {sorted(sizes)} rows; one or more tensors with the same number of rows are needed")
-    n = max(2, len(batches[0]))                 # torch takes one row for a constant
-    sample = _rows(sample, n)
-    dim = torch.export.Dim('batch')
-    shapes = tree_map(lambda t: {0: dim} if _is_batch(t) else None, sample)
-    args = dict(args=(), kwargs=sample, dynamic_shapes=shapes) if isinstance(sample, dict) else \
-           dict(args=sample, dynamic_shapes=shapes) if isinstance(sample, tuple) else dict(args=(sample,), dynamic_shapes=(shapes,))
-    model = _as_maximum(replace_layers(model, {}))    # a copy: nothing of the tracing stays in `model`
-    with evaluating(model), torch.no_grad(), TemporaryDirectory(dir=file.parent, prefix='.onnx') as d:
-        try: program = torch.onnx.export(model, dynamo=True, verbose=False, **args)
-        except Exception as e: raise RuntimeError(f"model: torch cannot export this {type(model).__name__}: {_first_line(e.__cause__ or e)}") from e
-        program.save(Path(d)/file.name, external_data=size_on_disk(model) > 2**30)      # a protobuf ends at 2 GB
-        _check_file(Path(d)/file.name, model, sample, n)
-        for o in Path(d).iterdir(): os.replace(o, file.parent/o.name)
+    file = as_file(file, '.onnx')
+    n = max(2, _checked_rows(sample)) # torch takes one row for a constant
+    sample = _with_rows(sample, n)
+    model = _as_maximum(replace_layers(model, {})) # a copy: nothing of the tracing stays in `model`
+    with evaluating(model), torch.no_grad(), TemporaryDirectory(dir=file.parent, prefix='.onnx') as folder:
+        new = Path(folder)/file.name
+        try: program = torch.onnx.export(model, dynamo=True, verbose=False, **_export_arguments(sample))
+        except Exception as e:
+            why = _first_line(e.__cause__ or e)
+            raise RuntimeError(f"model: torch cannot export this {type(model).__name__}: {why}") from e
+        program.save(new, external_data=size_on_disk(model) > 2**30) # a protobuf ends at 2 GB
+        _check_file(new, model, sample, n)
+        for part in Path(folder).iterdir(): part.replace(file.parent/part.name)
     return file

@@ -9,7 +9,8 @@ __all__ = ['Summary', 'summarize', 'format_summary', 'compare', 'plot_layers', '
 # %% ../nbs/20_report.ipynb #51faa2ab
 from dataclasses import asdict
 from html import escape
-from itertools import cycle
+from itertools import cycle, zip_longest
+from math import ceil
 from warnings import warn
 
 import numpy as np
@@ -22,270 +23,397 @@ from .schemes import schemes as known_schemes
 from .calibrate import classification, n_items
 from .cost import count_macs, count_params, macs_per_layer, measure_latency, size_on_disk
 from .settings import Settings, takes_settings
-from .plan import Budget, Plan, Planner, dense_model, dense_record, known_records, layer_types
+from .plan import Budget, Plan, Planner, Record
+from .plan import dense_model, dense_record, known_records, layer_types
 
 # %% ../nbs/20_report.ipynb #f47d9262
-_columns = dict(type='', scheme='', rank='', full_rank='', params_before=0, params_after=0, error=float('nan'), status='dense', reason='')
+_columns = dict( # each with what stands for an unknown value
+    type='', scheme='', rank='', full_rank='',
+    params_before=0, params_after=0,
+    error=float('nan'), status='dense', reason='')
 
 class Summary(pd.DataFrame):
     "The table of `summarize`: a `DataFrame` that a notebook shows as a table, and a terminal as aligned text"
     @property
-    def _whole(self): return {*_columns} <= {*self.columns}
-    def __repr__(self): return format_summary(self) if self._whole else super().__repr__()
-    def _repr_html_(self): return _as_html(_shown(self)) if self._whole else super()._repr_html_()
+    def _whole(self): return _columns.keys() <= {*self.columns}
+
+    def __repr__(self):
+        if self._whole: return format_summary(self)
+        return super().__repr__()
+
+    def _repr_html_(self):
+        if self._whole: return _as_html(_text_cells(self))
+        return super()._repr_html_()
+
+# %% ../nbs/20_report.ipynb #f0dd1781
+def _factored_record(layer):
+    "The record of a factored layer, as far as the layer itself tells"
+    geom = layer.geometry
+    return Record(geom.type_name, layer.scheme, layer.rank, params_before=geom.n_params,
+                  params_after=count_params(layer), status='factored')
 
 def _records(model):
-    "A record for every linear layer and convolution: what is known of its decomposition, else from the layer itself"
-    known,res = known_records(model),{}
-    for f in find_layers(model, layer_types):
-        res[f.name] = known.get(f.name) or asdict(dense_record(f, f.reason or 'not asked for'))
-    for n,l in factored_layers(model).items():
-        res[n] = known.get(n) or dict(type=l.geometry.type_name, scheme=l.scheme, rank=l.rank, params_before=l.geometry.n_params, params_after=count_params(l), status='factored')
-    return {n:res[n] for n,_ in model.named_modules() if n in res}
+    "{layer name: record} for each linear layer and convolution, in the order of the model"
+    known = known_records(model)
+    records = {}
+    for found in find_layers(model, (*layer_types, FactoredLayer)):
+        name = found.name
+        layer = found.layer
+        if name in known: records[name] = known[name]
+        elif isinstance(layer, FactoredLayer): records[name] = asdict(_factored_record(layer))
+        else: records[name] = asdict(dense_record(found, found.reason or 'not asked for'))
+    return records
 
 def summarize(
-    model:nn.Module,
+    model:nn.Module, # decomposed or not
     sample=None # an input, a tuple or a dict of inputs: MACs are counted for it
    )->Summary: # a `DataFrame` indexed by layer name, last row `total`
-    "One row a layer: scheme, rank, parameters, MACs, error, status, reason"
-    rows = {n:{**_columns, **{k:v for k,v in r.items() if v is not None}} for n,r in _records(model).items()}
+    "List the scheme, rank, parameters, MACs, error, status and reason of each layer, and the totals"
+    rows = {}
+    for name,record in _records(model).items():
+        known = {column: value for column,value in record.items() if value is not None}
+        rows[name] = _columns | known
     table = pd.DataFrame.from_dict(rows, orient='index', columns=list(_columns))
     after = count_params(model)
-    total = dict(_columns, params_before=after + int((table.params_before - table.params_after).sum()), params_after=after, status='')
+    before = after + int((table.params_before - table.params_after).sum())
+    total = _columns | dict(params_before=before, params_after=after, status='')
     if sample is not None:
-        for col,m in (('macs_before', recompose(model)), ('macs_after', model)):
-            macs = macs_per_layer(m, sample)
-            table.insert(table.columns.get_loc('error'), col, [macs[n] for n in table.index])
-            total[col] = macs['']
-    return Summary(pd.concat([table, pd.DataFrame(total, index=['total'])[table.columns]]))
+        for column,counted in (('macs_before', recompose(model)), ('macs_after', model)):
+            macs = macs_per_layer(counted, sample)
+            table.insert(table.columns.get_loc('error'), column, [macs[name] for name in table.index])
+            total[column] = macs['']
+    last = pd.DataFrame(total, index=['total'])
+    return Summary(pd.concat([table, last[table.columns]]))
 
 # %% ../nbs/20_report.ipynb #6f57acf5
-def _arrow(before, after): return f'{before:,} → {after:,}' if after != before else f'{before:,}'
+def _changes(before, after, text='{:,}'.format):
+    "The `text` of the numbers of two columns, with an arrow where they differ"
+    res = []
+    for b,a in zip(before, after):
+        if a == b: res.append(text(b))
+        else: res.append(f'{text(b)} → {text(a)}')
+    return res
 
-_left = 'layer', 'type', 'scheme', 'reason' # columns of words
-
-def _shown(table):
+def _text_cells(table):
     "The cells of `table` as text, without the columns that would be empty"
-    rows = pd.DataFrame({'layer': table.index.astype(str), 'type': table.type.tolist(), 'scheme': table.scheme.where(table.scheme != '', table.status).tolist()})
-    rows['rank'] = table['rank'].astype(str).tolist()
-    rows['parameters'] = [_arrow(b, a) for b,a in zip(table.params_before, table.params_after)]
-    if 'macs_before' in table: rows['MACs'] = [_arrow(b, a) for b,a in zip(table.macs_before, table.macs_after)]
-    rows['error'] = [f'{e:.3f}' if e == e else '' for e in table.error]
-    rows['reason'] = table.reason.tolist()
-    return rows.drop(columns=[c for c in ('rank', 'error', 'reason') if not any(rows[c])])
+    rows = pd.DataFrame(dict(
+        layer=table.index.astype(str),
+        type=table.type,
+        scheme=table.scheme.where(table.scheme != '', table.status),
+        rank=table['rank'].astype(str),
+        parameters=_changes(table.params_before, table.params_after),
+        MACs=_changes(table.macs_before, table.macs_after) if 'macs_before' in table else '',
+        error=table.error.map('{:.3f}'.format).replace('nan', ''),
+        reason=table.reason))
+    for column in ('rank', 'MACs', 'error', 'reason'):
+        if (rows[column] == '').all(): del rows[column]
+    return rows
+
+# %% ../nbs/20_report.ipynb #f83615e2
+_words = 'layer', 'type', 'scheme', 'reason' # the columns of words
 
 def format_summary(
     table:pd.DataFrame # from `summarize`
    )->str:
-    "The table of `summarize` as aligned text"
-    rows = _shown(table)
-    width = {c: max(map(len, (c, *rows[c]))) for c in rows}
-    line = lambda vs: ' '.join(v.ljust(width[c]) if c in _left else v.rjust(width[c]) for c,v in zip(rows, vs)).rstrip()
-    return '\n'.join(map(line, (rows.columns, *rows.values.tolist())))
+    "Return the table of `summarize` as aligned text"
+    columns = []
+    for heading,cells in _text_cells(table).items():
+        cells = [heading, *cells]
+        width = max(map(len, cells))
+        align = str.ljust if heading in _words else str.rjust
+        columns.append([align(cell, width) for cell in cells])
+    lines = [' '.join(cells).rstrip() for cells in zip(*columns)]
+    return '\n'.join(lines)
+
+def _html_row(columns, cells, tag):
+    "One row of a table in HTML"
+    row = ''
+    for column,cell in zip(columns, cells):
+        side = 'left' if column in _words else 'right'
+        row += f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>'
+    return f'<tr>{row}</tr>'
 
 def _as_html(rows):
-    cell = lambda tag,c,v: f'<{tag} style="text-align:{"left" if c in _left else "right"}">{escape(v)}</{tag}>'
-    line = lambda tag,vs: '<tr>' + ''.join(cell(tag, c, v) for c,v in zip(rows, vs)) + '</tr>'
+    "The table in HTML, with its first and last row in bold"
+    columns = rows.columns
     *layers,total = rows.values.tolist()
-    return '\n'.join(['<table class="dataframe">', f"<thead>{line('th', rows)}</thead>", '<tbody>', *(line('td', l) for l in layers), line('th', total), '</tbody></table>'])
+    lines = ['<table class="dataframe">', f"<thead>{_html_row(columns, columns, 'th')}</thead>", '<tbody>']
+    lines += [_html_row(columns, cells, 'td') for cells in layers]
+    lines += [_html_row(columns, total, 'th'), '</tbody></table>']
+    return '\n'.join(lines)
 
 # %% ../nbs/20_report.ipynb #0ddcb31f
+def _value_of(model, evaluate):
+    "What `evaluate` returns for `model` in evaluation mode, as a float"
+    with evaluating(model), torch.no_grad(): return float(evaluate(model))
+
+def _value_column(evaluate, table):
+    "The heading for what `evaluate` returns: its name, or `value` if it has none or `table` has that already"
+    name = getattr(evaluate, '__name__', '<')
+    return 'value' if name in table or name.startswith('<') else name
+
 def compare(
     models, # {name: model}
     sample, # a batch of inputs, as the models take it
     evaluate=None, # a function from a model, in evaluation mode, to a number
     repeats:int=20 # of each timing
-   )->pd.DataFrame: # one row a model; columns `parameters`, `MACs`, `MB` on disk, `ms` for the sample, and what `evaluate` says, named as it is (or `value`)
-    "What several models cost, and what they are worth, side by side"
-    if not isinstance(models, dict) or not models: raise TypeError(f"models: {models!r:.80} is not a dict; give {{name: model}}")
+   )->pd.DataFrame: # one row a model: `parameters`, `MACs` of an item, `MB` on disk, `ms` a sample, value
+    "Compare what several models cost, and what `evaluate` says of them, in a column of its name"
+    if not isinstance(models, dict) or not models:
+        raise TypeError(f"models: {models!r:.80} is not a dict; give {{name: model}}")
     times = measure_latency(models, sample, repeats)
-    rows = {n: dict(parameters=count_params(m), MACs=count_macs(m, sample)//n_items(sample), MB=size_on_disk(m)/1e6, ms=times[n].ms) for n,m in models.items()}
+    rows = {}
+    for name,model in models.items():
+        rows[name] = dict(
+            parameters=count_params(model),
+            MACs=count_macs(model, sample)//n_items(sample),
+            MB=size_on_disk(model)/1e6,
+            ms=times[name].ms)
+    table = pd.DataFrame.from_dict(rows, orient='index')
     if evaluate:
-        value = _evaluation(evaluate)
-        for n,m in models.items(): rows[n][_named(evaluate, rows[n])] = value(m)
-    return pd.DataFrame.from_dict(rows, orient='index')
-
-def _evaluation(evaluate):
-    "`evaluate` on a model in evaluation mode, as a float"
-    def value(model):
-        with evaluating(model), torch.no_grad(): return float(evaluate(model))
-    return value
-
-def _named(evaluate, taken):
-    "What to call the column of `evaluate`"
-    name = getattr(evaluate, '__name__', '<')
-    return 'value' if name in taken or name.startswith('<') else name
+        column = _value_column(evaluate, table)
+        table[column] = [_value_of(model, evaluate) for model in models.values()]
+    return table
 
 # %% ../nbs/20_report.ipynb #0b18aba6
-_before_colour,_after_colour = '#bdbdbd', '#0072b2'     # of Okabe and Ito's palette, which everybody can tell apart
+# of the colours of Okabe and Ito, which everybody can tell apart
+_blue = '#0072b2'
+_sky = '#56b4e9'
+_orange = '#d55e00'
+_labels = dict(
+    params='parameters',
+    macs='MACs',
+    latency='time of a forward pass')
 
-def _with_rest(table, kinds):
-    "The rows of `table` for each of `kinds`, and where there is something that no layer accounts for, a row of that"
-    cols = [f'{k}_{w}' for k in kinds for w in ('before', 'after')]
-    total,layers = table[cols].iloc[-1],table[cols].iloc[:-1].rename(lambda n: n or 'the model')
-    rest = total - layers.sum()
-    return pd.concat([layers, rest.to_frame('other layers').T]) if rest.any() else layers
-
-def _new_axes(rows=1, cols=1, **kwargs):
+def _grid(n, rows=1, cols=1, **kwargs):
+    "`n` new axes, in so many rows and columns"
     import matplotlib.pyplot as plt
-    return list(plt.subplots(rows, cols, squeeze=False, layout='constrained', **kwargs)[1].flat)
+    _,axes = plt.subplots(rows, cols, squeeze=False, layout='constrained', **kwargs)
+    axes = list(axes.flat)
+    for ax in axes[n:]: ax.remove()
+    for ax in axes[n-cols:n]: ax.tick_params(labelbottom=True) # nothing is below these
+    return axes[:n]
 
-def _given(axes, n, what):
-    "`axes` as a list, if they are `n`"
+def _panels(axes, n, what, **kwargs):
+    "`axes` as a list, an error if they are not `n`; new ones where they are `None`, see `_grid`"
+    if axes is None: axes = _grid(n, **kwargs)
     axes = list(np.ravel(axes))
     if len(axes) != n: raise ValueError(f"axes: {len(axes)} given; there are {n} {what}")
     return axes
 
-def _percent(x): return '<0.1' if 0 < x < .05 else f'{x:.1f}'
+# %% ../nbs/20_report.ipynb #11c507c0
+def _with_rest(table):
+    "The parameters and MACs of each layer, and a row for what no layer accounts for, where there is any"
+    table = table.filter(regex='^(params|macs)_')
+    layers = table.iloc[:-1].rename({'': 'the model'})
+    rest = table.iloc[-1] - layers.sum()
+    if not rest.any(): return layers
+    return pd.concat([layers, rest.to_frame('other layers').T])
 
+def _share_text(percent):
+    "A share in percent as text; a small one does not look like none"
+    if 0 < percent < .05: return '<0.1'
+    return f'{percent:.1f}'
+
+def _write_beside(ax, lengths, texts):
+    "Write a text at the end of each bar"
+    for place,(length,text) in enumerate(zip(lengths, texts)):
+        ax.annotate(f'{text} %', (length, place), xytext=(3, 0), textcoords='offset points',
+                    va='center', fontsize=7)
+
+# %% ../nbs/20_report.ipynb #c60db7ec
 def _plot_bars(ax, before, after, total, label):
+    "Draw a bar for each layer as it was, a thinner one as it is, and their percentages of `total`"
     from matplotlib.ticker import EngFormatter, MaxNLocator
-    y,changed = np.arange(len(before)),any(b != a for b,a in zip(before, after))
-    ax.barh(y, before, .8, color=_before_colour if changed else _after_colour, label='before')
-    if changed: ax.barh(y, after, .45, color=_after_colour, label='after')
-    for k,(b,a) in enumerate(zip(before, after)):
-        text = ' → '.join(_percent(100*v/(total or 1)) for v in ((b, a) if a != b else (b,)))
-        ax.annotate(f'{text} %', (max(b, a), k), xytext=(3, 0), textcoords='offset points', va='center', fontsize=7)
-    ax.set(xlim=(0, 1.3*max(*before, *after, 1)), ylim=(len(y)-.4, -.6))
-    ax.set_yticks(y, before.index, fontsize=8)
+    places = range(len(before))
+    longer = np.maximum(before, after)
+    changed = (before != after).any()
+    ax.barh(places, before, .8, color='#bdbdbd' if changed else _blue, label='before')
+    if changed:
+        ax.barh(places, after, .45, color=_blue, label='after')
+        ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
+    total = total or 1
+    _write_beside(ax, longer, _changes(100*before/total, 100*after/total, _share_text))
+    ax.set_xlim(0, 1.3*max([1, *longer]))
+    ax.set_ylim(len(before)-.4, -.6)
+    ax.set_yticks(places, before.index)
     ax.set_xlabel(f'{label} (%: of the dense model)', fontsize=9)
-    ax.tick_params(axis='x', labelsize=8)
+    ax.tick_params(labelsize=8)
     ax.xaxis.set(major_formatter=EngFormatter(), major_locator=MaxNLocator(4))
     ax.spines[['top', 'right']].set_visible(False)
-    if changed: ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
 
-_shares = dict(params='parameters', macs='MACs', latency='time of a forward pass')
-
+# %% ../nbs/20_report.ipynb #aafda18f
 def plot_layers(
     model, # a model, or its table from `summarize` or `learn.low_rank_summary`
     sample=None, # an input, a tuple or a dict of inputs: the MACs of a model are counted for it
     axes=None # as many matplotlib axes as are returned; `None`: new ones
    )->list: # the axes: parameters and, where the table has them, MACs
-    "The parameters and MACs of each layer before and after, and their shares of the dense model"
+    "Draw the parameters and MACs of each layer before and after, with percentages of the dense model"
     table = model if isinstance(model, pd.DataFrame) else summarize(model, sample)
-    kinds = [k for k in ('params', 'macs') if f'{k}_before' in table]
-    rows = _with_rest(table, kinds)
-    if axes is None: axes = _new_axes(1, len(kinds), figsize=(7.8 if len(kinds) > 1 else 6, .9+.2*len(rows)), sharey=True)
-    axes = _given(axes, len(kinds), f"panels: {', '.join(kinds)}")
-    for ax,k in zip(axes, kinds): _plot_bars(ax, rows[f'{k}_before'], rows[f'{k}_after'], table[f'{k}_before'].iloc[-1], _shares[k])
+    rows = _with_rest(table)
+    kinds = [kind for kind in ('params', 'macs') if f'{kind}_before' in table]
+    n = len(kinds)
+    width = 7.8 if n > 1 else 6
+    height = .9+.2*len(rows)
+    axes = _panels(axes, n, f"panels: {', '.join(kinds)}", cols=n, figsize=(width, height), sharey=True)
+    for ax,kind in zip(axes, kinds):
+        before,after = f'{kind}_before',f'{kind}_after'
+        _plot_bars(ax, rows[before], rows[after], table[before].iloc[-1], _labels[kind])
     return axes
 
 # %% ../nbs/20_report.ipynb #71b22911
-def _choices(o):
-    "{layer name: (scheme, rank)} of a `Plan` or a decomposed model"
-    return o.choices if isinstance(o, Plan) else {n:(l.scheme, l.rank) for n,l in factored_layers(o).items()}
+def _choices(plan):
+    "{layer name: (name of its scheme, rank)} of a `Plan` or a decomposed model"
+    if isinstance(plan, Plan): return plan.choices
+    return {name: (layer.scheme, layer.rank) for name,layer in factored_layers(plan).items()}
 
-def _scheme(f, name, planner):
-    "The scheme of a layer with its weight, and why it has no spectrum, `None` if it has"
-    factored = isinstance(f.layer, FactoredLayer)
-    if f.reason and not factored: return None,f.reason
-    if planner and f.name not in planner.uses: return None,'no data reaches it, or no metric is known for it'
-    res = known_schemes[name](Geometry.of(f.layer), f.layer.weight, f.name, planner and planner.metric_of(f.name))
-    return res,res.misfit()
+def _scheme_of(found, scheme_name, planner):
+    "The scheme of a layer, in the planner's metric; and why the layer has no spectrum, `None` if it has"
+    name = found.name
+    layer = found.layer
+    metric = None
+    if found.reason and not isinstance(layer, FactoredLayer): return None,found.reason
+    if planner is not None:
+        if name not in planner.uses: return None,'no data reaches it, or no metric is known for it'
+        metric = planner.metric_of(name)
+    scheme = known_schemes[scheme_name](Geometry.of(layer), layer.weight, name, metric)
+    return scheme,scheme.misfit()
 
 def _spectra(model, layers=None, plan=None, data=None, loss=classification):
-    "(layer name, scheme's name, rank or `None`, `Mode`s) of every layer that has a spectrum"
-    found,choices = find_layers(model, (*layer_types, FactoredLayer)),_choices(model if plan is None else plan)
-    if unknown := choices.keys() - {n for f in found for n in f.names}: raise ValueError(f"plan: the model has no layer {min(unknown)!r}")
+    "(layer name, name of its scheme, rank or `None`, `Mode`s) for each layer that has a spectrum"
+    all_found = find_layers(model, (*layer_types, FactoredLayer))
+    choices = _choices(model if plan is None else plan)
+    unknown = choices.keys() - {name for found in all_found for name in found.names}
+    if unknown: raise ValueError(f"plan: the model has no layer {min(unknown)!r}")
     planner = None if data is None else Planner(dense_model(model), data, loss=loss)
-    res,why = [],'it has none'
-    for f in select(found, layers):
-        name,rank = choices.get(f.name, ('svd', None))
-        scheme,reason = _scheme(f, name, planner)
-        if reason: why = f'layer {f.name!r}: {reason}'
-        else: res.append((f.name, name if rank else 'dense', rank, scheme.modes()))
-    if not res: raise ValueError(f"{'model' if layers is None else 'layers'}: no layer has a spectrum to show; {why}")
-    return res
+    spectra = []
+    why = 'it has none'
+    for found in select(all_found, layers):
+        scheme_name,rank = choices.get(found.name, ('svd', None))
+        scheme,reason = _scheme_of(found, scheme_name, planner)
+        if reason: why = f'layer {found.name!r}: {reason}'
+        else: spectra.append((found.name, scheme_name, rank, scheme.modes()))
+    if spectra: return spectra
+    arg = 'model' if layers is None else 'layers'
+    raise ValueError(f"{arg}: no layer has a spectrum to show; {why}")
 
-def _spectrum(mode): # relative to the largest, `[n]`
+# %% ../nbs/20_report.ipynb #f69e8f60
+def _relative_spectrum(mode):
+    "The singular values relative to the largest, `[n]`; of blocks, the roots of their sums of squares"
     s = mode.spectrum().detach().cpu().double()
     s = s.reshape(-1, s.shape[-1]).norm(dim=0)
     return (s/s.max().clamp_min(1e-300)).numpy()
 
-def _caption(name, scheme, rank, spectra, width=32):
-    "Name, rank and energy of a layer in two lines"
-    full = [len(s) for s in spectra]
-    full = full[0] if len(full) == 1 or not isinstance(rank, tuple) else tuple(full)
-    text = f'{scheme}, {rank} of {full}' if rank else f'dense, full rank {full}'
-    if isinstance(rank, int) and len(spectra) == 1:
-        energy = spectra[0]**2
-        if energy[rank:].sum() > 1e-9*energy.sum(): text += f', energy {energy[:rank].sum()/energy.sum():.0%}'
-    return f"{name if len(name) <= width else '…'+name[1-width:]}\n{text}"
+def _energy_kept(spectrum, rank):
+    "The part of the energy that `rank` keeps, as the end of a caption; nothing where nothing is cut off"
+    energy = spectrum**2
+    total = energy.sum()
+    if energy[rank:].sum() <= 1e-9*total: return ''
+    return f', energy {energy[:rank].sum()/total:.0%}'
 
-def _plot_spectrum(ax, name, scheme, rank, modes):
-    spectra = [_spectrum(m) for m in modes]
-    ranks = rank if isinstance(rank, tuple) else [rank]*len(modes)
-    for s,r,colour,label in zip(spectra, ranks, (_after_colour, '#d55e00'), ('out', 'in')):
-        x = 100*np.arange(1, len(s)+1)/len(s)
-        ax.plot(x, s, color=colour, lw=1.2, marker='.' if len(s) <= 16 else None, label=label if len(modes) > 1 else None)
-        if r and r <= len(s): ax.axvline(100*r/len(s), color=colour if len(modes) > 1 else 'k', ls='--', lw=1)
-    ax.set_title(_caption(name, scheme, rank, spectra), fontsize=7)
-    if len(modes) > 1: ax.legend(fontsize=6, frameon=False, handlelength=1)
+def _caption(name, scheme_name, rank, spectra):
+    "The name of a layer, and its rank and energy in a second line"
+    if len(name) > 32: name = f'…{name[-31:]}'
+    full = len(spectra[0])
+    if not rank: return f'{name}\ndense, full rank {full}'
+    if isinstance(rank, tuple): full = tuple(map(len, spectra))
+    text = f'{name}\n{scheme_name}, {rank} of {full}'
+    if len(spectra) == 1: text += _energy_kept(spectra[0], rank)
+    return text
 
-def _grid(n, cols=4):
-    "`n` new axes with common scales"
-    cols = min(n, cols)
-    rows = -(-n//cols)
-    axes = _new_axes(rows, cols, figsize=(7.6 if cols > 2 else 6, max(2.4, 1.35*rows+.3)), sharex=True, sharey=True)
-    for ax in axes[n:]: ax.remove()
-    for ax in axes[n-cols:n]: ax.tick_params(labelbottom=True)
-    return axes[:n]
+# %% ../nbs/20_report.ipynb #78b9495a
+def _plot_curve(ax, spectrum, rank, colour, mark_colour, label=None):
+    "Draw one spectrum, and a line at its rank"
+    n = len(spectrum)
+    marker = '.' if n <= 16 else None
+    percent = 100*np.arange(1, n+1)/n
+    ax.plot(percent, spectrum, color=colour, lw=1.2, marker=marker, label=label)
+    if rank and rank <= n: ax.axvline(100*rank/n, color=mark_colour, ls='--', lw=1)
 
+def _plot_spectrum(ax, name, scheme_name, rank, modes):
+    "Draw the spectrum of a layer, or its two"
+    spectra = [_relative_spectrum(mode) for mode in modes]
+    if len(spectra) == 1:
+        _plot_curve(ax, *spectra, rank, _blue, 'k')
+    else:
+        ranks = rank if isinstance(rank, tuple) else (rank, rank)
+        _plot_curve(ax, spectra[0], ranks[0], _blue, _blue, 'out')
+        _plot_curve(ax, spectra[1], ranks[1], _orange, _orange, 'in')
+        ax.legend(fontsize=6, frameon=False, handlelength=1)
+    ax.set_title(_caption(name, scheme_name, rank, spectra), fontsize=7)
+
+# %% ../nbs/20_report.ipynb #97223357
 def plot_spectra(
-    model:nn.Module,
+    model:nn.Module, # decomposed or not
     layers=None, # names or globs; `None`: all
-    plan=None, # a `Plan` for `model`, or a decomposed copy of it, whose ranks to mark; `None`: those of `model` itself
-    data=None, # for singular values in the metric of this data, see `calibrate`; `None`: the plain ones of the weights
+    plan=None, # a `Plan` for `model`, or a decomposed copy of it, whose ranks to mark; `None`: its own
+    data=None, # for singular values in the metric of this data, see `calibrate`; `None`: of the plain weights
     loss=classification, # with data: see `calibrate`
     axes=None # as many matplotlib axes as there are layers; `None`: new ones
    )->list: # the axes, one for each layer
-    "The singular values of each layer, relative to the largest, and its rank"
-    found = _spectra(model, layers, plan, data, loss)
-    res = _grid(len(found)) if axes is None else _given(axes, len(found), 'layers')
-    for ax,o in zip(res, found): _plot_spectrum(ax, *o)
-    for ax in res:
+    "Draw the singular values of each layer, relative to the largest, and mark its rank"
+    spectra = _spectra(model, layers, plan, data, loss)
+    n = len(spectra)
+    rows,cols = ceil(n/4),min(n, 4)
+    width = 7.6 if cols > 2 else 6
+    height = max(2.4, 1.35*rows+.3)
+    panels = _panels(axes, n, 'layers', rows=rows, cols=cols,
+                     figsize=(width, height), sharex=True, sharey=True)
+    for ax,spectrum in zip(panels, spectra):
+        _plot_spectrum(ax, *spectrum)
         ax.set(xlim=(0, 102), ylim=(0, 1.05), xticks=(0, 25, 50, 75, 100))
         ax.tick_params(labelsize=7)
-    if axes is None: res[0].figure.supxlabel('index (% of the full rank)', fontsize=9), res[0].figure.supylabel('singular value / the largest', fontsize=9)
-    return res
+    if axes is None:
+        figure = panels[0].figure
+        figure.supxlabel('index (% of the full rank)', fontsize=9)
+        figure.supylabel('singular value / the largest', fontsize=9)
+    return panels
 
 # %% ../nbs/20_report.ipynb #1ec9e7ed
-def _plans(planner, wishes):
-    "{`Budget`: `Plan`}; one warning about the budgets that cannot be kept to, an error if that is all of them"
-    res,missed,why = {},[],None
-    for b in wishes:
-        try: res[b] = planner.make(b)
-        except ValueError as e: missed,why = [*missed, b],e
-    if not res: raise ValueError(f"budgets: none of {', '.join(str(b.value) for b in missed)} is possible; {why}") from None
-    if missed: warn(f"budgets: {', '.join(str(b.value) for b in missed)} left out; {why}")
-    return res
+def _plans(planner, budgets):
+    "{budget: its plan}; a warning for budgets that cannot be kept to, an error if that is all of them"
+    plans,missed,why = {},[],None
+    for budget in budgets:
+        try: plans[budget] = planner.make(budget)
+        except ValueError as e:
+            missed.append(str(budget.value))
+            why = e
+    missed = ', '.join(missed)
+    if not plans: raise ValueError(f"budgets: none of {missed} is possible; {why}") from None
+    if missed: warn(f"budgets: {missed} left out; {why}")
+    return plans
 
+# %% ../nbs/20_report.ipynb #4844a874
 @takes_settings()
 def tradeoff(
     model:nn.Module, # left untouched
     data, # a little of what it is used on, without labels, see `calibrate`
-    evaluate=None, # a function from a model, in evaluation mode, to a number; `None`: the estimated loss alone
+    evaluate=None, # a function from a model, in evaluation mode, to a number; `None`: only the estimated loss
     budgets=(.8, .6, .4, .2), # fractions of the dense model
     kind:str='macs', # of what: 'params', 'macs' or 'latency'
     progress=None, # wraps each long iteration, like `fastprogress.progress_bar`
     **kwargs
-   )->pd.DataFrame: # columns `budget`, `params`, `macs`, `latency` if it is the kind, `loss` if the metric is one of the loss, and what `evaluate` says, named as it is (or `value`)
-    "What budgets of several sizes leave of a model, and what they cost"
+   )->pd.DataFrame: # `budget`, `params`, `macs`, `latency` and `loss` if known, value; the dense model first
+    "List what budgets of several sizes leave of a model, and what `evaluate` says, in a column of its name"
     settings = Settings.of(kwargs, tradeoff)
-    if kind not in ('params', 'macs', 'latency'): raise ValueError(f"kind: {kind!r} is not one of 'params', 'macs', 'latency'")
-    wishes = [Budget(**{kind: b}) for b in sorted(budgets, reverse=True)]
-    planner = Planner(dense_model(model), data, settings, progress=progress)
-    model = planner.model
-    plans = _plans(planner, wishes)
-    dense = dict.fromkeys(('params', 'macs', kind), 1.) | ({'loss': 0.} if settings.metric == 'fisher' else {})
-    rows = [dict(budget=1., **dense)]
-    rows += [dict(budget=b.value, **{k: {**p.predicted, **p.measured}[k] for k in dense}) for b,p in plans.items()]
+    if kind not in ('params', 'macs', 'latency'):
+        raise ValueError(f"kind: {kind!r} is not one of 'params', 'macs', 'latency'")
+    budgets = [Budget(**{kind: fraction}) for fraction in sorted(budgets, reverse=True)]
+    model = dense_model(model)
+    planner = Planner(model, data, settings, progress=progress)
+    plans = _plans(planner, budgets)
+    dense = {'budget': 1., 'params': 1., 'macs': 1., kind: 1.}
+    if settings.metric == 'fisher': dense['loss'] = 0.
+    rows = [dense]
+    for budget,plan in plans.items(): rows.append(dict(budget=budget.value) | plan.predicted | plan.measured)
+    table = pd.DataFrame(rows, columns=list(dense))
     if evaluate:
-        value,name = _evaluation(evaluate),_named(evaluate, rows[0])
-        apply = lambda p: p.apply(model, planner.batches, planner.moments)
-        rows[0][name] = value(model)
-        for row,p in (progress or iter)(list(zip(rows[1:], plans.values()))): row[name] = value(apply(p))
-    return pd.DataFrame(rows)
+        values = [_value_of(model, evaluate)]
+        for plan in (progress or iter)(list(plans.values())):
+            small = plan.apply(model, planner.batches, planner.moments)
+            values.append(_value_of(small, evaluate))
+        table[_value_column(evaluate, table)] = values
+    return table
 
 # %% ../nbs/20_report.ipynb #dea58fc2
 def plot_tradeoff(
@@ -295,70 +423,110 @@ def plot_tradeoff(
     ax=None, # a matplotlib axes; `None`: a new one
     **kwargs # for `ax.plot`
    ): # the axes
-    "What is left of a model against what it is worth, the dense model as a line"
+    "Draw what a model is worth over what is left of it, with a line for the dense model"
     value = value or table.columns[-1]
-    for arg,c in (('cost', cost), ('value', value)):
-        if c not in table: raise ValueError(f"{arg}: {c!r} is not a column of the table; it has {', '.join(map(repr, table.columns))}")
-    if ax is None: ax = _new_axes(1, figsize=(6.4, 3.4))[0]
+    for arg,column in (('cost', cost), ('value', value)):
+        if column in table: continue
+        known = ', '.join(map(repr, table.columns))
+        raise ValueError(f"{arg}: {column!r} is not a column of the table; it has {known}")
+    ax, = _panels(ax, 1, 'panel', figsize=(6.4, 3.4))
     dense,rest = table.iloc[0],table.iloc[1:]
     ax.axhline(dense[value], color='k', ls='--', lw=1, label='dense')
-    ax.plot(100*rest[cost], rest[value], **{'marker': 'o', 'label': 'decomposed', 'color': _after_colour, **kwargs})
-    ax.set(xlabel=f'{_shares[cost]} left (% of the dense model)', ylabel='estimated increase of the loss' if value == 'loss' else value.replace('_', ' '), xlim=(0, 102))
+    style = dict(marker='o', label='decomposed', color=_blue) | kwargs
+    ax.plot(100*rest[cost], rest[value], **style)
+    label = 'estimated increase of the loss' if value == 'loss' else value.replace('_', ' ')
+    ax.set(xlabel=f'{_labels[cost]} left (% of the dense model)', ylabel=label, xlim=(0, 102))
     ax.legend(frameon=False, fontsize=8)
     ax.spines[['top', 'right']].set_visible(False)
     return ax
 
 # %% ../nbs/20_report.ipynb #e84521f2
+def _number(value):
+    "`value` as a float, NaN where it is none"
+    try: return float(value)
+    except (TypeError, ValueError): return np.nan
+
 def _epoch_curves(recorder):
-    "{name: its value in each epoch} of what the recorder logs, where it is a number"
-    def number(v):
-        try: return float(v)
-        except (TypeError, ValueError): return np.nan
-    names = [n for n in recorder.metric_names[1:] if n != 'time']
-    res = {n: np.array([number(v[k]) if k < len(v) else np.nan for v in recorder.values]) for k,n in enumerate(names)}
-    return {n:v for n,v in res.items() if not np.isnan(v).all()}
+    "{name: value at the end of each epoch} of the numbers that the recorder logs"
+    names = [name for name in recorder.metric_names[1:] if name != 'time']
+    curves = {}
+    for name,logged in zip(names, zip_longest(*recorder.values)):
+        curve = np.array([_number(value) for value in logged])
+        if not np.isnan(curve).all(): curves[name] = curve
+    return curves
 
-def _mark(ax, decomposed, named):
-    "A line for each decomposition, grey if it was undone; in the legend if it is to be `named`"
-    labels = set()
-    for d in decomposed:
-        if not d.get('decomposed', 1) and 'metric' not in d: continue           # no layer could be
-        label,colour = ('decomposed', 'k') if d.get('decomposed', 1) else ('decomposed and undone', '#8c8c8c')
-        ax.axvline(d['step'], color=colour, ls=':', lw=1.5, label=label if named and label not in labels else None)
-        labels.add(label)
+def _decompositions(recorder):
+    "The records of the decompositions in the recorder's fit, done or undone"
+    records = getattr(recorder, 'decomposed', [])
+    losses = getattr(records, 'losses', recorder.losses)
+    if losses is not recorder.losses: return [] # they are of an earlier fit
+    return [record for record in records if record.get('decomposed', 1) or 'metric' in record]
 
-def _log_scale(axis):
-    "Logarithmic, with plain numbers"
+def _mark(axes, records):
+    "Draw a line at each decomposition, grey if it was undone, and label one of each sort in the first panel"
+    seen = set()
+    for record in records:
+        label,colour = 'decomposed','k'
+        if not record.get('decomposed', 1): label,colour = 'decomposed and undone','#8c8c8c'
+        lines = [ax.axvline(record['step'], color=colour, ls=':', lw=1.5) for ax in axes]
+        if label not in seen: lines[0].set_label(label)
+        seen.add(label)
+
+# %% ../nbs/20_report.ipynb #013f3f23
+def _log_scale(ax):
+    "Give the vertical axis a logarithmic scale with plain numbers"
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-    axis.axes.set_yscale('log')
-    axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=ScalarFormatter(), minor_formatter=NullFormatter())
+    ax.set_yscale('log')
+    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=ScalarFormatter(),
+                 minor_formatter=NullFormatter())
 
-_cycle = '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000'
+def _plot_losses(ax, recorder, valid):
+    "Draw the training loss at each step, and the validation loss, if there is one, at the end of each epoch"
+    losses = list(map(float, recorder.losses))
+    steps = range(1, len(losses)+1)
+    ax.plot(steps, losses, lw=1, color=_sky, label='training loss (smoothed)')
+    if valid is not None:
+        ax.plot(recorder.iters, valid, 'o-', color=_blue, ms=4, label='validation loss')
+    ax.set_ylabel('loss')
+    if min(losses) > 0: _log_scale(ax)
 
+_metric_colours = _orange, '#009e73', '#cc79a7', '#e69f00', _sky, '#000000'
+
+def _plot_metrics(ax, epochs, metrics):
+    "Draw the metrics at the end of each epoch; a single one is named beside the axis"
+    styles = zip(cycle(_metric_colours), cycle('os^vD'))
+    for (name,curve),(colour,marker) in zip(metrics.items(), styles):
+        ax.plot(epochs, curve, marker, ls='-', color=colour, ms=4, label=name)
+    if len(metrics) > 1:
+        ax.set_ylabel('metric')
+        ax.legend(frameon=False, fontsize=8)
+    else:
+        name, = metrics
+        ax.set_ylabel(name.replace('_', ' '))
+
+# %% ../nbs/20_report.ipynb #ff5f2929
 def plot_training(
     recorder, # fastai's `learn.recorder` after a fit
     axes=None # as many matplotlib axes as are returned; `None`: new ones
    )->list: # the axes: losses, metrics if there are any, learning rate
-    "Losses, metrics and learning rate of a fit over its steps, with the decompositions by a `DecomposeCallback` marked"
-    if not getattr(recorder, 'losses', None) or not recorder.values: raise ValueError("recorder: it holds no epoch; draw it after a fit, and before `validate` or `get_preds`, which start it over")
-    curves,steps = _epoch_curves(recorder),np.arange(1, len(recorder.losses)+1)
-    metrics = {n:v for n,v in curves.items() if n not in ('train_loss', 'valid_loss')}
-    heights = [3, 2, 1] if metrics else [3, 1]
-    if axes is None: axes = _new_axes(len(heights), figsize=(7, .8*sum(heights)+.6), sharex=True, height_ratios=heights)
-    axes = _given(axes, len(heights), f"panels: losses, {'metrics, ' if metrics else ''}learning rate")
+    "Draw losses, metrics and learning rate of a fit, and mark what a `DecomposeCallback` has done"
+    if not getattr(recorder, 'losses', None) or not recorder.values:
+        raise ValueError("recorder: it holds no epoch; draw it after a fit, "
+                         "and before `validate` or `get_preds`, which start it over")
+    metrics = _epoch_curves(recorder)
+    valid = metrics.pop('valid_loss', None)
+    metrics.pop('train_loss', None)
+    heights = {'losses': 3, 'metrics': 2, 'learning rate': 1}
+    if not metrics: del heights['metrics']
+    ratios = list(heights.values())
+    n = len(ratios)
+    axes = _panels(axes, n, f"panels: {', '.join(heights)}", rows=n,
+                   figsize=(7, .8*sum(ratios)+.6), sharex=True, height_ratios=ratios)
     top,low = axes[0],axes[-1]
-    losses = [float(l) for l in recorder.losses]
-    top.plot(steps, losses, lw=1, color='#56b4e9', label='training loss (smoothed)')
-    if 'valid_loss' in curves: top.plot(recorder.iters, curves['valid_loss'], 'o-', color=_after_colour, ms=4, label='validation loss')
-    top.set_ylabel('loss')
-    if min(losses) > 0: _log_scale(top.yaxis)
-    for (n,v),c,m in zip(metrics.items(), cycle(_cycle), cycle('os^vD')): axes[1].plot(recorder.iters, v, m, ls='-', color=c, ms=4, label=n)
-    low.plot(steps, recorder.lrs, color='k', lw=1)
+    _plot_losses(top, recorder, valid)
+    if metrics: _plot_metrics(axes[1], recorder.iters, metrics)
+    low.plot(range(1, len(recorder.lrs)+1), recorder.lrs, color='k', lw=1)
     low.set(xlabel='step', ylabel='learning\nrate')
-    decomposed = getattr(recorder, 'decomposed', [])
-    if getattr(decomposed, 'losses', recorder.losses) is not recorder.losses: decomposed = [] # they are those of an earlier fit
-    for a in axes: _mark(a, decomposed, a is top)
+    _mark(axes, _decompositions(recorder))
     top.legend(frameon=False, fontsize=8)
-    if len(metrics) == 1: axes[1].set_ylabel(next(iter(metrics)).replace('_', ' '))
-    elif metrics: axes[1].set_ylabel('metric'), axes[1].legend(frameon=False, fontsize=8)
     return axes
