@@ -24,7 +24,7 @@ from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.cost import count_macs, count_params
 from fasterai_lr.fit import output_loss
 from fasterai_lr.layers import evaluating, factored_layers
-from fasterai_lr.plan import Budget
+from fasterai_lr.budget import Budget
 
 class Images(DataLoader):
     "Batches of images `x`, uint8, and labels; for training flipped and shifted by up to four pixels at random, image by image"

@@ -14,7 +14,8 @@ import pandas as pd, torch, torchvision
 
 from fasterai_lr.calibrate import calibrate
 from fasterai_lr.cost import count_macs, count_params
-from fasterai_lr.plan import Budget, Planner, measured_ratio
+from fasterai_lr.budget import Budget
+from fasterai_lr.planner import Planner, measured_ratio
 
 formats = {'channels_last': torch.channels_last, 'default': torch.contiguous_format}
 

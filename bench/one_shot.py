@@ -18,8 +18,10 @@ import pandas as pd, torch
 import cifar, imagenette
 from fasterai_lr.cost import count_macs, count_params, measure_latency
 from fasterai_lr.decomposer import ConvDecomposer
-from fasterai_lr.fit import distill, fit, flip_crop_and_mix
-from fasterai_lr.plan import Budget, Planner
+from fasterai_lr.distill import distill, flip_crop_and_mix
+from fasterai_lr.fit import fit
+from fasterai_lr.budget import Budget
+from fasterai_lr.planner import Planner
 
 nets = dict(resnet20=(cifar.resnet20, cifar.images), resnet18=(imagenette.resnet18, imagenette.images))
 ours = 'fasterai_lr'

@@ -20,9 +20,11 @@ from fastai.data.external import fastai_path
 
 from cifar import images
 from fasterai_lr.cost import count_macs, count_params, measure_latency
-from fasterai_lr.fit import fit, flip_and_crop
+from fasterai_lr.distill import flip_and_crop
+from fasterai_lr.fit import fit
 from fasterai_lr.layers import replace_layers
-from fasterai_lr.plan import Budget, Option, Planner, choose
+from fasterai_lr.budget import Budget
+from fasterai_lr.planner import Option, Planner, choose
 from one_shot import mean_and_se
 
 class Attention(nn.Module):

@@ -19,7 +19,8 @@ from torch import nn
 
 import cifar, transformer
 from fasterai_lr.fit import fit, output_loss
-from fasterai_lr.plan import Budget, Planner
+from fasterai_lr.budget import Budget
+from fasterai_lr.planner import Planner
 
 def digits_cnn():
     "A trained network, digits that it was trained on, and others"

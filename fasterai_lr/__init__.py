@@ -7,11 +7,13 @@ __all__ = ['decompose', 'FC_Decomposer', 'ConvDecomposer', 'Budget', 'Plan', 'ma
 
 if _typing.TYPE_CHECKING: # what editors and type checkers read
     from .decomposer import decompose, FC_Decomposer, ConvDecomposer
-    from .plan import Budget, Plan, make_plan
+    from .budget import Budget
+    from .plan import Plan
+    from .planner import make_plan
     from .layers import recompose
 else: # what runs: a name is imported when it is first asked for, so that `import fasterai_lr.linalg` is fast
     _home = {'decompose': 'decomposer', 'FC_Decomposer': 'decomposer', 'ConvDecomposer': 'decomposer',
-             'Budget': 'plan', 'Plan': 'plan', 'make_plan': 'plan', 'recompose': 'layers'}
+             'Budget': 'budget', 'Plan': 'plan', 'make_plan': 'planner', 'recompose': 'layers'}
 
     def __getattr__(name):
         if name not in _home: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

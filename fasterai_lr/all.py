@@ -4,24 +4,31 @@
 
 # %% auto #0
 __all__ = ['FactoredLayer', 'factored_layers', 'recompose', 'Energy', 'EVBMF', 'schemes', 'register', 'count_macs',
-           'count_params', 'measure_latency', 'size_on_disk', 'calibrate', 'classification', 'regression', 'Budget',
-           'Plan', 'make_plan', 'FC_Decomposer', 'ConvDecomposer', 'decompose', 'project_', 'smallest',
-           'DecomposeCallback', 'compare', 'summarize', 'format_summary', 'plot_layers', 'plot_spectra',
-           'plot_tradeoff', 'plot_training', 'tradeoff', 'save_low_rank', 'load_low_rank', 'export_onnx']
+           'count_params', 'measure_latency', 'size_on_disk', 'classification', 'multilabel', 'regression', 'calibrate',
+           'Budget', 'smallest', 'Plan', 'make_plan', 'FC_Decomposer', 'ConvDecomposer', 'decompose', 'project_',
+           'DecomposeCallback', 'compare', 'format_summary', 'plot_layers', 'plot_spectra', 'plot_tradeoff',
+           'plot_training', 'summarize', 'tradeoff', 'save_low_rank', 'load_low_rank', 'export_onnx']
 
 # %% ../nbs/23_all.ipynb #8a62f722
 from .layers import FactoredLayer, factored_layers, recompose
 from .rank import Energy, EVBMF
 from .schemes import schemes, register
 from .cost import count_macs, count_params, measure_latency, size_on_disk
-from .calibrate import calibrate, classification, regression
-from .plan import Budget, Plan, make_plan
-from .decomposer import FC_Decomposer, ConvDecomposer, decompose, project_, smallest
+from .loss import classification, multilabel, regression
+from .calibrate import calibrate
+from .budget import Budget, smallest
+from .plan import Plan
+from .planner import make_plan
+from .decomposer import FC_Decomposer, ConvDecomposer, decompose, project_
 from .callback import DecomposeCallback
-from .report import compare, summarize, format_summary, plot_layers, plot_spectra, plot_tradeoff, plot_training, tradeoff
+from .report import (compare, format_summary, plot_layers, plot_spectra, plot_tradeoff, plot_training,
+                                summarize, tradeoff)
 from .export import save_low_rank, load_low_rank, export_onnx
 import fasterai_lr.learner
 
-_all_ = ['FactoredLayer', 'factored_layers', 'recompose', 'Energy', 'EVBMF', 'schemes', 'register', 'count_macs', 'count_params', 'measure_latency', 'size_on_disk', 'calibrate', 'classification',
-         'regression', 'Budget', 'Plan', 'make_plan', 'FC_Decomposer', 'ConvDecomposer', 'decompose', 'project_', 'smallest', 'DecomposeCallback', 'compare', 'summarize', 'format_summary',
-         'plot_layers', 'plot_spectra', 'plot_tradeoff', 'plot_training', 'tradeoff', 'save_low_rank', 'load_low_rank', 'export_onnx']
+_all_ = ['FactoredLayer', 'factored_layers', 'recompose', 'Energy', 'EVBMF', 'schemes', 'register',
+         'count_macs', 'count_params', 'measure_latency', 'size_on_disk',
+         'classification', 'multilabel', 'regression', 'calibrate', 'Budget', 'smallest', 'Plan', 'make_plan',
+         'FC_Decomposer', 'ConvDecomposer', 'decompose', 'project_', 'DecomposeCallback',
+         'compare', 'format_summary', 'plot_layers', 'plot_spectra', 'plot_tradeoff', 'plot_training',
+         'summarize', 'tradeoff', 'save_low_rank', 'load_low_rank', 'export_onnx']

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['at_least_float32', 'patches', 'draw', 'output_rows', 'n_positions', 'unbiased', 'Centred', 'Gram', 'Squares',
-           'InputMoments', 'check_weights', 'enough_items', 'too_few', 'Calibration', 'calibrate', 'calibrated',
-           'settings_for']
+           'InputMoments', 'check_weights', 'enough_items', 'too_few', 'warn_if_too_few', 'Calibration',
+           'gather_moments', 'calibrate', 'calibrated', 'settings_for']
 
 # %% ../nbs/10_calibrate.ipynb #1469c2f6
 import copy, warnings
@@ -263,6 +263,12 @@ def too_few(
     "Are `items` so few that accuracy may be lost?"
     return items < enough/4
 
+def warn_if_too_few(items:int, enough:int):
+    "Warn where `items` are so few that accuracy may be lost"
+    if not too_few(items, enough): return
+    warnings.warn(f"data: {items} items are too few to say what the layers do, so that accuracy may be lost; "
+                  f"{enough:,} would do")
+
 # %% ../nbs/10_calibrate.ipynb #080b3c9c
 @dataclass(eq=False, repr=False)
 class Calibration(Mapping):
@@ -318,8 +324,14 @@ def _backward(loss, out, gen, scale):
     scalar = loss(out, gen)
     if scalar.requires_grad: scalar.backward(torch.full_like(scalar, scale))
 
-def _gathered(model, batches, settings, progress):
-    "{layer name: `Moments`} from `batches`, their items, and the number of classes that the model tells apart"
+def gather_moments(
+    model:nn.Module,
+    batches:Batches,
+    settings:Settings,
+    progress=None # wraps the iteration over the batches
+   )->tuple: # ({layer name: `Moments`}, number of items, number of classes that the model tells apart)
+    "Go through `batches` and add up the moments of all layers; see `calibrate`"
+    check_weights(model)
     gen,loss = torch.Generator().manual_seed(settings.seed),settings.loss
     layers = {f.name: f.layer for f in find_layers(model, _calibrated) if not f.reason}
     gathers = {n: _Gather(l, settings.max_size, settings.most//2, gen) for n,l in layers.items()}
@@ -333,6 +345,7 @@ def _gathered(model, batches, settings, progress):
             if classes is None: classes = _n_classes(loss, out, n_items(batch))
             samples += n_items(batch)
     moments = {n: g.moments(samples*scale**2) for n,g in gathers.items() if g.inputs.n}
+    _check_moments(moments, batches)
     return moments,samples,classes
 
 def _n_classes(loss, out, items):
@@ -356,14 +369,10 @@ def calibrate(
 def _calibrate(model, data, settings, progress):
     settings.check_functions()
     check_progress(progress)
-    check_weights(model)
     batches = Batches.of(data, model)
-    moments,items,classes = _gathered(model, batches, settings, progress)
-    _check_moments(moments, batches)
+    moments,items,classes = gather_moments(model, batches, settings, progress)
     enough = enough_items(moments, items, classes)
-    if too_few(items, enough):
-        warnings.warn(f"data: {items} items are too few to say what the layers do, so that accuracy may be lost; "
-                      f"{enough:,} would do")
+    warn_if_too_few(items, enough)
     return Calibration(model, batches, moments, settings, items, enough, progress)
 
 # %% ../nbs/10_calibrate.ipynb #fbff7de5

@@ -23,12 +23,12 @@ from fastai.callback.tracker import TrackerCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from .settings import Settings, check_names
 from .cost import count_macs
-from .decomposer import as_decomposers, check_reach, factorize, needs_data
+from .budget import Budget, check_reach, dense_model
+from .decomposer import as_decomposers, factorize, needs_data
 from .distributed import check_wrapper, on_first_rank
-from .fit import output_loss
-from .layers import FactoredLayer, factored_layers, find_layers
+from .layers import FactoredLayer, factored_layers, find_layers, layer_types
 from .optimizer import check_opt, swap_layers
-from .plan import Budget, Plan, dense_model, layer_types
+from .plan import Plan
 from .learned import check_arguments, check_data, check_max_drop, decompose_learner, goes_by_metric
 from .learned import learner_metric, measure_metric, output_kind, reset_model, sample_of, signed_value
 
@@ -229,7 +229,7 @@ class DecomposeCallback(Callback):
     order,name = 61,'decompose_cb'              # after `ParamScheduler`; `learn.decompose` is a method
     run_valid,_only_train_loop = False,True
 
-    @delegates(factorize, but=['progress', 'moments'])
+    @delegates(factorize, but=['progress'])
     def __init__(self,
         at_epoch, # epoch at whose start to decompose, the first is 0; or a schedule `{epoch: what}`
         what=None, # a `Budget`, a `Plan`, a decomposer or a list; `None`: half of the MACs that can be saved
@@ -403,7 +403,7 @@ def after_loss(self:DecomposeCallback):
     kind = output_kind(self.learn)
     # a recurrent network returns several outputs, of which `pred` is the first
     pairs = zip(_outputs(self.pred), _outputs(self._want))
-    part = sum(output_loss(out, want, kind) for out,want in pairs)
+    part = sum(kind.distance(out, want) for out,want in pairs)
     for cb in self.learn._grab_cbs(GradientAccumulation): part = part*find_bs(self.yb)/cb.n_acc
     self.learn.loss_grad = self.loss_grad + self.distill*part
 

@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
-from .layers import devices_of, evaluating, run_model
+from .running import devices_of, evaluating, run_model, unfused
 
 # %% ../nbs/06_cost.ipynb #f76d22d2
 def count_params(
@@ -53,15 +53,11 @@ def macs_per_layer(
 @contextmanager
 def _calling_each_module(model):
     "Evaluation mode for `model`, without gradients, fused kernels and compiled code"
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with (torch.compiler.set_stance('force_eager'), evaluating(model), torch.no_grad(),
-              warnings.catch_warnings()):
-            # torch remarks that hooks are called for the compiled wrapper too, which does no work of its own
-            warnings.filterwarnings('ignore', 'Using `torch.compile')
-            yield
-    finally: torch.backends.mha.set_fastpath_enabled(fastpath)
+    with (torch.compiler.set_stance('force_eager'), unfused(), evaluating(model), torch.no_grad(),
+          warnings.catch_warnings()):
+        # torch remarks that hooks are called for the compiled wrapper too, which does no work of its own
+        warnings.filterwarnings('ignore', 'Using `torch.compile')
+        yield
 
 def _per_module(model, sample, read):
     "Run `model` on `sample`; return {name in `named_modules()`: growth of the number `read()` in its calls}"

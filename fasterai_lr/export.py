@@ -8,7 +8,6 @@ __all__ = ['plain', 'current_plan', 'as_file', 'save_low_rank', 'read_low_rank',
 
 # %% ../nbs/21_export.ipynb #20b21b3c
 import zipfile
-from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,9 +18,11 @@ import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .layers import devices_of, evaluating, factored_layers, replace_layers, run_model
+from .layers import factored_layers, replace_layers
+from .running import devices_of, evaluating, run_model
 from .cost import count_params, size_on_disk
-from .plan import Plan, Record, dense_model, known_records
+from .budget import dense_model
+from .plan import Plan, Record, known_records
 
 # %% ../nbs/21_export.ipynb #da9c3033
 _format = 'fasterai_lr'
@@ -50,11 +51,11 @@ def current_plan(
     layers = known_records(model)
     for name,layer in factored_layers(model).items():
         geom = layer.geometry
-        record = layers.get(name) or asdict(Record(geom.type_name, params_after=count_params(layer)))
-        now = dict(scheme=layer.scheme, rank=layer.rank, params_before=geom.n_params, status='factored')
-        layers[name] = record | now
+        record = layers.setdefault(name, Record(geom.type_name, params_after=count_params(layer)))
+        record.scheme,record.rank = layer.scheme,layer.rank
+        record.params_before,record.status = geom.n_params,'factored'
     known = vars(model).get('low_rank_plan', {})
-    return Plan.of(known | dict(layers=layers))
+    return Plan.of(known | dict(layers={name: record.plain() for name,record in layers.items()}))
 
 def as_file(
     path, # of a file

@@ -24,16 +24,18 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import AvgLoss
 from fastai.losses import FocalLoss, LabelSmoothingCrossEntropy
 from fastai.torch_core import apply, cast, get_model, no_random, to_detach, to_device
-from .calibrate import Batches, Inputs, OwnLoss, classification, n_items
+from .running import Batches, Inputs, evaluating, n_items, run_model, trace
+from .loss import Classification, Loss, MultiLabel, Regression, classification
+from .calibrate import Calibration
 from .settings import Settings, check_names
 from .cost import count_params
-from .decomposer import as_decomposers, check_what, check_without_data, factorize, half_saved, needs_data
+from .decomposer import as_decomposers, check_what, factorize, needs_data
 from .decomposer import warn_if_unchanged
-from .distributed import in_all, on_first_rank, shared_moments
-from .fit import trace
-from .layers import FactoredLayer, evaluating, run_model
+from .distributed import in_all, on_first_rank, shared_calibration
+from .layers import FactoredLayer
 from .optimizer import swap_layers
-from .plan import Budget, Plan, dense_model, too_loose
+from .budget import Budget, dense_model, half_saved, too_loose
+from .plan import Plan, check_without_data
 
 # %% ../nbs/18_learned.ipynb #145f9ea3
 def _whole(dl):
@@ -79,6 +81,7 @@ def _device(model): return next(model.parameters()).device
 def _data_or_items(learn, data, n=2000):
     "`data`, or `n` training items where it is `None`; all of it in every process"
     if data is None: return calibration_batches(learn, n)
+    if isinstance(data, Calibration): return data
     return _whole(data.train if isinstance(data, DataLoaders) else data)
 
 def sample_of(
@@ -107,12 +110,14 @@ def _given_loss(learn):
 
 def output_kind(
     learn # a `Learner`
-   )->OwnLoss: # for the `loss` of `calibrate` and `fit`; its `axis` is that of the classes, or `None`
-    "The loss of the model's own predictions: class scores along the axis of `loss_func`, or other numbers"
+   )->Loss: # for the `loss` of `calibrate`; of several outputs it reads the first
+    "The loss of the model's own predictions: class scores along the axis of `loss_func`, labels, or other numbers"
     loss = _given_loss(learn)
     func = getattr(loss, 'func', loss)
-    if isinstance(func, _classifying) or func is F.cross_entropy: return OwnLoss(getattr(loss, 'axis', 1))
-    return OwnLoss(None)
+    if isinstance(func, _classifying) or func is F.cross_entropy:
+        return Classification(axis=getattr(loss, 'axis', 1), first=True)
+    by_label = isinstance(func, nn.BCEWithLogitsLoss) or func is F.binary_cross_entropy_with_logits
+    return MultiLabel(first=True) if by_label else Regression(first=True)
 
 # %% ../nbs/18_learned.ipynb #4aeccbcf
 def learner_metric(
@@ -221,7 +226,7 @@ def check_arguments(
    ):
     "Raise for arguments that are wrong, or that nothing in `whats` makes use of"
     settings = dict(kwargs)
-    others = {name: settings.pop(name, None) for name in ('evaluate', 'sample', 'moments')}
+    others = {name: settings.pop(name, None) for name in ('evaluate', 'sample')}
     Settings.of(settings, factorize)
     check_what(whats, settings, others['evaluate'], others['sample'])
     for what in whats:
@@ -230,10 +235,15 @@ def check_arguments(
         check_without_data(settings, **others)
 
 # %% ../nbs/18_learned.ipynb #49f758de
-def _known_arguments(learn, what, kwargs):
+def _knows_loss(what, data):
+    "Was a plan, or a calibration, made with a loss that is to be kept?"
+    if isinstance(data, Calibration): return True
+    return isinstance(what, Plan) and what.settings.loss != classification
+
+def _known_arguments(learn, what, data, kwargs):
     "Add to the arguments of `factorize` those that the learner knows"
     known = {}
-    if not isinstance(what, Plan) or what.settings.loss is classification: known['loss'] = output_kind(learn)
+    if not _knows_loss(what, data): known['loss'] = output_kind(learn)
     known |= kwargs
     if goes_by_metric(what, kwargs):
         check_max_drop(learn, what.value)
@@ -247,23 +257,28 @@ def _arguments(learn, what, data, kwargs):
         what = _default_what(learn, data)
         if not needs_data(what): return what,None,{}
     if data is None and not needs_data(what): return what,None,kwargs
-    data = Batches(_data_or_items(learn, data), _device(get_model(learn.model)))
-    return what,data,_known_arguments(learn, what, kwargs)
+    data = _data_or_items(learn, data)
+    if not isinstance(data, Calibration): data = Batches(data, _device(get_model(learn.model)))
+    return what,data,_known_arguments(learn, what, data, kwargs)
 
 # %% ../nbs/18_learned.ipynb #56046dc1
-def _gathered(learn, what, data, kwargs):
-    "The `moments` of all processes' data, as an argument of `factorize`, where there are several processes"
-    if data is None or 'moments' in kwargs or not isinstance(learn.model, DistributedDataParallel): return {}
+def _calibrated_by_all(learn, what, data, kwargs):
+    "`data`, or where there are several processes the `Calibration` that each of them has made a part of"
+    alone = not isinstance(learn.model, DistributedDataParallel)
+    if alone or data is None or isinstance(data, Calibration): return data
     model = get_model(learn.model)
     if needs_data(what): model = dense_model(model)
-    calibrates = {name: kwargs[name] for name in ('loss', 'seed', 'max_size') if name in kwargs}
-    return dict(moments=shared_moments(learn.model, model, data, **calibrates))
+    settings = {name: value for name,value in kwargs.items() if name not in ('evaluate', 'sample')}
+    return shared_calibration(learn.model, model, data, **settings)
 
 def _new_layers(learn, what, data, progress, kwargs):
-    "The modules to put in place of those of the learner's model, and the plan; the same in all processes"
-    def compute(): return factorize(get_model(learn.model), what, data, progress=progress, **kwargs)
+    "The modules to put in place of those of the learner's model, and the plan as data; the same in all processes"
+    def compute():
+        change = factorize(get_model(learn.model), what, data, progress=progress, **kwargs)
+        warn_if_unchanged(change)
+        return change.modules,change.plan.plain()
     with torch.autocast(_device(learn.model).type, enabled=False):
-        kwargs = kwargs | _gathered(learn, what, data, kwargs)
+        data = _calibrated_by_all(learn, what, data, kwargs)
         return on_first_rank(compute, learn.model)
 
 def _layers_bar(learn, mbar):
@@ -286,7 +301,6 @@ def decompose_learner(
     reset_model(model)
     what,data,kwargs = in_all(partial(_arguments, learn, what, data, kwargs), learn.model)
     new,plan = _new_layers(learn, what, data, _layers_bar(learn, mbar), kwargs)
-    warn_if_unchanged(model, new, plan)
     before = count_params(model)
     swap_layers(learn, new)
     model = get_model(learn.model)

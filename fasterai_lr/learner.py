@@ -21,8 +21,8 @@ from fastai.learner import Learner
 from fastai.torch_core import apply, cast, distrib_barrier, get_model, no_random, rank_distrib, to_device
 from .distributed import check_wrapper
 from .layers import replace_layers
-from .settings import Settings, check_names
-from .plan import dense_model
+from .settings import check_names
+from .budget import dense_model
 from .decomposer import factorize
 from .optimizer import check_opt, check_opt_state, load_opt_state, opt_state, swap_layers
 from .learned import calibration_batches, decompose_learner, measure_metric, output_kind
@@ -89,7 +89,7 @@ def tradeoff(self:Learner,
     **kwargs
    )->pd.DataFrame:
     "What budgets of several sizes leave of the model, and what they cost; the learner is left untouched"
-    Settings.of(kwargs, Learner.tradeoff)
+    check_names(kwargs, Learner.tradeoff)
     if evaluate is None: evaluate = _own_value(self)
     model = dense_model(get_model(self.model))
     model = model.to(self.dls.device or next(model.parameters()).device)

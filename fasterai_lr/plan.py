@@ -8,7 +8,7 @@ __all__ = ['Record', 'dense_record', 'as_rank', 'is_rank', 'record_of', 'known_r
 
 # %% ../nbs/13_plan.ipynb #bbcb59f4
 import copy, json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -66,7 +66,7 @@ class Record:
 
     def plain(self)->dict: # what JSON can hold
         "The record as plain data"
-        return asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k,v in vars(self).items()}
 
 def dense_record(
     found, # a `Found`

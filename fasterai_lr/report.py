@@ -7,7 +7,6 @@ __all__ = ['Summary', 'summarize', 'format_summary', 'compare', 'plot_layers', '
            'plot_training']
 
 # %% ../nbs/20_report.ipynb #51faa2ab
-from dataclasses import asdict
 from html import escape
 from itertools import cycle, zip_longest
 from math import ceil
@@ -18,13 +17,16 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .layers import FactoredLayer, Geometry, evaluating, factored_layers, find_layers, recompose, select
+from .layers import FactoredLayer, Geometry, factored_layers, find_layers, layer_types, recompose, select
 from .schemes import schemes as known_schemes
-from .calibrate import classification, n_items
+from .running import evaluating, n_items
+from .loss import classification
 from .cost import count_macs, count_params, macs_per_layer, measure_latency, size_on_disk
-from .settings import Settings, takes_settings
-from .plan import Budget, Plan, Planner, Record
-from .plan import dense_model, dense_record, known_records, layer_types
+from .settings import takes_settings
+from .calibrate import calibrate, calibrated, settings_for
+from .budget import Budget, dense_model
+from .plan import Plan, Record, dense_record, known_records
+from .planner import Planner
 
 # %% ../nbs/20_report.ipynb #f47d9262
 _columns = dict( # each with what stands for an unknown value
@@ -53,15 +55,15 @@ def _factored_record(layer):
                   params_after=count_params(layer), status='factored')
 
 def _records(model):
-    "{layer name: record} for each linear layer and convolution, in the order of the model"
+    "{layer name: `Record`} for each linear layer and convolution, in the order of the model"
     known = known_records(model)
     records = {}
     for found in find_layers(model, (*layer_types, FactoredLayer)):
         name = found.name
         layer = found.layer
         if name in known: records[name] = known[name]
-        elif isinstance(layer, FactoredLayer): records[name] = asdict(_factored_record(layer))
-        else: records[name] = asdict(dense_record(found, found.reason or 'not asked for'))
+        elif isinstance(layer, FactoredLayer): records[name] = _factored_record(layer)
+        else: records[name] = dense_record(found, found.reason or 'not asked for')
     return records
 
 def summarize(
@@ -71,7 +73,7 @@ def summarize(
     "List the scheme, rank, parameters, MACs, error, status and reason of each layer, and the totals"
     rows = {}
     for name,record in _records(model).items():
-        known = {column: value for column,value in record.items() if value is not None}
+        known = {column: value for column,value in record.plain().items() if value is not None}
         rows[name] = _columns | known
     table = pd.DataFrame.from_dict(rows, orient='index', columns=list(_columns))
     after = count_params(model)
@@ -267,17 +269,17 @@ def _choices(plan):
     if isinstance(plan, Plan): return plan.choices
     return {name: (layer.scheme, layer.rank) for name,layer in factored_layers(plan).items()}
 
-def _scheme_of(found, scheme_name, planner):
-    "The scheme of a layer, in the planner's metric; and why the layer has no spectrum, `None` if it has"
+def _solver_of(found, scheme_name, calibration):
+    "The solver of a layer, in the metric of the data; and why the layer has no spectrum, `None` if it has"
     name = found.name
     layer = found.layer
     metric = None
     if found.reason and not isinstance(layer, FactoredLayer): return None,found.reason
-    if planner is not None:
-        if name not in planner.uses: return None,'no data reaches it, or no metric is known for it'
-        metric = planner.metric_of(name)
-    scheme = known_schemes[scheme_name](Geometry.of(layer), layer.weight, name, metric)
-    return scheme,scheme.misfit()
+    if calibration is not None:
+        if name not in calibration.uses: return None,'no data reaches it, or no metric is known for it'
+        metric = calibration.metric(name)
+    solver = known_schemes[scheme_name](Geometry.of(layer), name).solver(layer.weight, metric)
+    return solver,solver.misfit()
 
 def _spectra(model, layers=None, plan=None, data=None, loss=classification):
     "(layer name, name of its scheme, rank or `None`, `Mode`s) for each layer that has a spectrum"
@@ -285,14 +287,14 @@ def _spectra(model, layers=None, plan=None, data=None, loss=classification):
     choices = _choices(model if plan is None else plan)
     unknown = choices.keys() - {name for found in all_found for name in found.names}
     if unknown: raise ValueError(f"plan: the model has no layer {min(unknown)!r}")
-    planner = None if data is None else Planner(dense_model(model), data, loss=loss)
+    calibration = None if data is None else calibrate(dense_model(model), data, loss)
     spectra = []
     why = 'it has none'
     for found in select(all_found, layers):
         scheme_name,rank = choices.get(found.name, ('svd', None))
-        scheme,reason = _scheme_of(found, scheme_name, planner)
+        solver,reason = _solver_of(found, scheme_name, calibration)
         if reason: why = f'layer {found.name!r}: {reason}'
-        else: spectra.append((found.name, scheme_name, rank, scheme.modes()))
+        else: spectra.append((found.name, scheme_name, rank, solver.modes()))
     if spectra: return spectra
     arg = 'model' if layers is None else 'layers'
     raise ValueError(f"{arg}: no layer has a spectrum to show; {why}")
@@ -395,13 +397,13 @@ def tradeoff(
     **kwargs
    )->pd.DataFrame: # `budget`, `params`, `macs`, `latency` and `loss` if known, value; the dense model first
     "List what budgets of several sizes leave of a model, and what `evaluate` says, in a column of its name"
-    settings = Settings.of(kwargs, tradeoff)
+    settings = settings_for(kwargs, tradeoff, data)
     if kind not in ('params', 'macs', 'latency'):
         raise ValueError(f"kind: {kind!r} is not one of 'params', 'macs', 'latency'")
     budgets = [Budget(**{kind: fraction}) for fraction in sorted(budgets, reverse=True)]
     model = dense_model(model)
-    planner = Planner(model, data, settings, progress=progress)
-    plans = _plans(planner, budgets)
+    calibration = calibrated(model, data, settings, progress)
+    plans = _plans(Planner(calibration), budgets)
     dense = {'budget': 1., 'params': 1., 'macs': 1., kind: 1.}
     if settings.metric == 'fisher': dense['loss'] = 0.
     rows = [dense]
@@ -410,7 +412,7 @@ def tradeoff(
     if evaluate:
         values = [_value_of(model, evaluate)]
         for plan in (progress or iter)(list(plans.values())):
-            small = plan.apply(model, planner.batches, planner.moments)
+            small = plan.apply(model, calibration)
             values.append(_value_of(small, evaluate))
         table[_value_column(evaluate, table)] = values
     return table

@@ -15,13 +15,14 @@ from fastai.callback.schedule import *
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.distributed import *
-from fasterai_lr.calibrate import Inputs, calibrate
+from fasterai_lr.calibrate import calibrate
+from fasterai_lr.running import Inputs
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
 from fasterai_lr.distributed import shared_moments
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
-from fasterai_lr.plan import Budget
+from fasterai_lr.budget import Budget
 from fasterai_lr.rank import Energy
 import fasterai_lr.learned as module, fasterai_lr.distributed as distributed
 

@@ -2,7 +2,7 @@
 from torch import nn
 
 from fasterai_lr.fit import fit
-from fasterai_lr.plan import Planner
+from fasterai_lr.planner import Planner
 
 def fitted(model, choices, data, **settings)->nn.Module:
     "A copy of `model` factored as `choices` says and fitted on `data`"

@@ -17,12 +17,12 @@ from small_data import digit_dls, mask_dls, rating_dls, seed, text_dls, tiny_xre
 from tiny import snapshot, moved, ids
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.learned import calibration_batches
-from fasterai_lr.decomposer import smallest
+from fasterai_lr.budget import smallest
 from fasterai_lr.cost import count_params
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
-from fasterai_lr.plan import Budget
+from fasterai_lr.budget import Budget
 
 def timm(arch, **kw): return lambda path: vision_learner(digit_dls(path), arch, pretrained=False, metrics=accuracy, **kw)
 

@@ -11,7 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fasterai_lr.calibrate as calibrate_module
-from fasterai_lr.calibrate import Batches, Centred, DiagonalMetric, Gram, Metric, calibrate, classification, make_metric, regression
+from fasterai_lr.calibrate import Centred, Gram, calibrate
+from fasterai_lr.loss import classification, regression
+from fasterai_lr.metric import DiagonalMetric, Metric, make_metric
+from fasterai_lr.running import Batches
 from fasterai_lr.layers import Geometry
 from fasterai_lr.schemes import schemes
 

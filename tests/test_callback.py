@@ -18,12 +18,13 @@ from fastai.metrics import mae
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
 from tiny import mk_learn, net, snapshot, moved, ids, flat
 from fastai.data.core import DataLoaders
-from fasterai_lr.calibrate import n_items
+from fasterai_lr.running import n_items
 from fasterai_lr.callback import DecomposeCallback
-from fasterai_lr.decomposer import FC_Decomposer, smallest
+from fasterai_lr.budget import smallest
+from fasterai_lr.decomposer import FC_Decomposer
 from fasterai_lr.layers import FactoredLayer
 from fasterai_lr.learned import calibration_batches, decompose_learner
-from fasterai_lr.plan import Budget
+from fasterai_lr.budget import Budget
 from fasterai_lr.report import plot_training
 import fasterai_lr.callback as module, fasterai_lr.learned as learned
 

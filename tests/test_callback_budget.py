@@ -8,7 +8,7 @@ from fastai.vision.all import (accuracy, BCEWithLogitsLossFlat, Callback, CrossE
 from dataclasses import replace
 from functools import partial
 from sklearn.datasets import load_digits
-from fasterai_lr.calibrate import classification, regression
+from fasterai_lr.loss import classification, regression
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.learned import calibration_batches, metric_value, output_kind
 from fasterai_lr.cost import count_macs, count_params
@@ -16,7 +16,8 @@ from fasterai_lr.decomposer import ConvDecomposer, decompose, FC_Decomposer
 from fasterai_lr.fit import output_loss
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
-from fasterai_lr.plan import Budget, make_plan
+from fasterai_lr.budget import Budget
+from fasterai_lr.planner import make_plan
 
 X = torch.tensor(load_digits().images, dtype=torch.float32)[:,None]/16
 Y = torch.tensor(load_digits().target)

@@ -18,7 +18,7 @@ from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
-from fasterai_lr.plan import Budget
+from fasterai_lr.budget import Budget
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 devices = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=no_gpu)])

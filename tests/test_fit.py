@@ -8,9 +8,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fasterai_lr.fit as fit_module
-from fasterai_lr.calibrate import calibrate, regression
+from fasterai_lr.calibrate import calibrate
+from fasterai_lr.loss import regression
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
-from fasterai_lr.fit import distill, flip_and_crop, loss_increase, output_loss, trace
+from fasterai_lr.distill import distill, flip_and_crop
+from fasterai_lr.fit import loss_increase, output_loss
+from fasterai_lr.running import trace
 from fasterai_lr.layers import FactoredLayer, factored_layers
 from fasterai_lr.plan import Plan
 from helpers import fitted

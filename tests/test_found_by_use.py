@@ -9,8 +9,8 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy, error_rate
 from fasterai_lr.all import *
-from fasterai_lr.fit import flip_crop_and_mix
-from fasterai_lr.plan import Planner
+from fasterai_lr.distill import flip_crop_and_mix
+from fasterai_lr.planner import Planner
 from helpers import planner
 
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from fasterai_lr.learned import calibration_batches
 from fasterai_lr.cost import count_params
 from fasterai_lr.decomposer import FC_Decomposer
 from fasterai_lr.layers import factored_layers, recompose
-from fasterai_lr.plan import Budget
+from fasterai_lr.budget import Budget
 from fasterai_lr.report import plot_training, summarize
 
 what = FC_Decomposer(rank=2)

@@ -7,12 +7,16 @@ from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
 import fasterai_lr.plan as plan_module
-from fasterai_lr.calibrate import calibrate, regression
+from fasterai_lr.calibrate import calibrate
+from fasterai_lr.loss import regression
 from fasterai_lr.cost import Latency, count_macs, count_params
-from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose, half_saved
+from fasterai_lr.budget import half_saved
+from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
 from fasterai_lr.fit import loss_increase
 from fasterai_lr.layers import FactoredLayer, Geometry, factored_layers
-from fasterai_lr.plan import Budget, Option, Plan, choose, make_plan
+from fasterai_lr.budget import Budget
+from fasterai_lr.plan import Plan
+from fasterai_lr.planner import Option, choose, make_plan
 from fasterai_lr.schemes import schemes
 from helpers import planner
 from test_fit import ViT, images, miss, plain_net, res_net, tokens, with_statistics

@@ -11,7 +11,9 @@ import fasterai_lr.report as report
 from fasterai_lr.cost import count_macs, count_params
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
 from fasterai_lr.layers import factored_layers, recompose
-from fasterai_lr.plan import Budget, Plan, Planner, make_plan
+from fasterai_lr.budget import Budget
+from fasterai_lr.plan import Plan
+from fasterai_lr.planner import Planner, make_plan
 from fasterai_lr.report import *
 from helpers import planner
 

@@ -4,12 +4,16 @@ from collections import UserDict
 import numpy as np, pytest, torch
 from torch import nn
 
-from fasterai_lr.calibrate import calibrate, regression
+from fasterai_lr.calibrate import calibrate
+
+from fasterai_lr.loss import regression
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
 from fasterai_lr.export import save_low_rank
-from fasterai_lr.fit import trace
+from fasterai_lr.running import trace
 from fasterai_lr.layers import factored_layers
-from fasterai_lr.plan import Budget, Plan, make_plan, measured
+from fasterai_lr.budget import Budget
+from fasterai_lr.plan import Plan, measured
+from fasterai_lr.planner import make_plan
 from fasterai_lr.schemes import schemes
 from helpers import fitted, planner
 from test_fit import miss
