@@ -66,7 +66,7 @@ def _send(t):
     dist.broadcast(values, 0)
     with torch.no_grad(): t.copy_(values)
 
-# %% ../nbs/16_distributed.ipynb #a83f4122
+# %% ../nbs/16_distributed.ipynb #c1ef1e4b
 def on_first_rank(
     f, # Function without arguments that returns ({layer name: module}, data that can be pickled)
     model:nn.Module # With its wrapper; without a `DistributedDataParallel`, this is just `f()`
@@ -113,7 +113,7 @@ def in_all(
         if text: raise RuntimeError(f'in process {process}: {text}')
     return res
 
-# %% ../nbs/16_distributed.ipynb #286e45c5
+# %% ../nbs/16_distributed.ipynb #ad06435d
 @undisturbed()
 def _moments_here(model, batches, seed, kwargs):
     "The moments of this process's share of `batches`, and its number of items; the first always has some"
@@ -150,10 +150,9 @@ def _added(moments, samples, device):
         for name,outline in layers.items():
             if name in outlines: outline['positions'] += outlines[name]['positions']
             outlines[name] = outline
-    share = samples/total
-    return {name: _mean_of_all(moments.get(name), o, share, device) for name,o in outlines.items()}
+    return {name: _mean_of_all(moments.get(name), o, samples/total, device) for name,o in outlines.items()}
 
-# %% ../nbs/16_distributed.ipynb #d96c5e3e
+# %% ../nbs/16_distributed.ipynb #2d1520e9
 def shared_moments(
     ddp:DistributedDataParallel,
     model:nn.Module, # The model to calibrate: the module of `ddp`, or what that stands for
@@ -177,7 +176,6 @@ def rewrap_(
     del ddp.reducer,ddp.logger  # and with them their hooks on the parameters that stay
     ddp.__setstate__(state)
     if static: ddp._set_static_graph()  # the graph is another one now
-    ddp._module_parameters = []
-    for name,p in ddp.module.named_parameters():
-        if name not in ddp.parameters_to_ignore: ddp._module_parameters.append(p)
+    ignored = ddp.parameters_to_ignore
+    ddp._module_parameters = [p for name,p in ddp.module.named_parameters() if name not in ignored]
     return ddp
