@@ -49,7 +49,7 @@ def macs_per_layer(
                       "give it one with `torch.utils.flop_counter.register_flop_formula`")
     return {name: n//2 for name,n in flops.items()}
 
-# %% ../nbs/06_cost.ipynb #5edc069d
+# %% ../nbs/06_cost.ipynb #1c4d6ad1
 @contextmanager
 def _calling_each_module(model):
     "Evaluation mode for `model`, without gradients, fused kernels and compiled code"
@@ -106,7 +106,7 @@ def _rnn_flops(x, *args, **kwargs):
     weights = args[0] if isinstance(args[0], list) else args[:2]
     return 2*math.prod(x[:-1])*sum(math.prod(w) for w in weights if len(w)==2)
 
-# %% ../nbs/06_cost.ipynb #3b5e2a38
+# %% ../nbs/06_cost.ipynb #92da79b9
 _formulas = {
     _attention_flops: """aten._scaled_dot_product_flash_attention_for_cpu
         aten._scaled_dot_product_fused_attention_overrideable
@@ -198,11 +198,10 @@ def measure_latency(
     if repeats<1: raise ValueError(f"repeats={repeats}: expected an int >= 1")
     nets = list(models.values() if isinstance(models, dict) else models)
     devices = devices_of(*nets)
-    calls = [1]*len(nets)
     ms = [[] for _ in nets]
     with evaluating(*nets), torch.no_grad():
         for net in nets: _time(net, sample, warmup-1, devices)
-        if warmup: calls = [_calls_for(min_ms, net, sample, devices) for net in nets]
+        calls = [_calls_for(min_ms, net, sample, devices) if warmup else 1 for net in nets]
         turns = list(zip(nets, calls, ms))
         for _ in range(repeats):
             for net,n,measured in turns: measured.append(_time(net, sample, n, devices))
@@ -210,7 +209,7 @@ def measure_latency(
     res = [_latency(o) for o in ms]
     return dict(zip(models, res)) if isinstance(models, dict) else res
 
-# %% ../nbs/06_cost.ipynb #77a50b36
+# %% ../nbs/06_cost.ipynb #6d3c78b8
 def _calls_for(min_ms, model, sample, devices):
     "Time one call of `model`; return how many take at least `min_ms`"
     ms = _time(model, sample, 1, devices)
@@ -235,7 +234,7 @@ def _sync(devices):
         if d.type=='cuda': torch.cuda.synchronize(d)
         elif d.type=='mps': torch.mps.synchronize()
 
-# %% ../nbs/06_cost.ipynb #a1f6778a
+# %% ../nbs/06_cost.ipynb #21cbb205
 def latency_per_layer(
     model:nn.Module,
     sample, # Input: a tensor, a tuple of arguments or a dict of keyword arguments

@@ -58,7 +58,7 @@ def check_opt(
             raise TypeError(f"opt: {type(opt.opt).__name__} steps by another optimizer that it holds, "
                             "which would go on with the old parameters; use that one itself")
 
-# %% ../nbs/17_optimizer.ipynb #d43ed18a
+# %% ../nbs/17_optimizer.ipynb #2e67b9cc
 def _renewed(group, follow):
     "The parameters of `group` with each one in `follow` replaced by those that follow it"
     res = []
@@ -77,6 +77,7 @@ def _rebind_torch(opt, live):
     for group in groups: group['params'] = [p for p in group['params'] if p not in opt.state]
     opt.state.update(torch.optim.Adagrad(groups).state)
 
+# %% ../nbs/17_optimizer.ipynb #e218cfac
 def rebind_opt(
     opt:Optimizer|OptimWrapper, # Changed in place
     follow:dict # {old parameter: list of new parameters}, from `follow_params`
@@ -144,7 +145,7 @@ def opt_state(
     check_opt(opt)
     return dict(kind=_kind(opt), params=_names(opt, model, {}), state=opt.state_dict())
 
-# %% ../nbs/17_optimizer.ipynb #d995df08
+# %% ../nbs/17_optimizer.ipynb #ce087df1
 def _group_sizes(groups): return ', '.join(str(len(group)) for group in groups)
 
 def check_opt_state(
@@ -166,6 +167,7 @@ def check_opt_state(
     for a,b in zip(chain(*there), chain(*here)):
         if a != b: raise ValueError(f"its optimizer has {a!r} in the place of {b!r}")
 
+# %% ../nbs/17_optimizer.ipynb #f89b7a11
 def _moved(state, p):
     "The `state` of one parameter with its tensors on the device of `p`"
     res = dict(state)
