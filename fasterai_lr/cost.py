@@ -50,15 +50,6 @@ def macs_per_layer(
     return {name: n//2 for name,n in flops.items()}
 
 # %% ../nbs/06_cost.ipynb #1c4d6ad1
-@contextmanager
-def _calling_each_module(model):
-    "Evaluation mode for `model`, without gradients, fused kernels and compiled code"
-    with (torch.compiler.set_stance('force_eager'), unfused(), evaluating(model), torch.no_grad(),
-          warnings.catch_warnings()):
-        # torch remarks that hooks are called for the compiled wrapper too, which does no work of its own
-        warnings.filterwarnings('ignore', 'Using `torch.compile')
-        yield
-
 def _per_module(model, sample, read):
     "Run `model` on `sample`; return {name in `named_modules()`: growth of the number `read()` in its calls}"
     growth = defaultdict(int)
@@ -66,7 +57,7 @@ def _per_module(model, sample, read):
     def enter(module, args): starts[module].append(read())
     def leave(module, args, out): growth[module] += read() - starts[module].pop()
     with (register_module_forward_pre_hook(enter), register_module_forward_hook(leave),
-          _calling_each_module(model)):
+          unfused(), evaluating(model), torch.no_grad()):
         start = read()
         run_model(model, sample)
         growth[model] = read() - start

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
-import fastai.callback.schedule         # a Learner gets `fit_one_cycle` and progress bars with our methods
 from fastai.layers import ToTensorBase
 from fastai.learner import Learner
 from fastai.torch_core import apply, cast, distrib_barrier, get_model, no_random, rank_distrib, to_device
@@ -33,7 +32,7 @@ from .export import as_file, changed_layers, export_onnx, read_low_rank, rebuild
 @patch
 @delegates(factorize, but=['progress'])
 def decompose(self:Learner,
-    what=None, # a `Budget`, a `Plan`, a decomposer or a list of them; `None`: half of the MACs that can be saved
+    what=None, # a `Budget`, a `Plan` or decomposers; `None`: half of the MACs that can be saved
     data=None, # see `decompose`; `None`: 2,000 training items, but none for decomposers
     **kwargs
    )->Learner: # the same learner
@@ -43,30 +42,30 @@ def decompose(self:Learner,
     return self
 
 # %% ../nbs/22_learner.ipynb #7afc6e25
-def _inputs(learn, b=None):
-    "The inputs of the batch `b`, or of one of the validation set, as plain tensors on the model's device"
-    if b is None:
-        with no_random(): b = learn.dls.valid.one_batch()[:getattr(learn.dls.valid, 'n_inp', 1)]
-    return to_device(tuple(apply(lambda t: cast(t, Tensor), b)), next(get_model(learn.model).parameters()).device)
+def _for_model(learn, inputs):
+    "`inputs` as a tuple of plain tensors on the model's device"
+    def untyped(t): return cast(t, Tensor)
+    device = next(get_model(learn.model).parameters()).device
+    return to_device(tuple(apply(untyped, inputs)), device)
 
 @patch
 def low_rank_summary(self:Learner,
     sample=None # an input, a tuple or a dict of inputs to count MACs for; `None`: a training item
    )->Summary: # a `DataFrame` that shows itself as a table in a notebook, as text in a terminal
-    "The table of `summarize`: what became of each layer, what it costs, and why it stayed as it was"
-    model = get_model(self.model)
-    if sample is None and len(self.dls.train) > 0: sample = _inputs(self, calibration_batches(self, 1)[0])
-    return summarize(model, sample)
+    "List what became of each layer, what it costs, and why it stayed as it was; see `summarize`"
+    if sample is None and len(self.dls.train) > 0:
+        sample = _for_model(self, calibration_batches(self, 1)[0])
+    return summarize(get_model(self.model), sample)
 
 # %% ../nbs/22_learner.ipynb #96118721
 @patch
 def plot_spectra(self:Learner,
     layers=None, # names or globs; `None`: all
-    plan=None, # a `Plan` for the model, or a decomposed copy of it, whose ranks to mark; `None`: those of the model itself
-    data=None, # for singular values in the metric of this data, see `calibrate`; `None`: the plain ones of the weights
+    plan=None, # a `Plan` for the model, or a decomposed copy of it, whose ranks to mark; `None`: its own
+    data=None, # for singular values in the metric of this data, see `calibrate`; `None`: of the plain weights
     axes=None # as many matplotlib axes as there are layers; `None`: new ones
    )->list: # the axes, one for each layer
-    "The singular values of each layer, relative to the largest, and its rank; see `plot_spectra`"
+    "Draw the singular values of each layer, relative to the largest, and mark its rank; see `plot_spectra`"
     return plot_spectra(get_model(self.model), layers, plan, data, output_kind(self), axes)
 
 # %% ../nbs/22_learner.ipynb #50bf544c
@@ -74,7 +73,10 @@ def _own_value(learn):
     "A function that evaluates a model by the first metric of `learn`, or by its loss, and is named after it"
     try: n = len(learn.dls.valid)
     except (AttributeError, IndexError, TypeError): n = 0
-    if not n: raise ValueError("dls: the learner has no validation set to evaluate on; give `evaluate`, a function from a model to a number, or `evaluate=False` for the estimated loss alone")
+    if not n:
+        raise ValueError("dls: the learner has no validation set to evaluate on; "
+                         "give `evaluate`, a function from a model to a number, "
+                         "or `evaluate=False` for the estimated loss alone")
     def value(model): return measure_metric(learn, model)
     value.__name__ = learn.metrics[0].name if learn.metrics else 'valid_loss'
     return value
@@ -85,18 +87,20 @@ def tradeoff(self:Learner,
     budgets=(.8, .6, .4, .2), # fractions of the dense model
     kind:str='macs', # of what: 'params', 'macs' or 'latency'
     data=None, # see `calibrate`; `None`: 2,000 training items
-    evaluate=None, # a function from a model, in evaluation mode, to a number; `None`: the first metric, or the loss, over the validation set; `False`: none
+    evaluate=None, # see `tradeoff`; `None`: first metric, or loss, on the validation set; `False`: nothing
     **kwargs
-   )->pd.DataFrame:
-    "What budgets of several sizes leave of the model, and what they cost; the learner is left untouched"
+   )->pd.DataFrame: # see `tradeoff`
+    "List what budgets of several sizes leave of the model, and how good it is then; nothing is changed"
     check_names(kwargs, Learner.tradeoff)
     if evaluate is None: evaluate = _own_value(self)
     model = dense_model(get_model(self.model))
-    model = model.to(self.dls.device or next(model.parameters()).device)
+    device = self.dls.device or next(model.parameters()).device
     bar = partial(progress_bar, leave=False) if hasattr(self, 'progress') else None
     if data is None: data = calibration_batches(self)
-    return tradeoff(model, data, evaluate, budgets, kind, bar, **(dict(loss=output_kind(self)) | kwargs))
+    kwargs.setdefault('loss', output_kind(self))
+    return tradeoff(model.to(device), data, evaluate, budgets, kind, bar, **kwargs)
 
+# %% ../nbs/22_learner.ipynb #ee25ecb2
 @patch
 @delegates(tradeoff, but=['progress'])
 def plot_tradeoff(self:Learner,
@@ -109,21 +113,31 @@ def plot_tradeoff(self:Learner,
    ): # the axes
     "Draw the table of `Learner.tradeoff`"
     check_names(kwargs, Learner.plot_tradeoff)
-    return plot_tradeoff(self.tradeoff(budgets, kind, data, evaluate, **kwargs), kind, ax=ax)
+    table = self.tradeoff(budgets, kind, data, evaluate, **kwargs)
+    return plot_tradeoff(table, kind, ax=ax)
 
 # %% ../nbs/22_learner.ipynb #0ab183f5
+def _valid_inputs(learn):
+    "The inputs of a batch of the validation set, for the model"
+    valid = learn.dls.valid
+    with no_random(): batch = valid.one_batch()
+    return _for_model(learn, batch[:getattr(valid, 'n_inp', 1)])
+
 @patch
 def compare(self:Learner,
     models, # {name: model}
     sample=None, # a batch of inputs to count and to time with; `None`: a batch of the validation set
     repeats:int=20 # of each timing
    )->pd.DataFrame: # see `compare`
-    "What several models cost, and what the learner's first metric, or its loss, says of them over the validation set"
+    "Compare what several models cost, and the learner's first metric, or its loss, on the validation set"
     value = _own_value(self)
-    return compare(models, _inputs(self) if sample is None else sample, value, repeats)
+    if sample is None: sample = _valid_inputs(self)
+    return compare(models, sample, value, repeats)
 
 # %% ../nbs/22_learner.ipynb #2dfecd39
-def _low_rank_file(learn, file): return as_file(learn.path/learn.model_dir/file, '.pth')
+def _low_rank_file(learn, file):
+    "`file` in the folder of the learner's models, with a suffix"
+    return as_file(learn.path/learn.model_dir/file, '.pth')
 
 @patch
 def save_low_rank(self:Learner,
@@ -131,14 +145,16 @@ def save_low_rank(self:Learner,
     with_opt:bool=True # with the state of the optimizer, if there is one?
    )->Path: # the file
     "Save the plan, the weights and the optimizer's state, without any code"
-    file,model = _low_rank_file(self, file),get_model(self.model)
+    file = _low_rank_file(self, file)
     if rank_distrib(): return file
     file.parent.mkdir(parents=True, exist_ok=True)
-    return save_low_rank(model, file, opt_state(self.opt, model) if with_opt and self.opt is not None else None)
+    model = get_model(self.model)
+    opt = opt_state(self.opt, model) if with_opt and self.opt is not None else None
+    return save_low_rank(model, file, opt)
 
 # %% ../nbs/22_learner.ipynb #71ae0296
 def _check_opt_of(learn, opt, new):
-    "Raise where the optimizer of `learn` cannot take new layers, or not the state `opt`; it is made where there is none yet"
+    "Raise if the optimizer cannot take the layers `new` or the state `opt`; make one if there is none"
     had = learn.opt
     try:
         if opt is not None and had is None: learn.create_opt()
@@ -153,21 +169,24 @@ def load_low_rank(self:Learner,
     file, # as for `save_low_rank`
     with_opt:bool=True # with the state of the optimizer?
    )->Learner: # the same learner
-    "Take over structure, weights and optimizer state from a file of `save_low_rank`; an error leaves the learner as it was"
+    "Load structure, weights and optimizer state from a file of `save_low_rank`; an error changes nothing"
     file = _low_rank_file(self, file)
     label = f"file: {str(file)!r}"
     distrib_barrier()
     check_wrapper(self.model)
-    saved,model = read_low_rank(file),get_model(self.model)
-    opt,res = saved.get('opt') if with_opt else None,rebuild(model, saved, label)
-    new = changed_layers(model, res)
+    saved = read_low_rank(file)
+    model = get_model(self.model)
+    rebuilt = rebuild(model, saved, label)
+    new = changed_layers(model, rebuilt)
+    opt = saved.get('opt') if with_opt else None
     try: _check_opt_of(self, opt, new)
-    except ValueError as e: raise ValueError(f"{label} does not fit: {e}; `with_opt=False` loads the model alone") from None
+    except ValueError as e:
+        raise ValueError(f"{label} does not fit: {e}; `with_opt=False` loads the model alone") from None
     if with_opt and opt is None: warn(f"{label} holds no optimizer state")
     swap_layers(self, new)
-    model = get_model(self.model)
+    model = get_model(self.model) # another one if the root was replaced
     model.load_state_dict(saved['model'])
-    model.low_rank_plan = res.low_rank_plan
+    model.low_rank_plan = rebuilt.low_rank_plan
     if opt is not None: load_opt_state(self.opt, opt)
     return self
 
@@ -177,8 +196,10 @@ def export_onnx(self:Learner,
     file, # in `self.path`, or an absolute path; `.onnx` is added where there is no suffix
     sample=None # inputs as the model takes them; `None`: a batch of the validation set
    )->Path: # the file
-    "Write the model as ONNX, for batches of any size, and compare it with the model on real inputs; see `export_onnx`"
+    "Write the model as ONNX, for batches of any size, and compare its outputs on real inputs"
     model = get_model(self.model)
-    if sample is None: sample = _inputs(self)
-    untyped = {n: nn.Identity() for n,m in model.named_modules() if isinstance(m, ToTensorBase)}       # at the end of a U-Net; ONNX has no tensor classes
+    if sample is None: sample = _valid_inputs(self)
+    untyped = {} # a `ToTensorBase` is at the end of a U-Net, and ONNX has no tensor classes
+    for name,module in model.named_modules():
+        if isinstance(module, ToTensorBase): untyped[name] = nn.Identity()
     return export_onnx(replace_layers(model, untyped), sample, self.path/file)

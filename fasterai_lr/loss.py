@@ -163,12 +163,17 @@ class OwnFunction(Loss):
     "A function of the user's, from what the model returns to a scalar, summed over the samples"
     function:object = None # `None` where a file has named it
     name:str = ''
+    like:Loss|None = None # how its outputs are read, if the function says so by an `axis`
 
     def __call__(self, out, gen=None):
         res = self.function(out)
         if isinstance(res, Tensor) and res.numel() == 1: return res
         given = list(res.shape) if isinstance(res, Tensor) else res
         raise ValueError(f"loss: it returns {given}; expected a scalar tensor, summed over samples")
+
+    def increase(self, want, out): return self.like and self.like.increase(want, out)
+
+    def distance(self, out, want, temperature=2.): return (self.like or regression).distance(out, want, temperature)
 
     def plain(self): return dict(function=self.name)
 
@@ -181,7 +186,12 @@ def as_loss(value)->Loss: # `value`: a `Loss`, or a function
     "`value` as a `Loss`; a `TypeError` where it is none"
     if isinstance(value, Loss): return value
     check_callable('loss', value, "classification, regression, or a function from the model's output to a scalar")
-    return OwnFunction(function=value, name=function_name(value))
+    return OwnFunction(function=value, name=function_name(value), like=_like(value))
+
+def _like(function)->Loss|None:
+    "The loss whose outputs a function says that it reads, by an `axis`: that of the classes, or `None`"
+    if not hasattr(function, 'axis'): return None
+    return regression if function.axis is None else Classification(axis=function.axis)
 
 _losses = {l.name: l for l in (classification, regression, multilabel)}
 

@@ -372,9 +372,9 @@ def carry_out(
     "Decompose a copy of `model` as planned, and fit it to `data`"
     plan.check(model)
     plan.settle()
-    settings.check_functions()
     dense = dense_model(model)
     if data is None: return _by_weights(plan, model, dense)
+    settings.check_functions()
     if not isinstance(data, Calibration): data = Batches.of(data, model)
     if dense is model: return _by_data(plan, calibrated(dense, data, settings, progress))
     return _again(plan, model, dense, data, settings, progress)

@@ -8,7 +8,7 @@ __all__ = ['run_model', 'devices_of', 'device_of', 'first_output', 'evaluating',
            'check_progress', 'Use', 'Additions', 'trace']
 
 # %% ../nbs/05_running.ipynb #9282023c
-import random
+import random, warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -72,10 +72,13 @@ def undisturbed():
 
 @contextmanager
 def unfused():
-    "Call every layer of a transformer, also those that torch's fused kernel leaves out"
+    "Call every layer by itself, also those that torch's fused or compiled code leaves out"
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    try: yield
+    try:
+        with torch.compiler.set_stance('force_eager'), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Using `torch.compile') # a compiled wrapper has hooks of its own, says torch
+            yield
     finally: torch.backends.mha.set_fastpath_enabled(enabled)
 
 @contextmanager

@@ -111,13 +111,13 @@ def test_batches_of_different_sizes_weigh_by_their_positions(case):
 
 def test_positions_are_drawn_where_there_are_many():
     net,x = nn.Sequential(Case(2, (3, 4), dict(kernel_size=3)).layer()),torch.randn(30, 3, 12, 12, dtype=torch.float64)
-    every,some,again,other = (calibrate(net, [x]*8, half_square, most=m, seed=s)['0'] for m,s in ((10**6, 0), (500, 0), (500, 0), (500, 1)))
+    every,some,again,other = (calibrate(net, [x]*8, half_square, most=m, seed=s)['0'] for m,s in ((10**6, 0), (1000, 0), (1000, 0), (1000, 1))) # half of that many for the moments
     assert every.positions == 8*3000 and some.positions == 8*500
     assert torch.equal(some.inputs, again.inputs) and not torch.equal(some.inputs, other.inputs)
     # 4,000 draws of products with a standard deviation of at most √2: 5 standard errors are .11; every entry would be wrong if the rows were
     assert (some.inputs - every.inputs).abs().max() < .11
     assert torch.equal(some.grads, every.grads)                                  # gradients are never drawn
-    beyond = calibrate(net, [x]*8, half_square, most=500, max_size=4)['0']
+    beyond = calibrate(net, [x]*8, half_square, most=1000, max_size=4)['0']
     close(beyond.outputs, outputs_of(some, net[0]), 1e-12)                       # outputs are those of the same positions
 
 @pytest.mark.parametrize('groups', [1, 2])
@@ -364,8 +364,8 @@ def test_diagonal_metrics_cost_what_full_ones_with_these_diagonals_do(kind, max_
     assert type(metric) is DiagonalMetric and type(make_metric(geom, full, W, kind)) is Metric
     D = torch.randn_like(W)
     assert metric.cost(D) == pytest.approx(want.cost(D), rel=1e-9) and metric.total == pytest.approx(want.total, rel=1e-5) # a little is added to the moment of outputs
-    a,b = (schemes['svd'](geom, net[0].weight, '0', t) for t in (metric, want))
-    assert 'use svd' in schemes['cp'](Geometry(4, 4, (3, 3), (1, 1), (0, 0), (1, 1)), torch.zeros(4, 4, 3, 3), 'x', metric).misfit()
+    a,b = (schemes['svd'](geom, '0').solver(net[0].weight, t) for t in (metric, want))
+    assert 'use svd' in schemes['cp'](Geometry(4, 4, (3, 3), (1, 1), (0, 0), (1, 1)), 'x').solver(torch.zeros(4, 4, 3, 3), metric).misfit()
     for r in (1, 7, 29, 30):
         assert a.costs([r])[0] == pytest.approx(b.costs([r])[0], rel=1e-4, abs=1e-9*metric.total)
         close(a.approximation(r), b.approximation(r), 1e-3)                   # which the float32 of the chain rounds
@@ -387,10 +387,10 @@ def test_beyond_the_limit_svd_is_nearly_the_same():
     small,large = (calibrate(net, x, max_size=m) for m in (20, 8192))
     by_inputs = metric_of(net[0], large['0'])
     for rank in (2, 5, 8):
-        ws = [schemes['svd'](Geometry.of(net[0]), net[0].weight, '0', metric_of(net[0], m['0'])).approximation(rank) for m in (small, large)]
+        ws = [schemes['svd'](Geometry.of(net[0]), '0').solver(net[0].weight, metric_of(net[0], m['0'])).approximation(rank) for m in (small, large)]
         costs = [by_inputs.cost(net[0].weight.detach() - w) for w in ws]
         assert costs[1] <= costs[0] <= 1.001*costs[1] # the optimum, and what differs by the damping of 10⁻³ only
-    other = schemes['spatial'](Geometry(4, 4, (3, 3), (1, 1), (0, 0), (1, 1)), torch.zeros(4, 4, 3, 3), 'x', metric_of(net[0], small['0']))
+    other = schemes['spatial'](Geometry(4, 4, (3, 3), (1, 1), (0, 0), (1, 1)), 'x').solver(torch.zeros(4, 4, 3, 3), metric_of(net[0], small['0']))
     assert 'use svd' in other.misfit()
 
 # --- schemes in a metric
@@ -411,7 +411,7 @@ def layer_and_moments(groups=1, out=12, inp=8, dtype=torch.float64, seed=0, zero
     return layer,calibrate(net, x)['0']
 
 def scheme_of(name, layer, moments, kind='fisher', centre=True):
-    return schemes[name](Geometry.of(layer), layer.weight, 'conv', metric_of(layer, moments, kind, centre))
+    return schemes[name](Geometry.of(layer), 'conv').solver(layer.weight, metric_of(layer, moments, kind, centre))
 
 def some_ranks(s):
     full = s.full()
@@ -511,7 +511,7 @@ def test_both_gram_matrices_of_svd_say_the_same(layer, x):
     narrow,wide = metric_of(layer, moments),metric_of(layer, moments)
     assert narrow.narrow
     wide.narrow = False
-    a,b = (schemes['svd'](Geometry.of(layer), layer.weight, 'layer', m) for m in (narrow, wide))
+    a,b = (schemes['svd'](Geometry.of(layer), 'layer').solver(layer.weight, m) for m in (narrow, wide))
     ranks = list(range(1, a.full()+1))
     for m,n in zip(a.costs(ranks), b.costs(ranks)): assert abs(m - n) <= 1e-9*narrow.total # outputs have 1e-12 on their diagonal, times their number
     close(a.approximation(2), b.approximation(2), 1e-8)                         # vectors of a Gram matrix in double precision

@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fasterai_lr.fit as fit_module
 from fasterai_lr.calibrate import calibrate
-from fasterai_lr.loss import regression
+from fasterai_lr.loss import classification, regression
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
 from fasterai_lr.distill import distill, flip_and_crop
-from fasterai_lr.fit import loss_increase, output_loss
+from fasterai_lr.fit import loss_increase
 from fasterai_lr.running import trace
 from fasterai_lr.layers import FactoredLayer, factored_layers
 from fasterai_lr.plan import Plan
@@ -148,7 +148,7 @@ def test_a_layer_whose_outputs_hardly_vary_is_fitted(size, spread, part, sequent
 # --- better than the parts
 
 def divergence(model, dense, x): # of the predictions
-    with torch.no_grad(): return float(output_loss(model(x), dense(x), temperature=1.))
+    with torch.no_grad(): return float(classification.distance(model(x), dense(x), temperature=1.))
 
 @pytest.fixture(scope='module')
 def trained():
@@ -279,7 +279,7 @@ def test_passes_are_bounded(passes, groups):
         def forward(self, x): calls[len(x)] += 1; return super().forward(x)
     net,x = Net(*(m for _ in range(8) for m in (nn.Linear(6, 6), nn.Tanh()))),torch.randn(50, 6)
     bars = []
-    fitted(net, {'0': ('svd', 2)}, list(x.split(25)), moments=calibrate(net, x), passes=passes, loss=regression, progress=lambda it: bars.append(len(it)) or it)
+    fitted(net, {'0': ('svd', 2)}, list(x.split(25)), passes=passes, loss=regression, progress=lambda it: bars.append(len(it)) or it)
     assert bars == [groups]
     assert calls[25] == 1 + 2 + 2*groups # one to trace; two batches, once in the dense and for each group in the other model
 
@@ -289,7 +289,7 @@ def test_every_pass_ends_where_it_has_seen_enough():
         def __init__(self, i): super().__init__(); self.i = i
         def forward(self, x): reached[self.i] += 1; return x
     net = nn.Sequential(*(m for i in range(4) for m in (nn.Linear(4, 4), Spy(i))))
-    fitted(net, {'0': ('svd', 1)}, torch.randn(20, 4), moments=calibrate(net, torch.randn(20, 4)))
+    fitted(net, {'0': ('svd', 1)}, torch.randn(20, 4))
     # calls after layer i: calibration and trace, one of the dense network as far as the last layer, and one of the other for every later layer
     assert [reached[i] for i in range(4)] == [2+1+3, 2+1+2, 2+1+1, 2]
 
@@ -297,7 +297,7 @@ def test_every_pass_ends_where_it_has_seen_enough():
 def test_what_is_kept_of_the_dense_network_is_bounded_and_changes_nothing(trained, monkeypatch, room, runs):
     net,x,_ = trained
     moments,data = calibrate(net, x),list(x.split(100))
-    free = fitted(net, low, data, moments=moments, most=200).state_dict()
+    free = fitted(net, low, data, most=200).state_dict()
     made,kept,ran = [],[],[]
     def spied(*args):
         res = real(*args)
@@ -312,7 +312,7 @@ def test_what_is_kept_of_the_dense_network_is_bounded_and_changes_nothing(traine
     monkeypatch.setattr(fit_module, '_calls', spied)
     monkeypatch.setattr(fit_module, '_gather', alive)
     monkeypatch.setattr(fit_module, '_wanted', lambda *args: wanted(*args, room=room))
-    bounded = fitted(net, low, data, moments=moments, most=200).state_dict()
+    bounded = fitted(net, low, data, most=200).state_dict()
     assert all(torch.equal(v, bounded[k]) for k,v in free.items())
     assert len(kept) == 6 and max(kept) <= room and len(ran) == runs*len(data)
 
@@ -469,9 +469,9 @@ def test_the_loss_of_class_scores_is_the_divergence_per_sample_and_position():
     a,b = torch.randn(3, 4, dtype=torch.float64),torch.randn(3, 4, dtype=torch.float64)
     p,q = (b/2).softmax(1),(a/2).softmax(1)
     want = 4*(p*(p/q).log()).sum(1).mean()                                       # the squared temperature
-    assert abs(output_loss(a, b) - want) < 1e-12
+    assert abs(classification.distance(a, b) - want) < 1e-12
     wide = lambda t: t[:,:,None,None].expand(3, 4, 2, 5)
-    assert abs(output_loss(wide(a), wide(b)) - want) < 1e-12
+    assert abs(classification.distance(wide(a), wide(b)) - want) < 1e-12
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_distillation_in_half_precision(dtype, trained):

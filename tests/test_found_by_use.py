@@ -88,7 +88,7 @@ wrong_calls = [
     (lambda m: decompose(m, Budget(max_drop=.1), X), ValueError, '^evaluate: none given; a budget of max_drop needs a function'),
     (lambda m: decompose(m, Budget(max_drop=.1), X, evaluate=.9), TypeError, '^evaluate: 0.9 is no function'),
     (lambda m: decompose(m, FC_Decomposer(), seed=3), TypeError, '^seed: only with data'),
-    (lambda m: decompose(m, FC_Decomposer(), moments={}), TypeError, '^moments: only with data'),
+    (lambda m: decompose(m, FC_Decomposer(), moments={}), TypeError, '^moments: there is no such argument since 0.2; give what `calibrate` returns as `data`'),
     (lambda m: decompose(m, FC_Decomposer(), X, schemes=['svd']), TypeError, '^schemes: only with a Budget'),
     (lambda m: decompose(m, FC_Decomposer(), X, sample=X[:2]), TypeError, '^sample: only with a Budget'),
     (lambda m: decompose(m, macs), ValueError, r'^data: Budget\(macs=0.5\) needs some'),
@@ -223,7 +223,7 @@ def test_an_edit_is_measured_anew(edit, data, net):
     else:
         plans = planner(net, data)
         metric = plans.metric_of('2')
-        cost, = schemes['tucker'](net_geometry(net[2]), net[2].weight, '2', metric).costs([(4, 4)])
+        cost, = schemes['tucker'](net_geometry(net[2]), '2').solver(net[2].weight, metric).costs([(4, 4)])
         assert rec['error'] == pytest.approx((cost/metric.total)**.5, rel=1e-6)
 
 def net_geometry(layer):
@@ -413,7 +413,7 @@ def test_an_edit_of_the_file_needs_no_other_entry(net):
     x = torch.randn(200, 8, 3, 3, generator=torch.Generator().manual_seed(0))
     swapped = [make_plan(two, x, Budget(macs=.7), loss=regression).set('0', 'tucker', r) for r in ((2, 6), (6, 2))]
     for p in swapped: p.apply(two, x)
-    assert edited(swapped[0], '0', rank=[6, 2]).apply(two, x).low_rank_plan['layers']['0']['error'] == pytest.approx(swapped[1].layers['0']['error'], rel=1e-9)
+    assert edited(swapped[0], '0', rank=[6, 2]).apply(two, x).low_rank_plan['layers']['0']['error'] == pytest.approx(swapped[1].layers['0'].error, rel=1e-9)
 
 def test_a_plan_can_be_applied_again(net):
     plan = make_plan(net, X[:300], macs)

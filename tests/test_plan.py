@@ -6,16 +6,16 @@ import numpy as np, pytest, torch
 from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
-import fasterai_lr.plan as plan_module
+import fasterai_lr.planner as planner_module
 from fasterai_lr.calibrate import calibrate
 from fasterai_lr.loss import regression
 from fasterai_lr.cost import Latency, count_macs, count_params
 from fasterai_lr.budget import half_saved
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
 from fasterai_lr.fit import loss_increase
-from fasterai_lr.layers import FactoredLayer, Geometry, factored_layers
+from fasterai_lr.layers import FactoredLayer, Geometry, factored_layers, layer_types
 from fasterai_lr.budget import Budget
-from fasterai_lr.plan import Plan
+from fasterai_lr.plan import Plan, Record
 from fasterai_lr.planner import Option, choose, make_plan
 from fasterai_lr.schemes import schemes
 from helpers import planner
@@ -116,7 +116,7 @@ def test_the_budget_holds_as_counted_and_is_used(name, kind):
         assert got[kind] <= value + 1e-9
         for k in got: assert abs(got[k] - plan.predicted[k]) < 1e-12              # as predicted, of both kinds
         for n,l in factored_layers(small).items():                                # never a layer that is larger
-            assert count_params(l) == plan.layers[n]['params_after'] < plan.layers[n]['params_before'] == count_params(net.get_submodule(n))
+            assert count_params(l) == plan.layers[n].params_after < plan.layers[n].params_before == count_params(net.get_submodule(n))
             assert l(torch.zeros(1, *plans.uses[n].inputs[0].shape[1:])).shape[1:] == plans.uses[n].outputs[0].shape[1:]
         assert plan.predicted['loss'] <= 1.02*last                                # the Lagrangian's gap
         last = plan.predicted['loss']
@@ -128,19 +128,19 @@ def test_planned_and_fitted_models_run_and_keep_their_size(name):
     net = with_statistics(make(), x)
     plans = planner(net, x)
     plan = plans.make(Budget(macs=min(1., .3+.7*plans.least('macs'))))
-    small = plan.apply(net, plans.batches, moments=plans.moments)
+    small = plan.apply(net, plans.calibration)
     assert abs(count_macs(small, x[:8])/count_macs(net, x[:8]) - plan.predicted['macs']) < 1e-12 and plan.predicted['macs'] <= plan.budget['macs']
     assert miss(small, net, x) < .8 and plan.choices.keys() == factored_layers(small).keys()
-    assert small.low_rank_plan['layers'].keys() == {n for n,m in net.named_modules() if isinstance(m, plan_module.layer_types) and n in plan.layers}
+    assert small.low_rank_plan['layers'].keys() == {n for n,m in net.named_modules() if isinstance(m, layer_types) and n in plan.layers}
     json.dumps(small.low_rank_plan)
 
 def test_what_stays_dense_is_listed_with_the_reason():
     net = Grouped()
     net.never = nn.Linear(5, 5)
     layers = make_plan(net, images, Budget(macs=.8)).layers
-    assert layers['body.7']['reason'] == 'no metric is known for a transposed convolution'
-    assert 'no data reaches it' in layers['never']['reason']
-    assert layers['body.2']['reason'] == 'best left dense' and all((r['status'] == 'factored') == (r['scheme'] is not None) == (not r['reason']) for r in layers.values())
+    assert layers['body.7'].reason == 'no metric is known for a transposed convolution'
+    assert 'no data reaches it' in layers['never'].reason
+    assert layers['body.2'].reason == 'best left dense' and all((r.status == 'factored') == (r.scheme is not None) == (not r.reason) for r in layers.values())
 
 def test_decompose_takes_a_budget():
     net = with_statistics(plain_net(), images)
@@ -171,14 +171,14 @@ def test_the_estimate_of_the_loss_sums_what_the_options_say():
     plan = plans.make(Budget(macs=.5))
     want = 0
     for n,(s,r) in plan.choices.items():
-        scheme = schemes[s](plan_module.Geometry.of(net.get_submodule(n)), net.get_submodule(n).weight, n, plans.metric_of(n))
+        scheme = schemes[s](Geometry.of(net.get_submodule(n)), n).solver(net.get_submodule(n).weight, plans.calibration.metric(n))
         want += scheme.metric.cost(scheme.blocks - scheme.approximation(r))
     assert abs(plan.predicted['loss'] - want) < 1e-6*want # float64 costs of float32 factors
 
 def test_more_schemes_and_larger_budgets_never_lose_more():
     net = with_statistics(plain_net(), images)
     mo = calibrate(net, images)
-    loss = lambda s, b: make_plan(net, images, Budget(macs=b), schemes=s, moments=mo).predicted['loss']
+    loss = lambda s, b: make_plan(net, mo, Budget(macs=b), schemes=s).predicted['loss']
     losses = [loss(('svd', 'spatial'), b) for b in (.3, .45, .6, .75, .9)]
     assert all(a > b for a,b in zip(losses, losses[1:]))
     for b in (.4, .6): assert loss(('svd', 'spatial', 'tucker'), b) <= 1.02*min(loss(('svd',), b), loss(('spatial', 'svd'), b)) # the Lagrangian's gap
@@ -221,9 +221,9 @@ def test_the_skeleton_is_typed_like_the_model(plan, args):
 def test_edits(planned, plan):
     net = planned[0]
     name = next(iter(plan.choices))
-    before = plan.layers[name]['params_before']
+    before = plan.layers[name].params_before
     assert type(plan.set(name).apply(net).get_submodule(name)) is type(net.get_submodule(name))
-    assert plan.layers[name] == dict(plan.layers[name], status='dense', scheme=None, rank=None, full_rank=None, params_after=before, reason='set by hand')
+    assert plan.layers[name] == Record(plan.layers[name].type, params_before=before, params_after=before, reason='set by hand')
     assert not plan.predicted # it was another plan's
     small = plan.set(name, 'svd', 2).apply(net)
     assert small.get_submodule(name).rank == 2 and small.low_rank_plan['layers'][name]['params_after'] == count_params(small.get_submodule(name))
@@ -256,7 +256,7 @@ def tied():
     (plain_net, ('10', 'spatial', 2), "layer '10': Linear has no two spatial axes")])
 def test_a_plan_that_does_not_fit_is_refused_before_anything_happens(plan, model, edit, match):
     net,(name,scheme,rank) = model(),edit
-    plan.layers[name] |= dict(scheme=scheme, rank=rank)                              # as in an edited file
+    plan.layers[name].scheme,plan.layers[name].rank = scheme,rank                    # as in an edited file
     for use in (plan.check, plan.skeleton, plan.apply, lambda m: plan.apply(m, images), lambda m: decompose(m, plan)):
         with unchanged(net), pytest.raises(ValueError, match=match): use(net)
 
@@ -338,8 +338,8 @@ class Clock:
         return res if isinstance(models, dict) else list(res.values())
     def inside(self, model, sample): return {n: self.ms(m) for n,m in model.named_modules()}
     def start(self, monkeypatch):
-        monkeypatch.setattr(plan_module, 'measure_latency', self)
-        monkeypatch.setattr(plan_module, 'latency_per_layer', self.inside)
+        monkeypatch.setattr(planner_module, 'measure_latency', self)
+        monkeypatch.setattr(planner_module, 'latency_per_layer', self.inside)
 
 def by_size(m): return .01 + m.weight.numel()*1e-3                                # and an overhead for each call
 def costly_spatial(m): return by_size(m)*(20 if isinstance(m, nn.Conv2d) and (m.kernel_size[0] == 1) != (m.kernel_size[1] == 1) else 1)
@@ -372,14 +372,14 @@ def test_where_factors_are_slower_no_latency_can_be_saved(monkeypatch):
 def test_where_the_model_is_slower_than_its_layers_the_plan_is_made_again(monkeypatch):
     clock = Clock(by_size)
     clock.start(monkeypatch)
-    monkeypatch.setattr(plan_module, 'measured_ratio', lambda dense, other, sample, once: min(1., 1.15*clock.ms(other)/clock.ms(dense)))
+    monkeypatch.setattr(planner_module, 'measured_ratio', lambda dense, other, sample, once: min(1., 1.15*clock.ms(other)/clock.ms(dense)))
     plan = make_plan(timed_net(), images, Budget(latency=.6))
     assert plan.measured['latency'] <= .6 and plan.predicted['latency'] < .6/1.1 and plan.budget == {'latency': .6}
 
 def test_where_the_model_is_faster_than_its_layers_nothing_is_given_away(monkeypatch):
     clock = Clock(by_size)
     clock.start(monkeypatch)
-    monkeypatch.setattr(plan_module, 'measured_ratio', lambda dense, other, sample, once: .7*clock.ms(other)/clock.ms(dense))
+    monkeypatch.setattr(planner_module, 'measured_ratio', lambda dense, other, sample, once: .7*clock.ms(other)/clock.ms(dense))
     plan = make_plan(timed_net(), images, Budget(latency=.5))
     assert .45 <= plan.measured['latency'] <= .5 and plan.predicted['latency'] > .6 and plan.budget == {'latency': .5} # .7 of .6 and more
 
@@ -387,7 +387,7 @@ def timed_plan(monkeypatch, ratio, value): # `ratio`: what is measured, from the
     "A plan for a budget of time, and the shares that were tried"
     clock,shares = Clock(by_size),[]
     clock.start(monkeypatch)
-    monkeypatch.setattr(plan_module, 'measured_ratio', lambda dense, other, sample, once: ratio(shares.append(clock.ms(other)/clock.ms(dense)) or shares[-1]))
+    monkeypatch.setattr(planner_module, 'measured_ratio', lambda dense, other, sample, once: ratio(shares.append(clock.ms(other)/clock.ms(dense)) or shares[-1]))
     return make_plan(timed_net(), images, Budget(latency=value)),shares
 
 @pytest.fixture(scope='module')
@@ -424,7 +424,7 @@ def test_what_is_left_of_a_budget_of_time_is_worth_one_more_plan(monkeypatch):
 
 def test_a_plan_that_leaves_all_dense_is_not_timed(monkeypatch):
     Clock(lambda m: 1.).start(monkeypatch)
-    monkeypatch.setattr(plan_module, 'measured_ratio', lambda *args, **kwargs: 1.2)  # noise, of a model beside itself
+    monkeypatch.setattr(planner_module, 'measured_ratio', lambda *args, **kwargs: 1.2)  # noise, of a model beside itself
     plan = make_plan(timed_net(), images, Budget(latency=1.))
     assert not plan.choices and plan.measured['latency'] == 1
 
@@ -435,8 +435,8 @@ def test_all_of_the_time_is_enough_for_dense(monkeypatch, seed, share):
     rng,net = random.Random(seed),timed_net()
     times = {n: rng.random() for n,_ in net.named_modules()}
     Clock(by_size).start(monkeypatch)
-    monkeypatch.setattr(plan_module, 'latency_per_layer', lambda model, sample: times | {'': sum(times.values())/share})
-    monkeypatch.setattr(plan_module, 'measured_ratio', lambda *args, **kwargs: 1.02)
+    monkeypatch.setattr(planner_module, 'latency_per_layer', lambda model, sample: times | {'': sum(times.values())/share})
+    monkeypatch.setattr(planner_module, 'measured_ratio', lambda *args, **kwargs: 1.02)
     assert not make_plan(net, images, Budget(latency=1.)).choices
 
 def test_a_compiled_model_is_planned_for_time_too():
@@ -452,13 +452,13 @@ def test_slow_models_are_called_for_nothing_but_the_measurement(once, calls):
     models = {k: nn.Sequential(nn.Identity()) for k in 'ab'}
     seen = []
     for k,m in models.items(): m.register_forward_hook(lambda *_, k=k: seen.append(k) or time.sleep(.003)) # more than what is the least of a measurement
-    plan_module._timed(models, torch.zeros(1), 1., once=once)
+    planner_module._timed(models, torch.zeros(1), 1., once=once)
     assert seen.count('a') == seen.count('b') == calls
 
 def test_options_are_timed_once_for_all_budgets_of_time(monkeypatch):
     clock = Clock(by_size)
     clock.start(monkeypatch)
-    monkeypatch.setattr(plan_module, 'measured_ratio', lambda dense, other, sample, once: clock.ms(other)/clock.ms(dense))
+    monkeypatch.setattr(planner_module, 'measured_ratio', lambda dense, other, sample, once: clock.ms(other)/clock.ms(dense))
     plans = planner(timed_net(), images)
     first = plans.make(Budget(latency=.8))
     calls = clock.calls
@@ -480,7 +480,7 @@ def test_a_layer_takes_the_time_that_it_has_in_the_model(monkeypatch):
     clock.start(monkeypatch)
     plans = planner(net, images)
     (alone,total),times = plans.timed_options(),{'0': 3., '2': .5}
-    monkeypatch.setattr(plan_module, 'latency_per_layer', lambda model, sample: {n: times.get(n, 1.)*t for n,t in clock.inside(model, sample).items()} | {'': 70.})
+    monkeypatch.setattr(planner_module, 'latency_per_layer', lambda model, sample: {n: times.get(n, 1.)*t for n,t in clock.inside(model, sample).items()} | {'': 70.})
     inside,whole = plans.timed_options()
     assert whole == 70. != total
     for n in alone: assert [o.latency for o in inside[n]] == pytest.approx([times.get(n, 1.)*o.latency for o in alone[n]])
@@ -492,11 +492,11 @@ def test_records_hold_the_error_in_the_metric():
     plan = plans.plan(Budget(macs=.4))
     assert plan.choices
     for n,(scheme,rank) in plan.choices.items():
-        layer,metric = net.get_submodule(n),plans.metric_of(n)
+        layer,metric = net.get_submodule(n),plans.calibration.metric(n)
         W = Geometry.of(layer).to_blocks(layer.weight.detach()).double()
-        s = schemes[scheme](Geometry.of(layer), layer.weight, n, metric)
+        s = schemes[scheme](Geometry.of(layer), n).solver(layer.weight, metric)
         want = (metric.cost(W - s.approximation(rank))/metric.cost(W))**.5
-        assert abs(plan.layers[n]['error'] - want) < 1e-6 # the jitter in the moment of the outputs
+        assert abs(plan.layers[n].error - want) < 1e-6 # the jitter in the moment of the outputs
         assert 0 < want < 1
 
 # --- what was predicted, and what was measured
@@ -538,9 +538,9 @@ def test_decomposers_with_data_measure_too():
     for small in (decompose(net, [FC_Decomposer(.3), ConvDecomposer('tucker', .4)], images), ConvDecomposer('spatial', .4).decompose(net, data=images)):
         check_measured(net, small, images)
         predicted,plans = noted(small)[0],planner(net, images)
-        parts = [schemes[l.scheme](l.geometry, net.get_submodule(n).weight, n, plans.metric_of(n)).costs([l.rank])[0] for n,l in factored_layers(small).items()]
+        parts = [schemes[l.scheme](l.geometry, n).solver(net.get_submodule(n).weight, plans.calibration.metric(n)).costs([l.rank])[0] for n,l in factored_layers(small).items()]
         assert len(parts) >= 2 and predicted == {'loss': pytest.approx(sum(parts))}
-    assert set(decompose(net, FC_Decomposer(.3)).low_rank_plan) == {'layers'}      # nothing to measure on
+    assert noted(decompose(net, FC_Decomposer(.3))) == ({}, {})                    # nothing to measure on
 
 def test_other_losses_and_metrics_claim_nothing_about_the_loss():
     net = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 6))
