@@ -66,7 +66,7 @@ def _check_options(ft_lr, tail, distill, max_drop):
         raise ValueError(f"max_drop: {max_drop!r} is not the most that the metric may get worse, "
                          "a number from 0")
 
-# %% ../nbs/19_callback.ipynb #681f8748
+# %% ../nbs/19_callback.ipynb #45cd65fc
 def _refuse_copies(learn):
     "Raise a `RuntimeError` where fastai's old mixed precision trains copies of the parameters"
     half = learn._grab_cbs((ModelToHalf, NonNativeMixedPrecision))
@@ -102,7 +102,7 @@ def _refuse_holders(cbs, layers):
                                f"be replaced (in `{attr}`) and would go on with the old ones; take it out, "
                                "or use `learn.decompose` before the fit")
 
-# %% ../nbs/19_callback.ipynb #e74998ea
+# %% ../nbs/19_callback.ipynb #f57a6ec6
 def _start_over(cb):
     "Let a callback forget what it knows of the dense model"
     if isinstance(cb, GradientAccumulation): cb.count = 0
@@ -128,7 +128,8 @@ class _Before:
 
     def replaced(self):
         "{name: module} for the modules that are others now"
-        res,now = {},dict(get_model(self.learn.model).named_modules())
+        res = {}
+        now = dict(get_model(self.learn.model).named_modules())
         for name,module in self.modules.items():
             new = now.get(name, module)
             if new is module: continue
@@ -163,11 +164,13 @@ def _last_value(learn):
     value = row.get(f'valid_{name}', row.get(name))
     return float(value) if isinstance(value, Real) else None
 
-# %% ../nbs/19_callback.ipynb #f5c34af9
+# %% ../nbs/19_callback.ipynb #5fa9a3e1
 class _Change:
     "A decomposition of a learner: the record of it, and the way back if it costs more than `max_drop`"
     def __init__(self, learn, max_drop, **record):
-        self.learn,self.max_drop,self.record = learn,max_drop,record
+        self.learn = learn
+        self.max_drop = max_drop
+        self.record = record
         self.before = None if max_drop is None else _Before(learn)
         self.value = _last_value(learn) if max_drop is None else None
         if self.value is None: self.value = self.measure()
@@ -199,25 +202,23 @@ class _Change:
             self.record |= dict(metric=name, metric_before=self.value, metric_after=value)
         if None not in (self.macs, macs): self.record |= dict(macs_before=self.macs, macs_after=macs)
 
-# %% ../nbs/19_callback.ipynb #b39ecfcb
+# %% ../nbs/19_callback.ipynb #cf21901d
 def _size_change(record, kind, unit):
     "The size of the model before and after, as a part of a line"
-    before,after = record[f'{kind}_before'],record[f'{kind}_after']
+    before = record[f'{kind}_before']
+    after = record[f'{kind}_after']
     return f", {before:,} -> {after:,} {unit} ({after/before:.2f}x)"
 
 def _value_change(record): return f"{record['metric_before']:.4f} -> {record['metric_after']:.4f}"
 
-@patch
-def line(self:_Change):
-    "The record in one line"
-    rec = self.record
-    res = f"epoch {rec['epoch']}: decomposed {rec['decomposed']} of {rec['layers']} layers"
-    res += _size_change(rec, 'params', 'parameters')
-    if 'macs_after' in rec: res += _size_change(rec, 'macs', 'MACs')
-    if 'metric' in rec:
-        res += f", {rec['metric']} {_value_change(rec)}"
-        if not rec['decomposed']: res += f': more than max_drop={self.max_drop}, undone'
-    return res
+def _line(record, max_drop):
+    "A record in one line"
+    line = f"epoch {record['epoch']}: decomposed {record['decomposed']} of {record['layers']} layers"
+    line += _size_change(record, 'params', 'parameters')
+    if 'macs_after' in record: line += _size_change(record, 'macs', 'MACs')
+    if 'metric' not in record: return line
+    line += f", {record['metric']} {_value_change(record)}"
+    return line if record['decomposed'] else f'{line}: more than max_drop={max_drop}, undone'
 
 # %% ../nbs/19_callback.ipynb #3a0fa88b
 class _Records(list):
@@ -245,9 +246,12 @@ class DecomposeCallback(Callback):
         self.schedule = _schedule(at_epoch, what)
         check_arguments(list(self.schedule.values()), data, kwargs)
         self.at_epoch = min(self.schedule)
-        self.ft_lr,self.tail = float(ft_lr),tail
-        self.data,self.kwargs = data,kwargs
-        self.distill,self.max_drop = float(distill),max_drop
+        self.ft_lr = float(ft_lr)
+        self.tail = tail
+        self.data = data
+        self.distill = float(distill)
+        self.max_drop = max_drop
+        self.kwargs = kwargs
         self.history = []           # records of all fits
         self._passed = set()        # epochs of the schedule that have been carried out
         self._frozen = False        # were layers frozen in the last fit?
@@ -256,7 +260,7 @@ class DecomposeCallback(Callback):
     @property
     def done(self): return len(self._passed) == len(self.schedule)
 
-# %% ../nbs/19_callback.ipynb #fb657e8c
+# %% ../nbs/19_callback.ipynb #599ca479
 @patch
 def _forget_fit(self:DecomposeCallback):
     "Forget what belongs to a single fit"
@@ -294,7 +298,7 @@ def _begin(self:DecomposeCallback):
     self._trained = True
     self._frozen = self.opt.frozen_idx > 0
 
-# %% ../nbs/19_callback.ipynb #dd8afe0e
+# %% ../nbs/19_callback.ipynb #f7406f30
 @patch
 def _check(self:DecomposeCallback):
     "Raise an error where the model cannot be changed in a fit, or not as the schedule says"
@@ -320,7 +324,7 @@ def _check_budget(self:DecomposeCallback, budget):
     sample = sample_of(self.learn, self.data if sample is None else [sample])
     check_reach(model, budget, sample, self.kwargs.get('schemes', Settings().schemes))
 
-# %% ../nbs/19_callback.ipynb #cc4f4fb9
+# %% ../nbs/19_callback.ipynb #c625c140
 @patch
 def _arguments_for(self:DecomposeCallback, what):
     "The arguments of `decompose` that `what`, an entry of the schedule, makes use of"
@@ -343,16 +347,17 @@ def _decompose(self:DecomposeCallback, what):
     self._note(change)
     if not change.record['decomposed']: return
     self.opt.zero_grad()
-    self._start,self.teacher = self.epoch/self.n_epoch,teacher
+    self._start = self.epoch/self.n_epoch
+    self.teacher = teacher
     for cb in self.learn.cbs: _start_over(cb)
 
-# %% ../nbs/19_callback.ipynb #e9941627
+# %% ../nbs/19_callback.ipynb #b4752f6d
 @patch
 def _note(self:DecomposeCallback, change):
     "Put a change on record and in the log"
     self.history.append(change.record)
     if hasattr(self, 'recorder'): self.recorder.decomposed.append(change.record)
-    if self.logger is not noop: print(change.line())
+    if self.logger is not noop: print(_line(change.record, self.max_drop))
 
 @patch
 def after_epoch(self:DecomposeCallback):
@@ -385,7 +390,7 @@ def _warn_of_missed(self:DecomposeCallback):
     warn(f"DecomposeCallback: at_epoch={missed} was not reached and nothing decomposed{then}; "
          f"this fit of {self.n_epoch} epochs ended in epoch {self.epoch}, and the first is 0")
 
-# %% ../nbs/19_callback.ipynb #d64a3cea
+# %% ../nbs/19_callback.ipynb #2ec01f59
 def _frozen_copy(model): return copy.deepcopy(get_model(model)).eval().requires_grad_(False)
 
 def _outputs(o): return list(o) if isinstance(o, (tuple,list)) else [o]
@@ -407,14 +412,15 @@ def after_loss(self:DecomposeCallback):
     for cb in self.learn._grab_cbs(GradientAccumulation): part = part*find_bs(self.yb)/cb.n_acc
     self.learn.loss_grad = self.loss_grad + self.distill*part
 
-# %% ../nbs/19_callback.ipynb #795bf13f
+# %% ../nbs/19_callback.ipynb #cdaede62
 @patch
 def before_batch(self:DecomposeCallback):
     "Lower the learning rates that the schedule has set for this batch"
     if self._start is None: return
     self._lrs = [hyper['lr'] for hyper in self.opt.hypers]
     pos = min(1., (self.pct_train-self._start)/(1-self._start))
-    lr,last = _tails[self.tail](self.ft_lr, 0.)(pos),self._lrs[-1]
+    lr = _tails[self.tail](self.ft_lr, 0.)(pos)
+    last = self._lrs[-1]
     scale = min(1., lr/last) if last > 0 else 1.
     self.opt.set_hyper('lr', [float(o)*scale for o in self._lrs])
 

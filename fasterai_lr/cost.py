@@ -8,7 +8,6 @@ __all__ = ['Latency', 'count_params', 'size_on_disk', 'macs_per_layer', 'count_m
 # %% ../nbs/06_cost.ipynb #9f42893f
 import io, math, re, time, warnings
 from collections import defaultdict, namedtuple
-from contextlib import contextmanager
 from functools import cache
 
 import numpy as np

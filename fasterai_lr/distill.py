@@ -7,7 +7,6 @@ __all__ = ['flip_and_crop', 'mix', 'flip_crop_and_mix', 'distill']
 
 # %% ../nbs/11_distill.ipynb #b3b58fa1
 import warnings
-from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F

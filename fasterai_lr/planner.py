@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Option', 'layer_options', 'choose', 'Options', 'Planner', 'plan_within', 'predicted_loss', 'time_options',
-           'measured_ratio', 'evaluation', 'check_evaluate', 'search_drop', 'make_plan']
+           'measured_ratio', 'latency_plan', 'evaluation', 'check_evaluate', 'search_drop', 'make_plan']
 
 # %% ../nbs/14_planner.ipynb #534b8f79
 import math, re, warnings
@@ -192,7 +192,7 @@ class Planner:
         dense:float|None=None # what it returns for the dense model, if known
        )->Plan:
         "The plan for any budget"
-        if budget.kind == 'latency': return _latency_plan(self, budget)
+        if budget.kind == 'latency': return latency_plan(self, budget)
         if budget.kind == 'max_drop': return search_drop(self, budget, evaluate, dense).plan
         return plan_within(self, self.options, budget)
 
@@ -332,7 +332,7 @@ def _plan_of_latency(planner, aim):
     return plan
 
 @undisturbed()
-def _latency_plan(planner, budget)->Plan:
+def latency_plan(planner, budget)->Plan:
     "The plan for a budget of milliseconds, measured"
     value,tried = budget.value,{}
     least = min(1., planner.timed_options.least('latency')*(1+1e-9))

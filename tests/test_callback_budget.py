@@ -175,7 +175,7 @@ def test_a_plan_in_the_callback():
     quiet_fit(learn, 2, DecomposeCallback(1, plan))
     assert {n: l.rank for n,l in factored_layers(learn.model).items()} == {n: r for n,(_,r) in plan.choices.items()}
     other = copy.deepcopy(plan)
-    other.layers['0']['type'] = 'Linear'
+    other.layers['0'].type = 'Linear'
     other.set('0', 'svd', 2)
     learn = learner()
     with pytest.raises(ValueError, match="layer '0' is Conv2d, not Linear"): quiet_fit(learn, 2, DecomposeCallback(1, other))

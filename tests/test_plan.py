@@ -107,7 +107,7 @@ def test_the_budget_holds_as_counted_and_is_used(name, kind):
     net = with_statistics(make(), x)
     plans = planner(net, x, schemes=('svd', 'spatial', 'tucker'))
     count = dict(params=count_params, macs=lambda m: count_macs(m, x[:8]))
-    dense,least,last = {k:c(net) for k,c in count.items()},plans.least(kind),float('inf')
+    dense,least,last = {k:c(net) for k,c in count.items()},plans.options.least(kind),float('inf')
     for share in (0, .15, .4, .8, 1):
         value = min(1., least + share*(1-least) + 1e-9)
         plan = plans.make(Budget(**{kind: value}))
@@ -127,7 +127,7 @@ def test_planned_and_fitted_models_run_and_keep_their_size(name):
     make,x = nets[name]
     net = with_statistics(make(), x)
     plans = planner(net, x)
-    plan = plans.make(Budget(macs=min(1., .3+.7*plans.least('macs'))))
+    plan = plans.make(Budget(macs=min(1., .3+.7*plans.options.least('macs'))))
     small = plan.apply(net, plans.calibration)
     assert abs(count_macs(small, x[:8])/count_macs(net, x[:8]) - plan.predicted['macs']) < 1e-12 and plan.predicted['macs'] <= plan.budget['macs']
     assert miss(small, net, x) < .8 and plan.choices.keys() == factored_layers(small).keys()
@@ -157,7 +157,7 @@ def test_the_smallest_value_named_can_be_reached(name, kind):
     plans = planner(make().eval(), x)
     with pytest.raises(ValueError, match=f'{kind}: 1e-06 cannot be reached; the smallest is') as e: plans.make(Budget(**{kind: 1e-6}))
     smallest = smallest_said(e)
-    assert plans.least(kind) <= smallest <= plans.least(kind) + 1.01e-4 # rounded up to four digits
+    assert plans.options.least(kind) <= smallest <= plans.options.least(kind) + 1.01e-4 # rounded up to four digits
     assert plans.make(Budget(**{kind: smallest})).predicted[kind] <= smallest
 
 def test_a_model_without_anything_to_decompose():
@@ -294,7 +294,7 @@ def test_the_smallest_model_that_keeps_the_metric(drop, want, planned):
     assert plan.budget == {'max_drop': drop} and plan.measured['metric'] >= plan.measured['dense_metric'] - drop
     inside = [c for c in calls[1:] if c >= want]
     assert plan.predicted['macs'] == pytest.approx(min(inside), abs=1e-12)        # the smallest of those that passed
-    json.dumps(plan.layers), json.dumps(plan.measured)
+    json.dumps(plan.plain())
 
 def test_the_model_that_was_judged_comes_back(planned):
     net,seen = planned[0],[]
@@ -469,7 +469,8 @@ def test_layers_of_one_shape_are_timed_once(monkeypatch):
     clock.start(monkeypatch)
     net = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(64, 64), nn.ReLU())))
     plans = planner(net, torch.randn(50, 64))
-    options,total = plans.timed_options()
+    options = plans.timed_options
+    total = options.totals['latency']
     assert clock.calls == 1 and len(options) == 6 and total == pytest.approx(6*by_size(net[0]))
     assert [[(o.scheme, o.rank, o.latency) for o in os] for os in options.values()] == [[(o.scheme, o.rank, o.latency) for o in options['0']]]*6
     assert len({o.loss for os in options.values() for o in os if o.rank == 8}) == 6 # but each has losses of its own
@@ -478,18 +479,17 @@ def test_a_layer_takes_the_time_that_it_has_in_the_model(monkeypatch):
     "By itself it may be faster or slower than between others; what it becomes is as much faster in there"
     clock,net = Clock(by_size),timed_net()
     clock.start(monkeypatch)
-    plans = planner(net, images)
-    (alone,total),times = plans.timed_options(),{'0': 3., '2': .5}
+    alone,times = planner(net, images).timed_options,{'0': 3., '2': .5}
     monkeypatch.setattr(planner_module, 'latency_per_layer', lambda model, sample: {n: times.get(n, 1.)*t for n,t in clock.inside(model, sample).items()} | {'': 70.})
-    inside,whole = plans.timed_options()
-    assert whole == 70. != total
+    inside = planner(net, images).timed_options
+    assert inside.totals['latency'] == 70. != alone.totals['latency']
     for n in alone: assert [o.latency for o in inside[n]] == pytest.approx([times.get(n, 1.)*o.latency for o in alone[n]])
 
 def test_records_hold_the_error_in_the_metric():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10)).eval()
     plans = planner(net, torch.randn(64, 3, 8, 8))
-    plan = plans.plan(Budget(macs=.4))
+    plan = plans.make(Budget(macs=.4))
     assert plan.choices
     for n,(scheme,rank) in plan.choices.items():
         layer,metric = net.get_submodule(n),plans.calibration.metric(n)

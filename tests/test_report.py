@@ -191,7 +191,7 @@ def test_spectra_in_other_types_and_of_zero():
 def test_spectra_in_the_metric_of_data():
     model,data = net().eval(),images()
     plans = planner(model, data)
-    loss = {o.rank:o.loss for o in plans.all_options()['8'] if o.scheme}           # of `svd`: half the energy beyond the rank
+    loss = {o.rank:o.loss for o in plans.options['8'] if o.scheme}           # of `svd`: half the energy beyond the rank
     (ax,) = plot_spectra(model, layers='8', data=data)
     energy = np.square(ax.get_lines()[0].get_ydata())
     tail = energy[::-1].cumsum()[::-1]
@@ -294,7 +294,7 @@ def test_tradeoff_in_the_metric_of_activations():
     assert list(table.columns) == ['budget', 'params', 'macs', 'count_params'] and table.count_params[1] < table.count_params[0]
 
 def test_tradeoff_of_time(monkeypatch):
-    monkeypatch.setattr(Planner, 'latency_plan', lambda self, b, progress=None: setattr(p := self.plan(Budget(macs=b.value)), 'measured', {'latency': .9*b.value}) or p)
+    monkeypatch.setattr('fasterai_lr.planner.latency_plan', lambda planner, b: setattr(p := planner.make(Budget(macs=b.value)), 'measured', {'latency': .9*b.value}) or p)
     table = tradeoff(net(), images(), budgets=(.5,), kind='latency')
     assert list(table.columns) == ['budget', 'params', 'macs', 'latency', 'loss'] and list(table.latency) == [1, .45]
     assert plot_tradeoff(table, 'latency').get_xlabel() == 'time of a forward pass left (% of the dense model)'

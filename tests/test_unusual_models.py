@@ -204,7 +204,7 @@ def test_a_metric_that_no_budget_keeps():
 def test_a_layer_set_to_dense_has_no_error():
     plan = make_plan(mlp(), torch.randn(64, 16), Budget(macs=.5))
     name = next(iter(plan.choices))
-    assert plan.set(name).layers[name]['error'] is None
+    assert plan.set(name).layers[name].error is None
 
 def test_a_budget_of_time_leaves_the_random_state_alone():
     net,x = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)),torch.randn(64, 256)
