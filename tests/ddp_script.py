@@ -19,7 +19,7 @@ from fasterai_lr.calibrate import calibrate
 from fasterai_lr.running import Inputs
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
-from fasterai_lr.distributed import shared_moments
+from fasterai_lr.distributed import shared_calibration
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
 from fasterai_lr.budget import Budget
@@ -189,11 +189,11 @@ def run_moments(path):
     res,rng = {},torch.get_rng_state()
     for name,(model,data) in cases.items():
         kw = dict(loss=squares, max_size=4 if name == 'wide' else 8192)
-        res[name] = shared_moments(DDP(model), model, data, **kw),calibrate(model, data, **kw)
-    shared_moments(DDP(gated), gated, TorchLoader(x, 16, shuffle=True), loss=squares)
+        res[name] = shared_calibration(DDP(model), model, data, **kw).moments,calibrate(model, data, **kw).moments
+    shared_calibration(DDP(gated), gated, TorchLoader(x, 16, shuffle=True), loss=squares)
     undisturbed,errors = torch.equal(rng, torch.get_rng_state()),[]
     for i in range(2):
-        try: shared_moments(DDP(gated), gated, [x[:8]/(dist.get_rank() != i), x[8:]/(dist.get_rank() != i)], loss=squares)
+        try: shared_calibration(DDP(gated), gated, [x[:8]/(dist.get_rank() != i), x[8:]/(dist.get_rank() != i)], loss=squares)
         except Exception as e: errors.append(f'{type(e).__name__}: {e}')
     return dict(res=res, errors=errors, undisturbed=undisturbed)
 

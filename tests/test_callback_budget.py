@@ -13,7 +13,6 @@ from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.learned import calibration_batches, metric_value, output_kind
 from fasterai_lr.cost import count_macs, count_params
 from fasterai_lr.decomposer import ConvDecomposer, decompose, FC_Decomposer
-from fasterai_lr.fit import output_loss
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
 from fasterai_lr.budget import Budget
@@ -138,8 +137,8 @@ def test_class_scores_along_any_axis(shape, axis):
     g = torch.Generator().manual_seed(0)
     a,b = torch.randn(2, *shape, generator=g)
     kind = replace(output_kind(learner()), axis=axis)
-    assert torch.equal(output_loss(a, b, kind), output_loss(a.movedim(axis, 1), b.movedim(axis, 1)))
-    assert output_loss(a, b, kind) != output_loss(a, b, regression)
+    assert torch.equal(kind.distance(a, b), classification.distance(a.movedim(axis, 1), b.movedim(axis, 1)))
+    assert kind.distance(a, b) != regression.distance(a, b)
 
 def test_distillation_of_a_learner_knows_its_classes():
     "`distill_steps` goes by the divergence of class probabilities, as `decompose` does"

@@ -64,10 +64,11 @@ def test_the_linear_layers_of_vgg16_bn_with_their_weights():
 def test_the_size_of_vgg19_by_tucker_at_half_of_both_ranks():
     with torch.device('meta'): features = models.vgg19().features # a size needs no weights
     scheme = lambda m: schemes['tucker'](Geometry.of(m))
+    rank_of = lambda m, wish: scheme(m).solver(m.weight).resolve(wish)
     saved = 0
     for n,m in features.named_children():
         if isinstance(m, nn.Conv2d) and n != '0':
-            rank = scheme(m).resolve(.5)
+            rank = rank_of(m, .5)
             assert rank == (m.out_channels//2, m.in_channels//2)
             saved += n_params(m) - scheme(m).n_params(rank)
     assert (n_params(features), n_params(features)-saved) == (20_024_384, 7_278_656)
@@ -124,7 +125,7 @@ def test_projection_of_a_resnet():
     shapes = {n: p.shape for n,p in model.state_dict().items()}
     rest = {n: p.clone() for n,p in model.state_dict().items() if not fnmatch(n, 'layer1.0.conv?.weight')}
     convs = [model.layer1[0].conv1, model.layer1[0].conv2]
-    best = [schemes['svd'](Geometry.of(c), c.weight.detach().clone()).error(8)*c.weight.norm() for c in convs]
+    best = [schemes['svd'](Geometry.of(c)).solver(c.weight.detach().clone()).error(8)*c.weight.norm() for c in convs]
     before = [c.weight.detach().clone() for c in convs]
     assert project_(model, rank=8, layers=['layer1.0.conv1', 'layer1.0.conv2']) is model
     assert {n: p.shape for n,p in model.state_dict().items()} == shapes
@@ -232,7 +233,7 @@ def test_the_model_is_read_only():
     model = vgg_bn()
     before,ids = {n: p.clone() for n,p in model.state_dict().items()},[id(m) for m in model.modules()]
     what = [FC_Decomposer(), ConvDecomposer('spatial', .25)]
-    rows = factorize(model, what)[1]
+    rows = factorize(model, what).plan.plain()
     new = decompose(model, what)
     assert [id(m) for m in model.modules()] == ids and not hasattr(model, 'low_rank_plan') and model.training
     assert all(torch.equal(p, before[n]) for n,p in model.state_dict().items())
@@ -241,9 +242,9 @@ def test_the_model_is_read_only():
 
 def test_factors_can_be_had_without_a_new_model():
     model,seen = net(),[]
-    new,rows = factorize(model, [FC_Decomposer(.25), ConvDecomposer('svd', .25)], progress=lambda o: (seen.append(f.name) or f for f in o))
-    assert list(new) == ['3', '0', '1.0', '1.1'] == seen
-    assert list(rows['layers']) == ['0', '1.0', '1.1', '3'] and all(isinstance(m, FactoredLayer) for m in new.values())
+    change = factorize(model, [FC_Decomposer(.25), ConvDecomposer('svd', .25)], progress=lambda o: (seen.append(f.name) or f for f in o))
+    assert list(change.modules) == ['3', '0', '1.0', '1.1'] == seen
+    assert list(change.plan.layers) == ['0', '1.0', '1.1', '3'] and all(isinstance(m, FactoredLayer) for m in change.modules.values())
 
 def test_the_first_decomposer_that_factors_a_layer_has_it():
     what = [ConvDecomposer('cp', rank={'0': 4}), ConvDecomposer('slice', rank=1), ConvDecomposer('svd', rank=.25)]

@@ -222,7 +222,7 @@ def test_an_edit_is_measured_anew(edit, data, net):
     if data is None: assert rec['error'] == pytest.approx(want, rel=1e-6)              # float32
     else:
         plans = planner(net, data)
-        metric = plans.metric_of('2')
+        metric = plans.calibration.metric('2')
         cost, = schemes['tucker'](net_geometry(net[2]), '2').solver(net[2].weight, metric).costs([(4, 4)])
         assert rec['error'] == pytest.approx((cost/metric.total)**.5, rel=1e-6)
 
@@ -232,7 +232,7 @@ def net_geometry(layer):
 
 def test_what_is_not_edited_keeps_its_error(net):
     plan = make_plan(net, X[:300], macs)
-    before = {n: r['error'] for n,r in plan.layers.items()}
+    before = {n: r.error for n,r in plan.layers.items()}
     rec = by_hand(plan, '2', 'tucker', (4, 4)).apply(net, X[:300]).low_rank_plan['layers']
     assert {n: r['error'] for n,r in rec.items() if n != '2'} == {n: e for n,e in before.items() if n != '2'}
 
