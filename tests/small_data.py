@@ -3,7 +3,6 @@ import numpy as np, pandas as pd, random, torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_wine
 from fastai.collab import CollabDataLoaders
-from fastai.data.transforms import CategoryMap
 from fastai.tabular.all import Categorify, CategoryBlock, FillMissing, Normalize, TabularDataLoaders
 from fastai.text.all import BaseTokenizer, TextDataLoaders, Tokenizer
 from fastai.vision.all import ImageDataLoaders, ResBlock, Resize, SegmentationDataLoaders, XResNet, get_image_files

@@ -1,8 +1,6 @@
 "The README's main job: its data, its network, what it prints and the picture it saves"
-import warnings
-
 import matplotlib; matplotlib.use('agg')
-import pytest, torch
+import pytest
 
 from fasterai_lr.digits import digits_dls, digits_vgg, report, train_digits
 

@@ -1,24 +1,21 @@
 "Wrong calls that were once accepted in silence, or refused only after hours: each is one clear error before anything is computed, or a warning"
-import copy, json, re
+import copy, json
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from contextlib import nullcontext
 from torch import nn
-from sklearn.datasets import load_digits
-from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import L
 from fastai.learner import Learner
 from fastai.metrics import accuracy, error_rate
 from fasterai_lr.all import *
 from fasterai_lr.fit import flip_crop_and_mix
 from fasterai_lr.plan import Planner
 from helpers import planner
+from networks import digits
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.filterwarnings('error:data.*items are too few'), pytest.mark.filterwarnings('error:No layer was decomposed')]
-images,labels = load_digits(return_X_y=True)
-X,y = torch.tensor(images/16).float().view(-1, 1, 8, 8),torch.tensor(labels)
+X,y = digits()
 held_out = slice(1400, None)
 
 class Counted(nn.Sequential):

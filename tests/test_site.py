@@ -1,5 +1,5 @@
 "The site is built, and read in a browser as people do: at a desk, and on a phone"
-import os, shutil, subprocess, sys
+import shutil, subprocess, sys
 from contextlib import contextmanager
 from functools import partial
 from html.parser import HTMLParser

@@ -11,13 +11,11 @@ from fasterai_lr.fit import trace
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.plan import Budget, Plan, make_plan, measured
 from fasterai_lr.schemes import schemes
-from helpers import fitted, planner
-from test_fit import miss
+from helpers import fitted, miss, planner
 
 torch.set_num_threads(1)
 
-@pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures('seeded')
 
 def mlp(): return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
 
