@@ -1,7 +1,7 @@
 "What `test_distributed.py` runs in two processes: `python ddp_script.py FOLDER NAME…`; each process writes what it has seen to FOLDER/NAME_RANK.pt"
 from functools import partial
 from pathlib import Path
-import gc, random, sys, warnings, weakref
+import gc, sys, warnings, weakref
 
 import torch
 from torch import nn, distributed as dist
@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader as TorchLoader, IterableDataset
 from fastai.basics import *
 from fastai.metrics import mae
-from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import *
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -20,11 +19,13 @@ from fasterai_lr.running import Inputs
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
 from fasterai_lr.distributed import shared_calibration
-from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
 from fasterai_lr.budget import Budget
 from fasterai_lr.rank import Energy
 import fasterai_lr.learned as module, fasterai_lr.distributed as distributed
+from helpers import n_factored
+from learners import Watch, mk_learn, splitter
+from networks import linear_net
 
 torch.set_num_threads(1)
 warnings.filterwarnings('ignore', category=FutureWarning)
@@ -38,39 +39,22 @@ def _broadcast(self:DistributedDL, t, rank):
 
 what = FC_Decomposer(rank=2)
 
-def net(norm=nn.BatchNorm1d):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8,12), nn.ReLU(), norm(12), nn.Linear(12,10), nn.ReLU(), nn.LayerNorm(10), nn.Linear(10,4))
+def grads(learn):
+    "Copies of the gradients of `learn`"
+    return [p.grad.clone() for p in learn.model.parameters() if p.requires_grad]
 
-def split(m): return [list(m[:3].parameters()), list(m[3:5].parameters()), list(m[5:].parameters())]
-
-def mk_learn(model=None, n=64, bs=16, idxs=None, shuffle=True, loader=None, **kw):
-    "A learner that says nothing; `idxs`: the order of the items"
-    random.seed(0)
-    g = torch.Generator().manual_seed(1)
-    x,y = torch.randn(n, 8, generator=g),torch.randn(n, 4, generator=g)
-    if idxs is not None: x,y = x[idxs],y[idxs]
-    dls = Datasets(range(n), [[x.__getitem__],[y.__getitem__]], splits=[range(n),range(n)]).dataloaders(bs=bs, shuffle=shuffle, device='cpu', num_workers=0)
-    if loader: dls.loaders = [loader(dl) for dl in dls.loaders]
-    learn = Learner(dls, model or net(), loss_func=nn.MSELoss(), **{'splitter': split, **kw})
-    learn.logger = noop
-    return learn.remove_cb(ProgressCallback)
-
-class Watch(Callback):
-    "How many layers are factored in each epoch, and the gradients of each step"
-    order = 62
-    def before_fit(self): self.trains,self.grads = [],[]
-    def before_train(self): self.trains.append(len(factored_layers(self.model)))
-    def before_step(self): self.grads.append([p.grad.clone() for p in self.model.parameters() if p.requires_grad])
+def watch():
+    "A `Watch` of the gradients"
+    return Watch(grads)
 
 def state(m): return {k: v.clone() for k,v in get_model(m).state_dict().items()}
 def seen(learn, w, c, **kw):
     same = [id(p) for pg in learn.opt.param_lists for p in pg] == [id(p) for p in learn.model.parameters()]
-    return dict(state=state(learn.model), trains=w.trains, grads=w.grads, history=c.history, bound=same, plan=get_model(learn.model).low_rank_plan, **kw)
+    return dict(state=state(learn.model), trains=w.trains, grads=w.seen, history=c.history, bound=same, plan=get_model(learn.model).low_rank_plan, **kw)
 
 def run_ctx(path):
     "fastai's own way, with BatchNorm"
-    learn,w,c = mk_learn(),Watch(),DecomposeCallback(1, what, ft_lr=1e-2)
+    learn,w,c = mk_learn(),watch(),DecomposeCallback(1, what, ft_lr=1e-2)
     old = weakref.ref(learn.model[0].weight)
     with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(3, 1e-2, cbs=[w, c])
     learn.loss_grad = None
@@ -79,7 +63,7 @@ def run_ctx(path):
 
 def run_equal(path):
     "Batches of 2x16 items, to compare with one process and batches of 32"
-    learn,w,c = mk_learn(net(nn.LayerNorm), shuffle=False),Watch(),DecomposeCallback(1, what, ft_lr=1e-2)
+    learn,w,c = mk_learn(model=linear_net(nn.LayerNorm), shuffle=False),watch(),DecomposeCallback(1, what, ft_lr=1e-2)
     with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(3, 1e-2, cbs=[c, w])
     return seen(learn, w, c, losses=[v[1] for v in learn.recorder.values])
 
@@ -89,7 +73,7 @@ def halves():
 
 def one_process():
     "What `run_equal` has to come to"
-    learn,w,c = mk_learn(net(nn.LayerNorm), bs=32, idxs=halves(), shuffle=False),Watch(),DecomposeCallback(1, what, ft_lr=1e-2)
+    learn,w,c = mk_learn(model=linear_net(nn.LayerNorm), bs=32, order=halves(), shuffle=False),watch(),DecomposeCallback(1, what, ft_lr=1e-2)
     learn.fit_one_cycle(3, 1e-2, cbs=[c, w])
     return seen(learn, w, c, losses=[v[1] for v in learn.recorder.values])
 
@@ -103,7 +87,7 @@ def budget_fit(learn):
     def gather(model, data, *args, **kwargs):
         shares.extend(b[0] for b in data)
         return part(model, data, *args, **kwargs)
-    w,c = Watch(),DecomposeCallback({1: Budget(params=.7), 2: Budget(params=.5)}, ft_lr=1e-2, metric='activation')
+    w,c = watch(),DecomposeCallback({1: Budget(params=.7), 2: Budget(params=.5)}, ft_lr=1e-2, metric='activation')
     module.calibration_batches,distributed.calibrate = draw,gather
     try: learn.fit_one_cycle(3, 1e-2, cbs=[c, w])
     finally: module.calibration_batches,distributed.calibrate = real,part
@@ -111,26 +95,26 @@ def budget_fit(learn):
 
 def run_budget(path):
     "As `run_equal`"
-    learn = mk_learn(net(nn.LayerNorm), shuffle=False)
+    learn = mk_learn(model=linear_net(nn.LayerNorm), shuffle=False)
     with learn.distrib_ctx(sync_bn=False, cpu=True): return budget_fit(learn)
 
-def budget_in_one_process(): return budget_fit(mk_learn(net(nn.LayerNorm), bs=32, idxs=halves(), shuffle=False))
+def budget_in_one_process(): return budget_fit(mk_learn(model=linear_net(nn.LayerNorm), bs=32, order=halves(), shuffle=False))
 
 def run_guard(path):
     "A rank of one, undone; then a budget judged by the metric, with data in a loader that gives each process its share, and a teacher; a BatchNorm without parameters"
     model = nn.Sequential(nn.Linear(8,12,bias=False), nn.BatchNorm1d(12, affine=False), nn.ReLU(), nn.Linear(12,10), nn.ReLU(), nn.Linear(10,4))
-    learn = mk_learn(model, splitter=trainable_params, metrics=mae)
+    learn = mk_learn(model=model, splitter=trainable_params, metrics=mae)
     with learn.distrib_ctx(sync_bn=False, cpu=True):
         learn.fit(2, 1e-2, cbs=(guard := DecomposeCallback(1, FC_Decomposer(rank=1), max_drop=1e-4)))
-        dense = len(factored_layers(learn.model)),hasattr(get_model(learn.model), 'low_rank_plan')
-        w,c = Watch(),DecomposeCallback(1, Budget(max_drop=.05), data=learn.dls, ft_lr=1e-2, distill=.5)
+        dense = n_factored(learn.model),hasattr(get_model(learn.model), 'low_rank_plan')
+        w,c = watch(),DecomposeCallback(1, Budget(max_drop=.05), data=learn.dls, ft_lr=1e-2, distill=.5)
         learn.fit(2, 1e-2, cbs=[c, w])
     return seen(learn, w, c, dense=dense, guard=guard.history)
 
 def run_frozen(path):
     "`fine_tune`, groups with learning rates of their own, a torch optimizer, and callbacks that save"
     learn = mk_learn(path=path, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), metrics=mae)
-    w,c = Watch(),DecomposeCallback(1, what, ft_lr=1e-2)
+    w,c = watch(),DecomposeCallback(1, what, ft_lr=1e-2)
     with learn.distrib_ctx(sync_bn=False, cpu=True):
         learn.fine_tune(3, 1e-2, freeze_epochs=1, cbs=[c, w, SaveModelCallback(fname='best'), GradientAccumulation(16), GradientClip()])
         metric = [v[2] for v in learn.recorder.values]
@@ -149,7 +133,7 @@ def run_diverged(path):
         def before_batch(self):
             if not hasattr(self, 'state') and self.epoch == 1: self.state = state(self.model)
     try:
-        learn,p,w,c = mk_learn(),Push(),Watch(),DecomposeCallback(1, FC_Decomposer(rank=Energy(.6)))
+        learn,p,w,c = mk_learn(),Push(),watch(),DecomposeCallback(1, FC_Decomposer(rank=Energy(.6)))
         with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2, cbs=[p, c, w])
     finally: module.factorize = real
     return seen(learn, w, c, calls=len(calls), at_swap=p.state)
@@ -199,22 +183,22 @@ def run_moments(path):
 
 def run_before(path):
     "`learn.decompose` in all processes, then a fit"
-    learn,w = mk_learn(),Watch()
+    learn,w = mk_learn(),watch()
     learn.decompose(what)
     with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, 1e-2, cbs=w)
-    return dict(state=state(learn.model), trains=w.trains, grads=w.grads)
+    return dict(state=state(learn.model), trains=w.trains, grads=w.seen)
 
 def run_saved(path):
     "A file that the first process has written, in fresh learners of both, and more training; the last one is wrapped all the time"
     def ctx(learn):
         with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, 1e-2)
         return state(learn.model)
-    fresh = lambda *args, **kw: mk_learn(*args, path=path, shuffle=False, **kw)
+    fresh = lambda **kw: mk_learn(path=path, shuffle=False, **kw)
     learn = fresh()
     learn.decompose(what)
     saved = ctx(learn)
     learn.save_low_rank('m')
-    wrapped = fresh(DDP(net()), loader=partial(DistributedDL, device='cpu'), splitter=lambda m: split(get_model(m)))
+    wrapped = fresh(model=DDP(linear_net()), loader=partial(DistributedDL, device='cpu'), splitter=lambda m: splitter(get_model(m)))
     others = [o.load_low_rank('m') for o in (fresh(), wrapped)]
     loaded = [state(o.model) for o in others]
     wrapped.fit(1, 1e-2)
@@ -229,8 +213,8 @@ def run_plain(path):
     "A wrapper that the user has made, for a model in channels last; `learn.decompose` between two fits"
     ddp = DDP(conv_net(), static_graph=True)
     old = weakref.ref(ddp.module[3].weight)
-    learn = mk_learn(ddp, loader=partial(DistributedDL, device='cpu'), splitter=lambda m: [list(get_model(m).parameters())])
-    w,c = Watch(),DecomposeCallback(1, ConvDecomposer('spatial', rank=2), ft_lr=1e-2)
+    learn = mk_learn(model=ddp, loader=partial(DistributedDL, device='cpu'), splitter=lambda m: [list(get_model(m).parameters())])
+    w,c = watch(),DecomposeCallback(1, ConvDecomposer('spatial', rank=2), ft_lr=1e-2)
     learn.fit(2, 1e-2, cbs=[c, w])
     learn.decompose(what)
     before = [p.detach().clone() for p in ddp.parameters()]
@@ -242,7 +226,7 @@ def run_plain(path):
 
 def run_root(path):
     "A model that is a single layer"
-    learn,w,c = mk_learn(nn.Linear(8,4), splitter=trainable_params),Watch(),DecomposeCallback(1, what, ft_lr=1e-2)
+    learn,w,c = mk_learn(model=nn.Linear(8,4), splitter=trainable_params),watch(),DecomposeCallback(1, what, ft_lr=1e-2)
     with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2, cbs=[c, w])
     return seen(learn, w, c)
 
@@ -257,8 +241,8 @@ def run_error(path):
         except BaseException as e: errors.append(f'{type(e).__name__}: {e}')
         finally: module.factorize = real
         learn.model = get_model(learn.model)    # fastai leaves the wrapper of a fit that raised; accelerate before 1.14 would put another around it
-    dense = len(factored_layers(learn.model))
-    w,c = Watch(),DecomposeCallback(1, what)
+    dense = n_factored(learn.model)
+    w,c = watch(),DecomposeCallback(1, what)
     with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2, cbs=[c, w])
     return seen(learn, w, c, errors=errors, dense=dense)
 
@@ -274,16 +258,16 @@ def run_refused(path):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.device_mesh import init_device_mesh
     def hooked():
-        ddp = DDP(net())
+        ddp = DDP(linear_net())
         ddp.register_comm_hook(None, fp16_compress_hook)
         return ddp
     def sharded():
-        model = net()
+        model = linear_net()
         fully_shard(model, mesh=init_device_mesh('cpu', (2,)))
         return model
-    makers,res = dict(hook=hooked, group=lambda: DDP(net(), process_group=dist.new_group([0,1])), sharded=sharded),{}
+    makers,res = dict(hook=hooked, group=lambda: DDP(linear_net(), process_group=dist.new_group([0,1])), sharded=sharded),{}
     for name,f in makers.items():
-        learn = mk_learn(f(), loader=partial(DistributedDL, device='cpu'), splitter=lambda m: [list(m.parameters())])
+        learn = mk_learn(model=f(), loader=partial(DistributedDL, device='cpu'), splitter=lambda m: [list(m.parameters())])
         try: learn.fit(2, 1e-2, cbs=DecomposeCallback(1, what))
         except RuntimeError as e: res[name] = str(e),learn.recorder.lrs
     return res

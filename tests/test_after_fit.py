@@ -1,5 +1,5 @@
 "What users do with a decomposed Learner: validate, predict, look at it, export it, save it, train it on"
-import json, os, random, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 import matplotlib; matplotlib.use('Agg')
@@ -9,38 +9,23 @@ from sklearn.datasets import load_wine
 from torch.testing import assert_close
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.progress import ProgressCallback
 from fastai.data.transforms import get_image_files
-from fastai.imports import noop
 from fastai.interpret import ClassificationInterpretation, Interpretation, SegmentationInterpretation
 from fastai.learner import load_learner
 from fastai.optimizer import Adam, ranger
-from fastai.vision.all import vision_learner, accuracy
-from small_data import digit_dls, seed, tiny_xresnet
-from test_applications import apps
-from tiny import snapshot, moved, ids, flat
+import fastai.callback.hook
+from applications import apps, made, what, xresnet
+from helpers import flat, ids, moved, n_factored, same, snapshot
+from learners import quiet, train_on
 from fasterai_lr.callback import DecomposeCallback
-from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
-from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
 
 here = Path(__file__).resolve().parent
-what = [FC_Decomposer(), ConvDecomposer('spatial', rank=.25)]
-def n_fact(learn): return len(factored_layers(learn.model))
+pytestmark = pytest.mark.usefixtures('close_figures')
 
-def quiet(learn, path):
-    learn.path,learn.logger = path,noop
-    return learn.remove_cb(ProgressCallback)
-
-def mk(path, **kw):
-    seed()
-    return quiet(vision_learner(digit_dls(path), tiny_xresnet, pretrained=False, metrics=accuracy, **kw), path)
-
-def fitted(path, name='xresnet'):
+def decomposed(path, name='xresnet'):
     "A learner of an application that the callback has decomposed; the callback is the learner's own"
-    seed()
-    path.mkdir(exist_ok=True)
-    learn = quiet(apps[name][0](path), path)
+    learn = made(apps[name][0], path)
     learn.add_cb(DecomposeCallback(1, what, ft_lr=1e-2))
     learn.fit_one_cycle(3, 1e-2)
     return learn
@@ -48,12 +33,7 @@ def fitted(path, name='xresnet'):
 @pytest.fixture(scope='module')
 def vision(tmp_path_factory):
     "Decomposed, and only looked at"
-    return fitted(tmp_path_factory.mktemp('vision'))
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close('all')
+    return decomposed(tmp_path_factory.mktemp('vision'))
 
 def valid_outputs(learn):
     "Predictions and targets of the validation set, by hand"
@@ -68,7 +48,7 @@ def test_predictions(vision):
     preds,targs,losses = vision.get_preds(with_loss=True)
     # the same numbers in batches of another size: float32 rounding
     assert_close(preds.as_subclass(torch.Tensor), want, rtol=1e-4, atol=1e-6)
-    assert torch.equal(targs.as_subclass(torch.Tensor), y) and n_fact(vision) == 17
+    assert torch.equal(targs.as_subclass(torch.Tensor), y) and n_factored(vision.model) == 17
     loss,acc = vision.validate()
     assert_close([loss, acc], [-want.log()[range(len(y)),y].mean().item(), (want.argmax(1) == y).float().mean().item()], rtol=1e-4, atol=1e-6)
     assert_close(losses.mean().item(), loss, rtol=1e-4, atol=0)
@@ -99,7 +79,7 @@ def test_interpretation(vision):
     assert sum(len(ax.images) for ax in plt.gcf().axes) == 3
 
 def test_interpretation_from_before_the_swap(tmp_path):
-    learn = mk(tmp_path)
+    learn = xresnet(tmp_path)
     learn.fit(1, 1e-2)
     interp = Interpretation.from_learner(learn)
     learn.decompose(what)
@@ -108,25 +88,25 @@ def test_interpretation_from_before_the_swap(tmp_path):
     assert len(after.losses) == len(interp.losses) and not torch.equal(after.losses, interp.losses)
 
 def test_segmentation_interpretation(tmp_path):
-    learn = fitted(tmp_path, 'unet')
+    learn = decomposed(tmp_path, 'unet')
     interp = SegmentationInterpretation.from_learner(learn)
     interp.plot_top_losses(2)
     learn.show_results(max_n=2)
     mask,_,probs = learn.predict(learn.dls.valid_ds.items[0])
-    assert mask.shape == (32,32) and probs.shape == (2,32,32) and n_fact(learn) == 33
+    assert mask.shape == (32,32) and probs.shape == (2,32,32) and n_factored(learn.model) == 33
 
 @pytest.mark.parametrize('name', ['xresnet', 'tabular', 'text_classifier', 'unet'])
 def test_summary(name, tmp_path):
-    learn = fitted(tmp_path, name)
+    learn = decomposed(tmp_path, name)
     with torch.no_grad(): text = str(learn.summary())
     total = next(l for l in text.splitlines() if l.startswith('Total params'))
     # fastai counts layers with a `weight`; LSTMs and the like have none
     if name in ('xresnet', 'tabular'): assert int(total.split(':')[1].replace(',', '')) == sum(p.numel() for p in learn.model.parameters())
-    assert 'DecomposeCallback' in text and n_fact(learn) == apps[name][1]
+    assert 'DecomposeCallback' in text and n_factored(learn.model) == apps[name][1]
 
 @pytest.mark.parametrize('name', ['tabular', 'collab_nn', 'text_classifier', 'untied_lm'])
 def test_other_applications(name, tmp_path, capsys):
-    learn = fitted(tmp_path, name)
+    learn = decomposed(tmp_path, name)
     if name != 'text_classifier': learn.show_results(max_n=3)       # fastai 2.8's own fails there
     loss = learn.validate()[0]
     assert learn.get_preds()[0].isfinite().all() and loss == learn.validate()[0]
@@ -162,7 +142,7 @@ print(json.dumps(res))
 def test_export_to_a_new_process(tmp_path):
     given,want = [],{}
     for name in ('xresnet', 'tabular', 'collab_nn'):
-        learn = fitted(tmp_path/name, name)
+        learn = decomposed(tmp_path/name, name)
         learn.export('x.pkl')
         items = new_items(name, learn)
         want[name] = learn.get_preds(dl=learn.dls.test_dl(items if name == 'xresnet' else pd.DataFrame(items)))[0]
@@ -180,7 +160,7 @@ def test_export_to_a_new_process(tmp_path):
 @pytest.mark.parametrize('cb', [None, ChannelsLast, MixedPrecision])
 def test_export_keeps_the_learner_and_trains_on(cb, tmp_path):
     "`export` puts a new optimizer in, with the state of the old one"
-    learn = mk(tmp_path, cbs=[DecomposeCallback(1, what, ft_lr=1e-2), *([cb()] if cb else [])])
+    learn = xresnet(tmp_path, cbs=[DecomposeCallback(1, what, ft_lr=1e-2), *([cb()] if cb else [])])
     learn.fit_one_cycle(2, 1e-2)
     with torch.no_grad(): want = learn.get_preds()[0]
     steps = [learn.opt.state[p]['step'] for p in learn.model.parameters()]
@@ -192,31 +172,22 @@ def test_export_keeps_the_learner_and_trains_on(cb, tmp_path):
         assert_close(l.get_preds()[0].as_subclass(torch.Tensor), want.as_subclass(torch.Tensor), rtol=1e-4, atol=1e-6)    # another memory format rounds differently
         before = snapshot(l.model)
         l.fit(1, 1e-2)
-        assert all(moved(before, l.model)) and n_fact(l) == 17
+        assert all(moved(before, l.model)) and n_factored(l.model) == 17
 
 def test_export_before_the_swap(tmp_path):
     "A callback that has not had its epoch yet has it in the learner that was read back"
-    learn = mk(tmp_path, cbs=DecomposeCallback(1, what, ft_lr=1e-2))
+    learn = xresnet(tmp_path, cbs=DecomposeCallback(1, what, ft_lr=1e-2))
     learn.export('x.pkl')
     back = load_learner(tmp_path/'x.pkl')
     back.dls = learn.dls
     back.fit(2, 1e-2)
-    assert n_fact(back) == 17 and n_fact(learn) == 0 and [h['epoch'] for h in back.decompose_cb.history] == [1]
+    assert n_factored(back.model) == 17 and n_factored(learn.model) == 0 and [h['epoch'] for h in back.decompose_cb.history] == [1]
 
 # Save and load
 
-def train_on(learn):
-    "One more epoch, the same wherever it starts from the same state"
-    learn.dls.train.rng = random.Random(5)
-    torch.manual_seed(5)
-    learn.fit(1, 1e-2)
-    return snapshot(learn.model)
-
-def same(a, b): return len(a) == len(b) and all(torch.equal(p, q) for p,q in zip(a, b))
-
 @pytest.mark.parametrize('opt_func', [Adam, ranger])
 def test_save_and_load_into_the_same(opt_func, tmp_path):
-    learn = mk(tmp_path, opt_func=opt_func)
+    learn = xresnet(tmp_path, opt_func=opt_func)
     learn.fit(2, 1e-2, cbs=DecomposeCallback(1, what, ft_lr=1e-2))
     learn.save('m')
     if opt_func is ranger: learn.load('m')        # its slow weights are not part of what is saved: both start from a loaded state
@@ -228,26 +199,26 @@ def test_save_and_load_into_the_same(opt_func, tmp_path):
     assert not same(a, train_on(learn))           # and they matter
 
 def test_load_into_a_learner_decomposed_in_the_same_way(tmp_path):
-    learn = mk(tmp_path)
+    learn = xresnet(tmp_path)
     learn.fit(2, 1e-2, cbs=DecomposeCallback(1, what, ft_lr=1e-2))
     learn.save('m')
     a = train_on(learn)
-    other = mk(tmp_path).decompose(what)
+    other = xresnet(tmp_path).decompose(what)
     other.load('m')
     assert same(a, train_on(other))
 
 def test_load_into_a_dense_learner_is_an_error(tmp_path):
-    learn = mk(tmp_path)
+    learn = xresnet(tmp_path)
     learn.fit(2, 1e-2, cbs=DecomposeCallback(1, what, ft_lr=1e-2))
     learn.save('m')
-    with pytest.raises(RuntimeError, match='Missing key'): mk(tmp_path).load('m')
+    with pytest.raises(RuntimeError, match='Missing key'): xresnet(tmp_path).load('m')
 
 def test_decompose_what_load_learner_gives(tmp_path):
     "An exported dense learner, decomposed for inference"
-    learn = mk(tmp_path)
+    learn = xresnet(tmp_path)
     learn.fit(1, 1e-2)
     learn.export('x.pkl')
     back = load_learner(tmp_path/'x.pkl')
     back.decompose(what)
     preds,_ = quiet(back, tmp_path).get_preds(dl=back.dls.test_dl(get_image_files(tmp_path/'digits')[:6], num_workers=0))
-    assert n_fact(back) == 17 and preds.shape == (6,4) and torch.isfinite(preds).all()
+    assert n_factored(back.model) == 17 and preds.shape == (6,4) and torch.isfinite(preds).all()

@@ -2,19 +2,11 @@
 import math, re
 
 import pytest, torch
-from torch import nn
 from torch.testing import assert_close
-from fastai.collab import collab_learner
-from fastai.data.core import Datasets
-from fastai.imports import noop
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
-from fastai.tabular.all import tabular_learner
-from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config, language_model_learner, text_classifier_learner
-from fastai.vision.all import resnet18, resnet34, unet_learner, vision_learner
-from small_data import digit_dls, mask_dls, rating_dls, seed, text_dls, tiny_xresnet, wine_dls
-from tiny import snapshot, moved, ids
+from fastai.vision.all import resnet18, resnet34, unet_learner
+from applications import apps, dense_apps, depthwise, made, vision, what
+from helpers import ids, moved, snapshot
+from small_data import mask_dls
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.learned import calibration_batches
 from fasterai_lr.budget import smallest
@@ -24,54 +16,8 @@ from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
 from fasterai_lr.budget import Budget
 
-def timm(arch, **kw): return lambda path: vision_learner(digit_dls(path), arch, pretrained=False, metrics=accuracy, **kw)
-
-class Attention(nn.Module):
-    "A transformer that classifies sequences: torch's encoder, or one whose output layer is tied to the embedding"
-    def __init__(self, tied):
-        super().__init__()
-        self.embed,self.encoder = nn.Embedding(20, 32),nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, dropout=0., batch_first=True), 2)
-        self.head = nn.Linear(32, 20)
-        if tied: self.head.weight = self.embed.weight
-    def forward(self, x): return self.head(self.encoder(self.embed(x)).mean(1))
-
-def transformer(tied=False):
-    g = torch.Generator().manual_seed(0)
-    x = torch.randint(20, (96,10), generator=g)
-    y = x.mode(1).values
-    dls = Datasets(range(96), [[x.__getitem__],[y.__getitem__]], splits=[range(64),range(64,96)]).dataloaders(bs=16, device='cpu', num_workers=0)
-    return Learner(dls, Attention(tied), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
-
-def text(f, config, is_lm, **kw):
-    config = dict(config, emb_sz=32, n_hid=24, n_layers=2, **kw)
-    return lambda path: f(text_dls(is_lm), AWD_LSTM, pretrained=False, config=config, **({} if is_lm else {'seq_len': 8}))
-
-depthwise,hooked = 'a depthwise convolution has nothing to factor','its weight is computed by a hook (weight or spectral norm, weight drop)'
-tied,mha = 'its parameters are tied to those of another module','its parent, an nn.MultiheadAttention, reads its weight directly'
-# name: how to make the learner, how many layers are factored, {pattern of the names of those that stay dense: reason}
-apps = dict(
-    xresnet=(lambda path: vision_learner(digit_dls(path), tiny_xresnet, pretrained=False, metrics=accuracy), 17, {}),
-    convnext=(timm('convnext_atto', depths=(1,1,1,1), dims=(8,16,32,64)), 14, {r'0\.model\.stages\.\d\.blocks\.0\.conv_dw': depthwise}),
-    vit=(timm('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=2), 11, {}),
-    unet=(lambda path: unet_learner(mask_dls(path), tiny_xresnet, pretrained=False, self_attention=True), 33, {r'layers\.5\.conv2\.2\.(query|key|value)\.0': hooked}),
-    tabular=(lambda path: tabular_learner(wine_dls(), layers=[64,32], metrics=accuracy), 3, {}),
-    collab_nn=(lambda path: collab_learner(rating_dls(), use_nn=True, layers=[64,32], y_range=(0,6)), 2, {r'layers\.2\.0': 'rank 1 would not make it smaller: 33 → 34 parameters'}),
-    text_classifier=(text(text_classifier_learner, awd_lstm_clas_config, False), 2, {}),
-    untied_lm=(text(language_model_learner, awd_lstm_lm_config, True, tie_weights=False), 1, {}),
-    transformer=(lambda path: transformer(), 5, {r'encoder\.layers\.\d\.self_attn\.out_proj': mha}),
-    tied_transformer=(lambda path: transformer(True), 4, {r'encoder\.layers\.\d\.self_attn\.out_proj': mha, 'head': tied}))
-dense_apps = dict(
-    collab_dot=(lambda path: collab_learner(rating_dls(), n_factors=8, y_range=(0,6)), {}),
-    lm=(text(language_model_learner, awd_lstm_lm_config, True), {r'1\.decoder': tied}))
-plain = [FC_Decomposer(), ConvDecomposer('spatial', rank=.25)]
 # parameters that the models never use
 unused = {'0.model.head.norm.weight', '0.model.head.norm.bias', 'bn_cont.weight', 'bn_cont.bias'}
-
-def mk(make, path):
-    seed()
-    learn = make(path)
-    learn.path,learn.logger = path,noop
-    return learn
 
 def groups(learn):
     "What the learner's own splitter makes of the model: groups of ids"
@@ -101,7 +47,7 @@ def check_trains(learn):
 @pytest.mark.parametrize('name', apps)
 def test_application(name, tmp_path):
     make,n,dense = apps[name]
-    learn,c = mk(make, tmp_path),DecomposeCallback(1, plain, ft_lr=1e-2)
+    learn,c = made(make, tmp_path),DecomposeCallback(1, what, ft_lr=1e-2)
     with learn.no_bar(): learn.fit_one_cycle(2, 1e-2, cbs=c)
     assert [h['epoch'] for h in learn.recorder.decomposed] == [1] and len(learn.recorder.values) == 2
     table = check_plan(learn, n, dense)
@@ -114,7 +60,7 @@ def test_application(name, tmp_path):
 @pytest.mark.parametrize('name', dense_apps)
 def test_application_without_a_layer_to_decompose(name, tmp_path):
     make,dense = dense_apps[name]
-    learn = mk(make, tmp_path)
+    learn = made(make, tmp_path)
     before = learn.model.state_dict().keys()
     with learn.no_bar(), pytest.warns(UserWarning, match='No layer was decomposed'): learn.fit_one_cycle(2, 1e-2, cbs=DecomposeCallback(1))
     assert learn.model.state_dict().keys() == before
@@ -126,7 +72,7 @@ def test_application_without_a_layer_to_decompose(name, tmp_path):
 @pytest.mark.parametrize('name', apps)
 def test_application_with_a_budget(name, tmp_path):
     "Each keeps to a budget halfway between the dense model and the smallest that it can be, with the dense one as its teacher before and after, and trains on"
-    learn = mk(apps[name][0], tmp_path)
+    learn = made(apps[name][0], tmp_path)
     n,least = count_params(learn.model),smallest(learn.model, calibration_batches(learn, 2)[0], 'params')
     c = DecomposeCallback(1, Budget(params=(1+least)/2), ft_lr=1e-2, distill=.5, distill_steps=3)
     with learn.no_bar(): learn.fit_one_cycle(2, 1e-2, cbs=c)
@@ -140,7 +86,7 @@ def test_application_with_a_budget(name, tmp_path):
 @pytest.mark.parametrize('name', ['convnext', 'tabular', 'collab_nn', 'text_classifier', 'untied_lm', 'transformer', 'tied_transformer'])
 def test_application_by_default(name, tmp_path):
     "Without a word on how far, half of what can be saved of the MACs goes: no error where half of them all cannot"
-    learn = mk(apps[name][0], tmp_path)
+    learn = made(apps[name][0], tmp_path)
     least = smallest(learn.model, calibration_batches(learn, 2)[0])
     with learn.no_bar(): learn.fit_one_cycle(2, 1e-2, cbs=DecomposeCallback(1, ft_lr=1e-2))
     rec, = learn.recorder.decomposed
@@ -151,7 +97,7 @@ def test_application_by_default(name, tmp_path):
 @pytest.mark.parametrize('name', [*apps, *dense_apps])
 def test_application_that_cannot_be_so_small(name, tmp_path):
     "Said before the first epoch, with what can be reached; nothing has changed"
-    learn = mk((apps|dense_apps)[name][0], tmp_path)
+    learn = made((apps|dense_apps)[name][0], tmp_path)
     least = smallest(learn.model, calibration_batches(learn, 2)[0], 'params')
     for budget in (Budget(params=.99*least), Budget(macs=.001)):
         before = snapshot(learn.model)
@@ -171,7 +117,7 @@ def outputs(learn):
 @pytest.mark.parametrize('name', apps)
 def test_factors_of_full_rank_change_no_output(name, tmp_path):
     "Whatever the model does with its layers (skip connections, hooks of the U-Net, attention), the factors stand in for them"
-    learn = mk(apps[name][0], tmp_path)
+    learn = made(apps[name][0], tmp_path)
     with learn.no_bar(): learn.fit(1, 1e-3)
     want = outputs(learn)
     learn.decompose([FC_Decomposer(rank=1., force=True), ConvDecomposer('spatial', rank=1., force=True)])
@@ -181,7 +127,7 @@ def test_factors_of_full_rank_change_no_output(name, tmp_path):
 
 def test_fine_tune_of_a_pretrained_body(tmp_path):
     "As a pretrained model is trained: frozen at first; the swap comes in the second fit, in all groups"
-    learn,c = mk(apps['xresnet'][0], tmp_path),DecomposeCallback(1, plain, ft_lr=1e-2)
+    learn,c = made(apps['xresnet'][0], tmp_path),DecomposeCallback(1, what, ft_lr=1e-2)
     learn.freeze()
     with learn.no_bar():
         learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=c)
@@ -192,11 +138,11 @@ def test_fine_tune_of_a_pretrained_body(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('name,make,n', [
     ('unet_resnet34', lambda path: unet_learner(mask_dls(path, size=64), resnet34, pretrained=False), None),
-    ('convnext_atto', timm('convnext_atto'), None),
-    ('vit_tiny', timm('vit_tiny_patch16_224', img_size=32, patch_size=8), None),
-    ('resnet18_fine_tune', lambda path: vision_learner(digit_dls(path), resnet18, pretrained=False, metrics=accuracy), 22)])
+    ('convnext_atto', vision('convnext_atto'), None),
+    ('vit_tiny', vision('vit_tiny_patch16_224', img_size=32, patch_size=8), None),
+    ('resnet18_fine_tune', vision(resnet18), 22)])
 def test_full_size(name, make, n, tmp_path):
-    learn,c = mk(make, tmp_path),DecomposeCallback(1, plain, ft_lr=1e-3)
+    learn,c = made(make, tmp_path),DecomposeCallback(1, what, ft_lr=1e-3)
     with learn.no_bar():
         learn.fine_tune(2, 1e-3, freeze_epochs=1, cbs=c)
         layers = learn.model.low_rank_plan['layers']

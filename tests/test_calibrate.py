@@ -17,17 +17,12 @@ from fasterai_lr.metric import DiagonalMetric, Metric, make_metric
 from fasterai_lr.running import Batches
 from fasterai_lr.layers import Geometry
 from fasterai_lr.schemes import schemes
+from helpers import apart, gen, same, state_of
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures('seeded')
 
-@pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
-
-def gen(seed=0): return torch.Generator().manual_seed(seed)
 def half_square(out): return .5*out.square().sum()
-def close(a, b, rel): # relative to the largest entry
-    assert a.shape == b.shape
-    assert (a-b).abs().max() <= rel*b.abs().max().clamp_min(1e-300), ((a-b).abs().max()/b.abs().max()).item()
 
 # --- moments of every geometry
 
@@ -94,12 +89,12 @@ def test_moments_are_those_of_all_patches_outputs_and_gradients(case):
     bias = 0 if layer.bias is None else layer.bias.detach().view(-1, o)
     out = rows_of(y.detach(), layer, o) - bias
     # double precision, sums of at most a few hundred terms
-    close(m.inputs, gram(rows)/len(rows), 1e-12)
-    close(m.input_mean, rows.mean(0), 1e-12)
-    close(outputs_of(m, layer), gram(out)/len(out), 1e-11)
+    assert apart(m.inputs, gram(rows)/len(rows)) <= 1e-12
+    assert apart(m.input_mean, rows.mean(0)) <= 1e-12
+    assert apart(outputs_of(m, layer), gram(out)/len(out)) <= 1e-11
     assert m.outputs is None
-    close(m.output_mean, out.mean(0), 1e-11)
-    close(m.grads, gram(g)/len(x), 1e-12)
+    assert apart(m.output_mean, out.mean(0)) <= 1e-11
+    assert apart(m.grads, gram(g)/len(x)) <= 1e-12
     assert m.positions == len(rows) and m.inputs.dtype == torch.float64
 
 @pytest.mark.parametrize('case', [Case(2, (4, 6), dict(kernel_size=3, groups=2), (3, 6, 5)), Case(0, (5, 4), {}, (6, 7))])
@@ -107,7 +102,7 @@ def test_batches_of_different_sizes_weigh_by_their_positions(case):
     net,x = nn.Sequential(case.layer(), nn.Tanh()),case.input()
     whole = calibrate(net, x, loss=half_square)['0']
     parts = calibrate(net, [x[:1], x[1:]], loss=half_square)['0']
-    for k in ('grads', 'output_mean', 'inputs', 'input_mean'): close(getattr(parts, k), getattr(whole, k), 1e-13) # the same sums in another order
+    for k in ('grads', 'output_mean', 'inputs', 'input_mean'): assert apart(getattr(parts, k), getattr(whole, k)) <= 1e-13 # the same sums in another order
 
 def test_positions_are_drawn_where_there_are_many():
     net,x = nn.Sequential(Case(2, (3, 4), dict(kernel_size=3)).layer()),torch.randn(30, 3, 12, 12, dtype=torch.float64)
@@ -117,8 +112,8 @@ def test_positions_are_drawn_where_there_are_many():
     # 4,000 draws of products with a standard deviation of at most √2: 5 standard errors are .11; every entry would be wrong if the rows were
     assert (some.inputs - every.inputs).abs().max() < .11
     assert torch.equal(some.grads, every.grads)                                  # gradients are never drawn
-    beyond = calibrate(net, [x]*8, half_square, most=1000, max_size=4)['0']
-    close(beyond.outputs, outputs_of(some, net[0]), 1e-12)                       # outputs are those of the same positions
+    beyond = calibrate(net, [x]*8, half_square, most=500, max_size=4)['0']
+    assert apart(beyond.outputs, outputs_of(some, net[0])) <= 1e-12              # outputs are those of the same positions
 
 @pytest.mark.parametrize('groups', [1, 2])
 def test_products_keep_their_precision_whatever_is_switched_on(groups):
@@ -128,7 +123,7 @@ def test_products_keep_their_precision_whatever_is_switched_on(groups):
         with torch.autocast('cpu', dtype=torch.bfloat16): g.add(rows, rows)
     finally: torch.set_float32_matmul_precision('highest')
     plain = (rows.rows + rows.near).double()
-    close(g.mean, gram(plain)/300, 1e-6)                                         # float32; bfloat16 would leave two or three digits
+    assert apart(g.mean, gram(plain)/300) <= 1e-6                                # float32; bfloat16 would leave two or three digits
     assert torch.equal(g.mean, g.mean.mT)
 
 def test_a_shared_layer_is_one_layer_used_twice():
@@ -140,8 +135,8 @@ def test_a_shared_layer_is_one_layer_used_twice():
     b = shared(a.tanh())
     ga, = torch.autograd.grad(half_square(b), a)
     both,h = b.detach(),a.detach().tanh()                                        # the gradient of half a square is the output
-    close(found['0'].grads[0], (ga.T@ga + both.T@both)/20, 1e-13)                # summed over the uses
-    close(found['0'].inputs[0], (x.T@x + h.T@h)/40, 1e-13)                       # averaged over the positions of both
+    assert apart(found['0'].grads[0], (ga.T@ga + both.T@both)/20) <= 1e-13       # summed over the uses
+    assert apart(found['0'].inputs[0], (x.T@x + h.T@h)/40) <= 1e-13              # averaged over the positions of both
 
 def test_an_in_place_activation_changes_nothing():
     conv,x = nn.Conv2d(3, 4, 3),torch.randn(6, 3, 6, 6)
@@ -152,7 +147,7 @@ def test_the_covariance_of_nearly_constant_inputs_survives_float32():
     x = 1e3 + torch.randn(4000, 6, generator=gen())
     m = calibrate(nn.Linear(6, 3), x, half_square)['']
     cov = (m.inputs - m.input_mean[...,None]*m.input_mean[:,None])[0]
-    close(cov, torch.cov(x.double().T, correction=0), 1e-5) # float32 products of numbers near one; uncentred ones would be wrong by .1
+    assert apart(cov, torch.cov(x.double().T, correction=0)) <= 1e-5 # float32 products of numbers near one; uncentred ones would be wrong by .1
 
 # --- losses
 
@@ -196,7 +191,7 @@ def test_what_no_loss_is_known_for_is_said():
     with pytest.raises(ValueError, match="^data: batch 0 holds NaN or infinity"): calibrate(Dict(), x/0, lambda o: o['logits'].sum())
     own = calibrate(net := Dict(), x, lambda o: half_square(o['logits']))['fc']
     y = net.fc(x).detach().double()
-    close(own.grads[0], y.T@y/8, 1e-6) # float32 products
+    assert apart(own.grads[0], y.T@y/8) <= 1e-6 # float32 products
 
 # --- data
 
@@ -210,8 +205,8 @@ def test_every_kind_of_data_gives_the_same():
     want = calibrate(net, x, half_square)['']
     kinds = [[x[:12], x[12:]], [(x[:12], y[:12]), (x[12:], y[12:])], [[x]], DataLoader(ds, 8), DataLoader(ds, 8, shuffle=True),
              DataLoaders(DataLoader(ds, 8), DataLoader(TensorDataset(x*0, y), 8)), Batches(x, bs=7)]
-    for data in kinds: close(calibrate(net, data, half_square)[''].inputs, want.inputs, 1e-13)
-    close(calibrate(ByName(), [dict(pixels=x, labels=y)], half_square)['fc'].grads, want.grads, 1e-13) # and a layer may be called by name
+    for data in kinds: assert apart(calibrate(net, data, half_square)[''].inputs, want.inputs) <= 1e-13
+    assert apart(calibrate(ByName(), [dict(pixels=x, labels=y)], half_square)['fc'].grads, want.grads) <= 1e-13 # and a layer may be called by name
     assert len(next(iter(Batches([(x, x, y)])))) == 2
 
 @pytest.mark.parametrize('data, error, match', [(3, TypeError, 'int holds no batches'), ('path', TypeError, 'str holds no batches'), ([], ValueError, 'holds no batch'),
@@ -255,19 +250,6 @@ class Mixed(nn.Module):
         self.hooked.register_forward_hook(lambda *a: None)
     def forward(self, x): return self.hooked(self.fc(self.block(self.stop(self.drop(self.bn(self.conv(x)).relu_().flatten(2).mT))).mean(1)))
 
-def trace_of(net):
-    state = {k:v.clone() for k,v in net.state_dict().items()}
-    hooks = [(len(m._forward_hooks), len(m._backward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_with_kwargs)) for m in net.modules()]
-    randoms = torch.get_rng_state().tolist(),random.getstate(),np.random.get_state()[1].tolist(),np.random.get_state()[2]
-    return (state, [(id(p.grad), None if p.grad is None else p.grad.clone(), p.requires_grad, id(p)) for p in net.parameters()],
-            [m.training for m in net.modules()], hooks, randoms, torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-
-def same(a, b):
-    if isinstance(a, torch.Tensor): return torch.equal(a, b)
-    if isinstance(a, dict): return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
 @pytest.mark.parametrize('caller', [nullcontext, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize('what', [None, ValueError('no'), KeyboardInterrupt()], ids=['whole', 'error', 'interrupt'])
 def test_nothing_is_left_behind(caller, what):
@@ -276,9 +258,9 @@ def test_nothing_is_left_behind(caller, what):
         def __len__(self): return 12
         def __getitem__(self, i): return torch.randn(3, 6, 6)*random.random()*np.random.rand(), 0
     with caller():
-        before = trace_of(net)
+        before = state_of(net)
         with pytest.raises(type(what)) if what else nullcontext(): found = calibrate(net, DataLoader(Noisy(), 4, shuffle=True))
-        assert same(before, trace_of(net))
+        assert same(before, state_of(net))
     if what: return
     assert set(found) == {'conv', 'fc', 'block.linear1', 'block.linear2'} # not what carries hooks or is read by attention
     assert all(m.grads.abs().sum() > 0 for m in found.values())           # gradients flow also for callers without and through frozen layers
@@ -287,9 +269,9 @@ def test_data_that_stops_in_the_middle_leaves_nothing_either():
     net,x = Mixed(),torch.randn(4, 3, 6, 6)
     class Broken(list):
         def __iter__(self): yield x; raise OSError('disk')
-    before = trace_of(net)
+    before = state_of(net)
     with pytest.raises(OSError, match='disk'): calibrate(net, Broken())
-    assert same(before, trace_of(net))
+    assert same(before, state_of(net))
 
 def test_data_that_require_a_gradient_get_none():
     x = torch.randn(8, 4, requires_grad=True)
@@ -313,7 +295,7 @@ def test_models_in_half_precision(dtype, rel):
     assert {p.dtype for p in net.parameters()} == {dtype}
     for n,m in got.items():
         assert m.grads.dtype == m.inputs.dtype == torch.float64
-        for k in ('grads', 'inputs', 'input_mean'): close(getattr(m, k), getattr(want[n], k), rel)
+        for k in ('grads', 'inputs', 'input_mean'): assert apart(getattr(m, k), getattr(want[n], k)) <= rel
 
 def test_layers_that_are_not_reached_or_cannot_be_replaced_are_absent():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.ConvTranspose1d(4, 4, 1))
@@ -340,18 +322,18 @@ def test_beyond_the_limit_outputs_and_means_are_the_same():
     net,x = nn.Sequential(nn.Linear(30, 5)).double(),torch.randn(40, 30, dtype=torch.float64) + 1
     small,large = calibrate(net, x, half_square, max_size=8)['0'],calibrate(net, x, half_square)['0']
     assert small.inputs is None
-    close(small.outputs, outputs_of(large, net[0]), 1e-11)                     # double precision, by another way
-    for k in ('output_mean', 'input_mean', 'grads'): close(getattr(small, k), getattr(large, k), 1e-11)
+    assert apart(small.outputs, outputs_of(large, net[0])) <= 1e-11            # double precision, by another way
+    for k in ('output_mean', 'input_mean', 'grads'): assert apart(getattr(small, k), getattr(large, k)) <= 1e-11
 
 def test_where_both_sides_are_beyond_the_limit_the_diagonals_are_kept():
     net,x = nn.Sequential(nn.Linear(30, 50), nn.Tanh(), nn.Linear(50, 4)).double(),torch.randn(40, 30, dtype=torch.float64) + 1
     full,outs,both = (calibrate(net, x, half_square, max_size=m)['0'] for m in (8192, 40, 20))
     for m in (outs, both):
         assert m.grads.shape == (1, 50) and m.outputs is None
-        close(m.grads, full.grads.diagonal(dim1=1, dim2=2), 1e-11)            # double precision, by another way
-    close(outs.inputs, full.inputs, 1e-11)
-    close(both.inputs, full.inputs.diagonal(dim1=1, dim2=2), 1e-11)
-    for k in ('output_mean', 'input_mean'): close(getattr(both, k), getattr(full, k), 1e-11)
+        assert apart(m.grads, full.grads.diagonal(dim1=1, dim2=2)) <= 1e-11   # double precision, by another way
+    assert apart(outs.inputs, full.inputs) <= 1e-11
+    assert apart(both.inputs, full.inputs.diagonal(dim1=1, dim2=2)) <= 1e-11
+    for k in ('output_mean', 'input_mean'): assert apart(getattr(both, k), getattr(full, k)) <= 1e-11
 
 @pytest.mark.parametrize('kind', ['fisher', 'activation'])
 @pytest.mark.parametrize('max_size', [40, 20])
@@ -368,14 +350,14 @@ def test_diagonal_metrics_cost_what_full_ones_with_these_diagonals_do(kind, max_
     assert 'use svd' in schemes['cp'](Geometry(4, 4, (3, 3), (1, 1), (0, 0), (1, 1)), 'x').solver(torch.zeros(4, 4, 3, 3), metric).misfit()
     for r in (1, 7, 29, 30):
         assert a.costs([r])[0] == pytest.approx(b.costs([r])[0], rel=1e-4, abs=1e-9*metric.total)
-        close(a.approximation(r), b.approximation(r), 1e-3)                   # which the float32 of the chain rounds
-    close(a.approximation(30), W, 1e-6)
+        assert apart(a.approximation(r), b.approximation(r)) <= 1e-3          # which the float32 of the chain rounds
+    assert apart(a.approximation(30), W) <= 1e-6
 
 def test_gradients_of_half_precision_models_that_are_small_are_seen():
     net,x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),torch.randn(4, 3, 64, 64)
     with torch.no_grad(): net[4].weight.mul_(.03)                              # gradients of 10⁻⁶, where half precision is spaced by 6·10⁻⁸
     want,got = calibrate(net, x)['0'],calibrate(copy.deepcopy(net).half(), x.half())['0']
-    close(got.grads, want.grads, .01)
+    assert apart(got.grads, want.grads) <= .01
 
 def metric_of(layer, moments, kind='fisher', centre=None):
     geom = Geometry.of(layer)
@@ -427,9 +409,9 @@ def test_at_full_rank_every_scheme_reproduces_the_layer_in_any_metric(name, kind
     s = scheme_of(name, layer, moments, kind)
     built = s.build(s.most(), layer)
     assert built.weight.dtype == dtype
-    close(built.weight, layer.weight, eps)
+    assert apart(built.weight, layer.weight) <= eps
     x = torch.randn(3, 8, 6, 5, dtype=dtype)
-    close(built(x), layer(x), eps)
+    assert apart(built(x), layer(x)) <= eps
 
 # where the matrix is thin (more outputs than patch entries), its whitened root is singular
 @pytest.mark.parametrize('out, inp', [(60, 4), (12, 8)])
@@ -437,7 +419,7 @@ def test_at_full_rank_svd_reproduces_thin_layers(out, inp):
     layer,moments = layer_and_moments(1, out, inp)
     s = scheme_of('svd', layer, moments)
     assert s.full() == min(out, inp*6)
-    close(s.build(s.full(), layer).weight, layer.weight, 1e-9) # double precision, see above
+    assert apart(s.build(s.full(), layer).weight, layer.weight) <= 1e-9 # double precision, see above
     assert all(abs(c - s.metric.cost(s.blocks - s.approximation(r))) <= 1e-9*s.metric.cost(s.blocks) for r,c in zip(range(1, s.full()+1), s.costs(range(1, s.full()+1))))
 
 @pytest.mark.parametrize('name', schemes)
@@ -514,5 +496,5 @@ def test_both_gram_matrices_of_svd_say_the_same(layer, x):
     a,b = (schemes['svd'](Geometry.of(layer), 'layer').solver(layer.weight, m) for m in (narrow, wide))
     ranks = list(range(1, a.full()+1))
     for m,n in zip(a.costs(ranks), b.costs(ranks)): assert abs(m - n) <= 1e-9*narrow.total # outputs have 1e-12 on their diagonal, times their number
-    close(a.approximation(2), b.approximation(2), 1e-8)                         # vectors of a Gram matrix in double precision
-    close(a.approximation(ranks[-1]), a.blocks, 1e-12)
+    assert apart(a.approximation(2), b.approximation(2)) <= 1e-8                # vectors of a Gram matrix in double precision
+    assert apart(a.approximation(ranks[-1]), a.blocks) <= 1e-12

@@ -16,14 +16,16 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.learner import load_learner
 from fastai.metrics import mae
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
-from tiny import mk_learn, net, snapshot, moved, ids, flat
+from helpers import flat, ids, moved, n_factored, snapshot
+from learners import Watch, mk_learn
+from networks import linear_net
 from fastai.data.core import DataLoaders
 from fasterai_lr.running import n_items
 from fasterai_lr.callback import DecomposeCallback
+from fasterai_lr.learned import calibration_batches, decompose_learner
 from fasterai_lr.budget import smallest
 from fasterai_lr.decomposer import FC_Decomposer
 from fasterai_lr.layers import FactoredLayer
-from fasterai_lr.learned import calibration_batches, decompose_learner
 from fasterai_lr.budget import Budget
 from fasterai_lr.report import plot_training
 import fasterai_lr.callback as module, fasterai_lr.learned as learned
@@ -31,19 +33,10 @@ import fasterai_lr.callback as module, fasterai_lr.learned as learned
 n_iter = 4              # batches in an epoch
 what = FC_Decomposer(rank=2)
 def cb(at_epoch=1, **kw): return DecomposeCallback(at_epoch, what, **kw)
-def factored(model): return sum(isinstance(m, FactoredLayer) for m in model.modules())
-def n_fact(learn): return factored(learn.model)
+def rates(learn): return [h['lr'] for h in learn.opt.hypers]
 def tail(n, lr=1e-3): return [lr*(1 + math.cos(math.pi*k/n))/2 for k in range(n)]
 # Python floats go through a handful of operations: a few units in the last place
 same_lrs = partial(assert_close, rtol=1e-12, atol=1e-20)
-
-class Watch(Callback):
-    "At the start of each epoch's training and validation: how many layers are factored; after each batch the groups' learning rates"
-    order = 62
-    def before_fit(self): self.trains,self.valids,self.lrs = [],[],[]
-    def before_train(self): self.trains.append(factored(self.model))
-    def before_validate(self): self.valids.append(factored(self.model))
-    def before_step(self): self.lrs.append([h['lr'] for h in self.opt.hypers])
 
 # When
 
@@ -80,7 +73,7 @@ def test_decomposing_nothing_changes_nothing(opt_func):
     dense,lrs = snapshot(learn.model),learn.recorder.lrs
     learn,c = mk_learn(opt_func),DecomposeCallback(1, FC_Decomposer(rank=8))
     with pytest.warns(UserWarning, match='No layer was decomposed.*low_rank_plan.*low_rank_summary'): learn.fit_one_cycle(3, 1e-2, cbs=c)
-    assert n_fact(learn) == 0 and not any(moved(dense, learn.model)) and learn.recorder.lrs == lrs
+    assert n_factored(learn.model) == 0 and not any(moved(dense, learn.model)) and learn.recorder.lrs == lrs
     assert c.done and [h['decomposed'] for h in c.history] == [0]
 
 @pytest.fixture
@@ -156,7 +149,7 @@ def test_a_used_callback_is_quiet_in_the_same_learner_and_warns_in_another(tmp_p
         other = mk_learn(path=tmp_path, cbs=c)
         other.validate(), other.get_preds(), other.lr_find(num_it=8, show_plot=False)
     with pytest.warns(UserWarning, match='decomposes once .* make a new callback') as rec: other.fit(2, 1e-2)
-    assert len(rec) == 1 and n_fact(other) == 0 and other.recorder.lrs == [1e-2]*2*n_iter
+    assert len(rec) == 1 and n_factored(other.model) == 0 and other.recorder.lrs == [1e-2]*2*n_iter
 
 def test_persistent_callback_never_swaps_outside_of_training(tmp_path):
     learn = mk_learn(path=tmp_path, cbs=cb(0))
@@ -164,9 +157,9 @@ def test_persistent_callback_never_swaps_outside_of_training(tmp_path):
         warnings.simplefilter('error', UserWarning)
         learn.validate(), learn.get_preds(), learn.lr_find(num_it=8, show_plot=False)
         with torch.no_grad(): learn.summary()
-    assert n_fact(learn) == 0 and not learn.decompose_cb.done
+    assert n_factored(learn.model) == 0 and not learn.decompose_cb.done
     learn.fit(1, 1e-2)
-    assert n_fact(learn) == 3
+    assert n_factored(learn.model) == 3
     learn.lr_find(num_it=8, show_plot=False)
     learn.validate(), learn.get_preds()
     before = snapshot(learn.model)
@@ -188,12 +181,12 @@ def test_interrupted_lr_find_does_not_switch_it_off(tmp_path):
     learn = mk_learn(path=tmp_path, cbs=[cb(0), Stop()])
     with pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=8, show_plot=False)
     learn.fit(1, 1e-2)
-    assert n_fact(learn) == 3
+    assert n_factored(learn.model) == 3
 
 def test_never_reached_warns():
     learn,c = mk_learn(),cb(2)
     with pytest.warns(UserWarning, match='at_epoch=2 was not reached .* fit of 2 epochs ended in epoch 1'): learn.fit(2, 1e-2, cbs=c)
-    assert not c.done and n_fact(learn) == 0
+    assert not c.done and n_factored(learn.model) == 0
     class Early(Callback):
         def after_epoch(self): raise CancelFitException()
     with pytest.warns(UserWarning, match='fit of 5 epochs ended in epoch 0'): learn.fit(5, 1e-2, cbs=[c, Early()])
@@ -247,9 +240,9 @@ def test_constant_tail_and_plain_fit():
 @pytest.mark.parametrize('tail_name', ['cosine', 'constant'])
 @pytest.mark.parametrize('opt_func', [Adam, ranger, partial(OptimWrapper, opt=torch.optim.AdamW)])
 def test_discriminative_ratios_stay(tail_name, opt_func):
-    learn,w = mk_learn(opt_func),Watch()
+    learn,w = mk_learn(opt_func),Watch(rates)
     learn.fit_one_cycle(2, slice(1e-4,1e-2), cbs=[cb(1, tail=tail_name), w])
-    lrs = np.array(w.lrs)
+    lrs = np.array(w.seen)
     assert_close(lrs[:,0]/lrs[:,2], np.full(len(lrs), 1e-2), rtol=1e-9, atol=0)
     assert_close(lrs[:,1]/lrs[:,2], np.full(len(lrs), 1e-1), rtol=1e-9, atol=0)
     same_lrs([float(o) for o in lrs[n_iter:,2]], learn.recorder.lrs[n_iter:])
@@ -276,7 +269,7 @@ def test_decay_of_the_fit_survives():
 # What stands around it
 
 def check_dense_and_trains(learn):
-    assert n_fact(learn) == 0 and not hasattr(learn.model, 'low_rank_plan')
+    assert n_factored(learn.model) == 0 and not hasattr(learn.model, 'low_rank_plan')
     assert ids(flat(learn.opt)) == ids(learn.model.parameters())
     before = snapshot(learn.model)
     learn.fit(1, 1e-2)
@@ -298,7 +291,7 @@ def test_an_interrupt_leaves_a_dense_learner(monkeypatch, error):
     check_dense_and_trains(learn)
     monkeypatch.undo()
     learn.fit(2, 1e-2, cbs=c)                       # the same callback, again
-    assert c.done and n_fact(learn) == 3
+    assert c.done and n_factored(learn.model) == 3
 
 def test_save_best_from_before_the_swap(tmp_path):
     "A loss that is best at epoch 0: without a new start the dense weights would be loaded into the factored model"
@@ -309,7 +302,7 @@ def test_save_best_from_before_the_swap(tmp_path):
         def after_epoch(self): self.recorder.values[-1] = [0., next(values)]
     save = SaveModelCallback(fname='best')
     learn.fit(4, 1e-2, cbs=[cb(1), save, Fake()])
-    assert n_fact(learn) == 3 and save.best == 4.
+    assert n_factored(learn.model) == 3 and save.best == 4.
 
 def test_save_best_when_the_fit_ends_in_the_epoch_of_the_swap(tmp_path):
     class Stop(Callback):
@@ -317,7 +310,7 @@ def test_save_best_when_the_fit_ends_in_the_epoch_of_the_swap(tmp_path):
             if self.training and self.epoch == 1: raise CancelFitException()
     learn = mk_learn(path=tmp_path)
     learn.fit(3, 1e-2, cbs=[cb(1), SaveModelCallback(fname='best'), Stop()])
-    assert n_fact(learn) == 3
+    assert n_factored(learn.model) == 3
 
 @pytest.mark.parametrize('kw', [dict(every_epoch=True), dict(at_end=True), dict(with_opt=True)])
 def test_save_other_ways(tmp_path, kw):
@@ -351,7 +344,7 @@ def test_gradient_accumulation_starts_anew():
 def test_works_with(others, tmp_path):
     learn = mk_learn(path=tmp_path)
     learn.fit_one_cycle(2, 1e-2, cbs=[cb(1, ft_lr=1e-3), *[o() for o in others]])
-    assert n_fact(learn) == 3
+    assert n_factored(learn.model) == 3
     before = snapshot(learn.model)
     learn.fit(1, 1e-2)
     assert all(moved(before, learn.model))
@@ -415,7 +408,7 @@ def test_a_cancelled_batch(at, order):
     skip.at,skip.order = at,order
     learn,c = mk_learn(),cb(1)
     learn.fit(2, 1e-2, cbs=[c, skip])
-    assert skip.at == at+99 and n_fact(learn) == 3
+    assert skip.at == at+99 and n_factored(learn.model) == 3
     assert [h['lr'] for h in learn.opt.hypers] == [1e-2]*3      # the schedule's own, given back
 
 # What it shows
@@ -522,31 +515,31 @@ def test_what_cannot_be_measured_is_left_out(capsys):
         def before_batch(self): self.learn.xb = (self.xb[0], 1.)
     class Net(nn.Sequential):
         def forward(self, x, scale): return super().forward(x*scale)
-    learn = mk_learn(model=Net(*net()))
+    learn = mk_learn(model=Net(*linear_net()))
     learn.logger = print
     learn.fit(1, 1e-2, cbs=[Odd(), cb(0)])
     one, = learn.recorder.decomposed
-    assert one.keys() == {'epoch', 'step', 'decomposed', 'layers', 'params_before', 'params_after'} and n_fact(learn) == 3
+    assert one.keys() == {'epoch', 'step', 'decomposed', 'layers', 'params_before', 'params_after'} and n_factored(learn.model) == 3
     assert capsys.readouterr().out.splitlines()[0] == 'epoch 0: decomposed 3 of 3 layers, 326 -> 182 parameters (0.56x)'
-    learn = mk_learn(model=Net(*net()))
+    learn = mk_learn(model=Net(*linear_net()))
     with pytest.warns(UserWarning, match='cannot be run outside of the fit, .* by their weights alone .TypeError'): learn.fit(1, 1e-2, cbs=[Odd(), DecomposeCallback(0)])
-    assert n_fact(learn) == 3 and 'budget' not in learn.model.low_rank_plan
-    learn = mk_learn(model=Net(*net()))
+    assert n_factored(learn.model) == 3 and 'budget' not in learn.model.low_rank_plan
+    learn = mk_learn(model=Net(*linear_net()))
     with pytest.raises(ValueError, match='(?s)data: the model cannot be called with inputs .*scale'): learn.fit(3, 1e-2, cbs=[Odd(), DecomposeCallback(2, Budget(macs=.9))])        # before the first epoch
-    assert learn.recorder.lrs == [] and n_fact(learn) == 0
+    assert learn.recorder.lrs == [] and n_factored(learn.model) == 0
 
 def test_half_of_what_can_be_saved_by_default():
     learn = mk_learn()
     learn.fit(2, 1e-2, cbs=DecomposeCallback(1))
-    least = smallest(net(), torch.zeros(1, 8))
-    assert learn.model.low_rank_plan['budget'] == {'macs': math.ceil((1+least)/2*1e3)/1e3} and n_fact(learn)
+    least = smallest(linear_net(), torch.zeros(1, 8))
+    assert learn.model.low_rank_plan['budget'] == {'macs': math.ceil((1+least)/2*1e3)/1e3} and n_factored(learn.model)
 
 # Outside of a fit
 
 def test_decompose_learner():
     learn = mk_learn()
     rec = decompose_learner(learn, what)
-    assert learn.opt is None and n_fact(learn) == 3 and rec['decomposed'] == 3
+    assert learn.opt is None and n_factored(learn.model) == 3 and rec['decomposed'] == 3
     learn.fit(1, 1e-2)
     learn = mk_learn()
     learn.fit(1, 1e-2)
@@ -559,4 +552,4 @@ def test_decompose_learner_warns_where_nothing_is_left_to_do():
     learn = mk_learn()
     decompose_learner(learn, what)
     with pytest.warns(UserWarning, match='No layer was decomposed'): rec = decompose_learner(learn, what)
-    assert rec['decomposed'] == 0 and rec['params_before'] == rec['params_after'] and n_fact(learn) == 3
+    assert rec['decomposed'] == 0 and rec['params_before'] == rec['params_after'] and n_factored(learn.model) == 3

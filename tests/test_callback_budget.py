@@ -7,7 +7,6 @@ from fastai.vision.all import (accuracy, BCEWithLogitsLossFlat, Callback, CrossE
                                LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, MixUp, MSELossFlat, OptimWrapper, SGD, set_seed, TensorImage, Transform)
 from dataclasses import replace
 from functools import partial
-from sklearn.datasets import load_digits
 from fasterai_lr.loss import classification, regression
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.learned import calibration_batches, metric_value, output_kind
@@ -17,9 +16,10 @@ from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
 from fasterai_lr.budget import Budget
 from fasterai_lr.planner import make_plan
+from learners import digit_learner
+from networks import digits
 
-X = torch.tensor(load_digits().images, dtype=torch.float32)[:,None]/16
-Y = torch.tensor(load_digits().target)
+X,Y = digits()
 
 def net():
     torch.manual_seed(0)
@@ -33,9 +33,7 @@ class Noise(Transform):
         type(self).seen += 1
         return x + 100 if x.is_floating_point() else x
 
-def learner(tfms=(), **kw):
-    dls = Datasets(range(1000), [[X.__getitem__], [Y.__getitem__]], splits=[range(800), range(800, 1000)]).dataloaders(bs=100, device='cpu', after_batch=list(tfms))
-    return Learner(dls, net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, **kw)
+def learner(tfms=(), **kw): return digit_learner(net(), range(800), range(800, 1000), tfms, bs=100, **kw)
 
 def quiet_fit(learn, n, cbs, lr=1e-2):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n, lr, cbs=cbs)

@@ -1,66 +1,45 @@
 "DecomposeCallback beside fastai's own callbacks, in both orders of the list, on handwritten digits"
 from functools import partial
-import copy, math, random
+import copy, math
 
 import pytest, torch
 from torch import nn
 from torch.testing import assert_close
-from sklearn.datasets import load_digits
-from fastai.data.core import Datasets
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import CutMix, MixUp
-from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
-from fastai.callback.schedule import Learner # with `fit_one_cycle`
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.callback.core import Callback, CancelBackwardException, CancelStepException
 from fastai.imports import noop
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
-from fastai.metrics import accuracy
 from fastai.optimizer import Adam, OptimWrapper
-from tiny import mk_learn as mk_plain, snapshot, moved, ids, flat
-from test_optimizer import opt_funcs
+import fastai.callback.schedule
+from helpers import flat, ids, moved, n_factored, snapshot
+from learners import Watch, digit_learner, opt_funcs, quiet, mk_learn as mk_plain
+from networks import digit_net, digits
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
-from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
 import fasterai_lr.learned as module
 
 n_iter = 4                                      # batches in an epoch
-digits = load_digits()
-x,y = torch.tensor(digits.images[:200], dtype=torch.float32)[:,None]/16,torch.tensor(digits.target[:200])
+x,y = digits(200)
 what = [FC_Decomposer(rank=4), ConvDecomposer('spatial', rank=3)]
 def cb(at_epoch=1, ft_lr=1e-2, **kw): return DecomposeCallback(at_epoch, what, ft_lr=ft_lr, **kw)
-def n_fact(learn): return len(factored_layers(learn.model))
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,16,3,stride=2,padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-                         nn.Flatten(), nn.Linear(256,32), nn.ReLU(), nn.Linear(32,10))
 
 def split(m): return [list(m[:3].parameters()), list(m[3:6].parameters()), list(m[6:].parameters())]
 
-def mk_learn(path=None, loss_func=None, opt_func=Adam, cbs=None, progress=False, **kw):
-    random.seed(0)                              # of the order in which fastai draws the training items
-    dls = Datasets(range(200), [[x.__getitem__], [y.__getitem__]], splits=[range(128), range(128,200)]).dataloaders(bs=32, device='cpu', num_workers=0)
-    learn = Learner(dls, net(), loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, splitter=split, metrics=accuracy, path=path, cbs=cbs, **kw)
+def mk_learn(path=None, progress=False, opt_func=Adam, **kw):
+    learn = digit_learner(digit_net(), range(128), range(128, 200), bs=32, opt_func=opt_func, splitter=split, path=path, **kw)
     learn.logger = noop
-    return learn if progress else learn.remove_cb(ProgressCallback)
-
-class Watch(Callback):
-    "How many layers are factored in each epoch, how many steps are taken, and what this step sees"
-    order = 62
-    def __init__(self, see=noop): self.see = see
-    def before_fit(self): self.trains,self.seen,self.steps = [],[],0
-    def before_train(self): self.trains.append(n_fact(self.learn))
-    def before_step(self): self.seen.append(self.see(self.learn))
-    def after_step(self): self.steps += 1
+    return learn if progress else quiet(learn)
 
 def check(learn, n=3):
     "The layers are factored, the optimizer has the parameters of the model in their groups, and they all move in one more epoch"
-    assert n_fact(learn) == n and all(torch.isfinite(p).all() for p in learn.model.parameters())
+    assert n_factored(learn.model) == n and all(torch.isfinite(p).all() for p in learn.model.parameters())
     assert [ids(g) for g in learn.opt.param_lists] == [ids(g) for g in split(learn.model)]
     before = snapshot(learn.model)
     learn.fit(1, 1e-2)
@@ -94,7 +73,7 @@ def test_save_best(order, tmp_path):
 def test_save_every_epoch(order, tmp_path):
     learn,w = fit(order, [SaveModelCallback(every_epoch=True, fname='m')], path=tmp_path)
     keys = [weights(tmp_path/f'models/m_{e}.pth').keys() for e in range(3)]
-    assert keys[0] == net().state_dict().keys() and keys[1] == keys[2] == learn.model.state_dict().keys() != keys[0]
+    assert keys[0] == digit_net().state_dict().keys() and keys[1] == keys[2] == learn.model.state_dict().keys() != keys[0]
     learn.load('m_1', with_opt=False)
     check(learn)
 
@@ -213,7 +192,7 @@ def test_graph_and_bars(order, monkeypatch, capsys):
     learn.logger = print
     learn.fit(3, 1e-2, cbs=[c, ShowGraphCallback()][::order])
     assert [d for d,_ in drawn] == [[n_iter*(e+1), e+1] for e in range(3)]
-    assert 'epoch 1: decomposed 3 of 4 layers' in capsys.readouterr().out and n_fact(learn) == 3
+    assert 'epoch 1: decomposed 3 of 4 layers' in capsys.readouterr().out and n_factored(learn.model) == 3
 
 @both_orders
 @pytest.mark.parametrize('epoch', [0, 1])
@@ -274,7 +253,7 @@ def test_every_optimizer_in_a_fit(name):
     "fastai's and torch's: the factors' groups, and what is kept for each parameter, are as a new optimizer would have them"
     learn = mk_plain(opt_funcs[name])
     learn.fit(3, 1e-2, cbs=DecomposeCallback(1, FC_Decomposer(rank=2), ft_lr=1e-2))        # `fit_one_cycle` wants one with momentum
-    assert n_fact(learn) == 3 and ids(flat(learn.opt)) == ids(learn.model.parameters())
+    assert n_factored(learn.model) == 3 and ids(flat(learn.opt)) == ids(learn.model.parameters())
     inner = learn.opt.opt if isinstance(learn.opt, OptimWrapper) else learn.opt
     assert {id(p) for p in inner.state} <= set(ids(learn.model.parameters()))
     before = snapshot(learn.model)
@@ -297,7 +276,7 @@ def test_lr_find_before_and_after(tmp_path):
         state = copy.deepcopy(learn.model.state_dict())
         learn.lr_find(num_it=6, show_plot=False)
         for k,v in learn.model.state_dict().items(): assert torch.equal(v, state[k])
-        assert n_fact(learn) == found
+        assert n_factored(learn.model) == found
         learn.fit_one_cycle(2, 1e-2, cbs=c)
     check(learn)
 
@@ -411,7 +390,7 @@ def test_an_interrupt_at_any_layer_leaves_a_dense_learner(at, error, monkeypatch
     monkeypatch.setattr(module, 'factorize', stop)
     learn,c = mk_learn(path=tmp_path),cb()
     with pytest.raises(type(error)): learn.fit_one_cycle(3, 1e-2, cbs=[c, SaveModelCallback(fname='best'), GradientAccumulation(64)])
-    assert learn.model.state_dict().keys() == net().state_dict().keys() and not hasattr(learn.model, 'low_rank_plan') and not c.done
+    assert learn.model.state_dict().keys() == digit_net().state_dict().keys() and not hasattr(learn.model, 'low_rank_plan') and not c.done
     assert [learn.opt.state[p]['step'] for p in learn.model.parameters()] == [2]*len(list(learn.model.parameters()))
     assert not c in learn.cbs
     check(learn, 0)

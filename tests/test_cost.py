@@ -1,5 +1,5 @@
 "Cost: parameters, MACs against formulas, latency, and that measuring leaves no trace"
-import copy, os, random, subprocess, sys, time, warnings
+import copy, os, subprocess, sys, time, warnings
 import numpy as np, pytest, torch
 from torch import nn
 from torch.nn import functional as F
@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 import fasterai_lr.cost as cost
 from fasterai_lr.cost import *
+from helpers import same, state_of
+from networks import rand
 from fasterai_lr.cost import _Counter, _is_product, _rnn_flops
 
 class Block(nn.Module):
@@ -32,17 +34,7 @@ def net():
     m.conv.weight.requires_grad_(False)
     return m
 
-def trace(m):
-    return dict(modes=[o.training for o in m.modules()], tensors={k:v.clone() for k,v in m.state_dict().items()}, hooks=[(list(o._forward_hooks), list(o._forward_pre_hooks)) for o in m.modules()],
-                grads=[(p.requires_grad, p.grad) for p in m.parameters()], rng=torch.get_rng_state(), py=random.getstate(), np=np.random.get_state()[1].tolist(),
-                fast=torch.backends.mha.get_fastpath_enabled(), grad=torch.is_grad_enabled(), globs=[len(getattr(torch.nn.modules.module, o)) for o in ('_global_forward_hooks','_global_forward_pre_hooks')])
-
-def same(a, b):
-    if isinstance(a, torch.Tensor): return torch.equal(a, b)
-    if isinstance(a, dict): return a.keys()==b.keys() and all(same(a[k], b[k]) for k in a)
-    return a==b
-
-x = torch.randn(2,3,8,8, generator=torch.Generator().manual_seed(0))
+x = rand(2, 3, 8, 8)
 
 # --- nothing changes
 
@@ -55,13 +47,13 @@ def test_no_trace(measure, fast):
     m = net()
     torch.backends.mha.set_fastpath_enabled(fast)
     try:
-        before = trace(m)
+        before = state_of(m)
         measure(m, x)
         assert m.seen  # its own hook ran
-        assert same(trace(m), before)
+        assert same(state_of(m), before)
         for bad in ((x,True), x[:,:2], {'x':x, 'y':1}):
             with pytest.raises((RuntimeError,TypeError)): measure(m, bad)
-            assert same(trace(m), before)
+            assert same(state_of(m), before)
     finally: torch.backends.mha.set_fastpath_enabled(True)
 
 def test_training_goes_on_after_a_measurement():
@@ -203,13 +195,12 @@ def macs(model, sample):
     assert {str(o) for o in seen.ops if o not in known} <= harmless
     return n
 
-def rnd(*shape): return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 def sdpa(q, k=None, v=None, mask=None, **kwargs):
     "Attention as a model, and its sample of queries, keys and values of these shapes, in any dtype"
-    q = rnd(*q)
-    k = q if k is None else rnd(*k)
-    v = k if v is None else rnd(*v)
+    q = rand(*q)
+    k = q if k is None else rand(*k)
+    v = k if v is None else rand(*v)
     def attend(q, k, v):
         masked = {} if mask is None else {'attn_mask': mask if mask.dtype is torch.bool else mask.to(q.dtype)}
         return F.scaled_dot_product_attention(q, k, v, **masked, **kwargs)
@@ -221,8 +212,8 @@ attentions = dict(
     causal=(sdpa((b,h,t,d), is_causal=True), b*h*t*t*2*d), # what is masked counts as well
     cross=(sdpa((b,h,t,d), (b,h,s,d)), b*h*t*s*2*d),
     values=(sdpa((b,h,t,d), (b,h,s,d), (b,h,s,e)), b*h*t*s*(d+e)),
-    added=(sdpa((b,h,t,d), (b,h,s,d), mask=rnd(t,s)), b*h*t*s*2*d),
-    masked=(sdpa((b,h,t,d), (b,h,s,d), mask=rnd(b,1,t,s)>-2), b*h*t*s*2*d),
+    added=(sdpa((b,h,t,d), (b,h,s,d), mask=rand(t,s)), b*h*t*s*2*d),
+    masked=(sdpa((b,h,t,d), (b,h,s,d), mask=rand(b,1,t,s)>-2), b*h*t*s*2*d),
     grouped=(sdpa((b,h,t,d), (b,2,s,d), enable_gqa=True), b*h*t*s*2*d), # 2 query heads for each key head
     one=(sdpa((b,h,t,d), (b,1,t,d), is_causal=True, enable_gqa=True), b*h*t*t*2*d),
     unbatched=(sdpa((h,t,d), (h,s,d)), h*t*s*2*d))
@@ -249,8 +240,8 @@ def test_attention_of_every_device(op, heads, values):
 def mha(*shape_kv, **kwargs):
     "`nn.MultiheadAttention` of 2 heads and 8 numbers, with keys and values of their own widths where given"
     wide = dict(zip(('kdim','vdim'), (o[-1] for o in shape_kv)))
-    m,q = nn.MultiheadAttention(8, 2, batch_first=True, **wide),rnd(b,t,8)
-    k,v = map(rnd, *zip(*shape_kv)) if shape_kv else (q,q)
+    m,q = nn.MultiheadAttention(8, 2, batch_first=True, **wide),rand(b,t,8)
+    k,v = map(rand, *zip(*shape_kv)) if shape_kv else (q,q)
     return m,dict(query=q, key=k, value=v, **kwargs)
 
 encoder = b*t*(4*d*d + 2*t*d + 2*d*16)
@@ -259,59 +250,59 @@ def layer(kind): return kind(d, 2, 16, batch_first=True)
 def lstm_macs(n, out): return b*t*(4*n*(d+out) + n*out)
 
 models = dict(
-    mlp=(nn.Sequential(nn.Linear(4,6), nn.GELU(), nn.LayerNorm(6), nn.Linear(6,3)), rnd(2,4), 2*(24+18)),
-    depthwise=(nn.Sequential(nn.Conv1d(4,4,3,groups=4), nn.Conv1d(4,6,1)), rnd(2,4,9), 2*7*(4*3+4*6)),
-    transposed=(nn.ConvTranspose1d(4,6,3,stride=2), rnd(2,4,9), 2*9*4*6*3),
-    transposed3=(nn.ConvTranspose3d(4,6,2,groups=2), rnd(2,4,3,3,3), 2*27*4*3*8),
-    channels_last=(nn.Conv2d(4,6,3).to(memory_format=torch.channels_last), rnd(2,4,9,9), 2*49*4*6*9),
-    conv_bf16=(nn.Conv2d(4,6,3).bfloat16(), rnd(2,4,9,9).bfloat16(), 2*49*4*6*9),
-    one_image=(nn.Conv2d(4,6,3), rnd(4,9,9), 49*4*6*9),
+    mlp=(nn.Sequential(nn.Linear(4,6), nn.GELU(), nn.LayerNorm(6), nn.Linear(6,3)), rand(2,4), 2*(24+18)),
+    depthwise=(nn.Sequential(nn.Conv1d(4,4,3,groups=4), nn.Conv1d(4,6,1)), rand(2,4,9), 2*7*(4*3+4*6)),
+    transposed=(nn.ConvTranspose1d(4,6,3,stride=2), rand(2,4,9), 2*9*4*6*3),
+    transposed3=(nn.ConvTranspose3d(4,6,2,groups=2), rand(2,4,3,3,3), 2*27*4*3*8),
+    channels_last=(nn.Conv2d(4,6,3).to(memory_format=torch.channels_last), rand(2,4,9,9), 2*49*4*6*9),
+    conv_bf16=(nn.Conv2d(4,6,3).bfloat16(), rand(2,4,9,9).bfloat16(), 2*49*4*6*9),
+    one_image=(nn.Conv2d(4,6,3), rand(4,9,9), 49*4*6*9),
     u_net=(nn.Sequential(nn.Conv2d(3,4,3,padding=1), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Upsample(scale_factor=2, mode='bilinear')),
-           rnd(2,3,8,8), 2*64*3*4*9),
-    lstm=(nn.LSTM(d, 16), rnd(t,b,d), b*t*4*16*(d+16)),
-    lstm_bf16=(nn.LSTM(d, 16).bfloat16(), rnd(t,b,d).bfloat16(), b*t*4*16*(d+16)),
-    projected=(nn.LSTM(d, 16, proj_size=3), rnd(t,b,d), lstm_macs(16, 3)),
-    both_ways=(nn.LSTM(d, 16, proj_size=3, bidirectional=True), rnd(t,b,d), 2*lstm_macs(16, 3)),
-    gru=(nn.GRU(d, 16), rnd(t,b,d), b*t*3*16*(d+16)),
-    rnn=(nn.RNN(d, 16), rnd(t,b,d), b*t*16*(d+16)),
-    packed=(Do(lambda x: nn.LSTM(d, 16)(nn.utils.rnn.pack_padded_sequence(x, [5,3]))), rnd(t,b,d), (5+3)*4*16*(d+16)),
-    lstm_cell=(nn.LSTMCell(d, 16), rnd(b,d), b*4*16*(d+16)),
-    gru_cell=(nn.GRUCell(d, 16), rnd(b,d), b*3*16*(d+16)),
-    rnn_cell=(nn.RNNCell(d, 16), rnd(b,d), b*16*(d+16)),
+           rand(2,3,8,8), 2*64*3*4*9),
+    lstm=(nn.LSTM(d, 16), rand(t,b,d), b*t*4*16*(d+16)),
+    lstm_bf16=(nn.LSTM(d, 16).bfloat16(), rand(t,b,d).bfloat16(), b*t*4*16*(d+16)),
+    projected=(nn.LSTM(d, 16, proj_size=3), rand(t,b,d), lstm_macs(16, 3)),
+    both_ways=(nn.LSTM(d, 16, proj_size=3, bidirectional=True), rand(t,b,d), 2*lstm_macs(16, 3)),
+    gru=(nn.GRU(d, 16), rand(t,b,d), b*t*3*16*(d+16)),
+    rnn=(nn.RNN(d, 16), rand(t,b,d), b*t*16*(d+16)),
+    packed=(Do(lambda x: nn.LSTM(d, 16)(nn.utils.rnn.pack_padded_sequence(x, [5,3]))), rand(t,b,d), (5+3)*4*16*(d+16)),
+    lstm_cell=(nn.LSTMCell(d, 16), rand(b,d), b*4*16*(d+16)),
+    gru_cell=(nn.GRUCell(d, 16), rand(b,d), b*3*16*(d+16)),
+    rnn_cell=(nn.RNNCell(d, 16), rand(b,d), b*16*(d+16)),
     mha=(*mha(), b*t*(4*d*d + 2*t*d)),
     mha_without_weights=(*mha(need_weights=False), b*t*(4*d*d + 2*t*d)),
-    mha_masked=(*mha(need_weights=False, attn_mask=rnd(t,t)), b*t*(4*d*d + 2*t*d)),
+    mha_masked=(*mha(need_weights=False, attn_mask=rand(t,t)), b*t*(4*d*d + 2*t*d)),
     mha_padded=(*mha(need_weights=False, key_padding_mask=torch.arange(t)[None].repeat(b,1)>3), b*t*(4*d*d + 2*t*d)),
     mha_cross=(*mha((b,s,3), (b,s,6), need_weights=False), b*(2*t*d*d + s*d*(3+6) + 2*t*s*d)),
-    encoder=(nn.TransformerEncoder(layer(nn.TransformerEncoderLayer), 2), rnd(b,t,d), 2*encoder),
-    encoder_bf16=(layer(nn.TransformerEncoderLayer).bfloat16(), rnd(b,t,d).bfloat16(), encoder),
-    decoder=(nn.TransformerDecoder(layer(nn.TransformerDecoderLayer), 2), (rnd(b,t,d), rnd(b,s,d)), 2*decoder),
-    transformer=(nn.Transformer(d, 2, 1, 1, 16, batch_first=True), (rnd(b,s,d), rnd(b,t,d)),
+    encoder=(nn.TransformerEncoder(layer(nn.TransformerEncoderLayer), 2), rand(b,t,d), 2*encoder),
+    encoder_bf16=(layer(nn.TransformerEncoderLayer).bfloat16(), rand(b,t,d).bfloat16(), encoder),
+    decoder=(nn.TransformerDecoder(layer(nn.TransformerDecoderLayer), 2), (rand(b,t,d), rand(b,s,d)), 2*decoder),
+    transformer=(nn.Transformer(d, 2, 1, 1, 16, batch_first=True), (rand(b,s,d), rand(b,t,d)),
                  b*s*(4*d*d + 2*s*d + 2*d*16) + decoder),
-    bilinear=(nn.Bilinear(3,4,5), (rnd(2,3), rnd(2,4)), 2*5*(3*4+4)), # one input meets the weight, what comes out the other
-    bilinear3=(nn.Bilinear(3,4,5,bias=False), (rnd(2,6,3), rnd(2,6,4)), 12*5*(3*4+4)),
-    einsum=(Do(lambda x,y: torch.einsum('bij,bjk->bik', x, y)), (rnd(2,3,4), rnd(2,4,5)), 2*3*4*5),
-    einsum_three=(Do(lambda x,y,z: torch.einsum('bi,ij,bj->b', x, y, z)), (rnd(2,3), rnd(3,4), rnd(2,4)), 2*(3*4+4)),
-    tensordot=(Do(lambda x,y: torch.tensordot(x, y, 2)), (rnd(2,3,4), rnd(3,4,5)), 2*12*5),
-    vectors=(Do(torch.dot), (rnd(4), rnd(4)), 4),
-    vectors_conjugate=(Do(torch.vdot), (rnd(4), rnd(4)), 4),
-    vector=(Do(torch.mv), (rnd(3,4), rnd(4)), 12),
-    vector_added=(Do(torch.addmv), (rnd(3), rnd(3,4), rnd(4)), 12),
-    vector_added_in_place=(Do(torch.Tensor.addmv_), (rnd(3), rnd(3,4), rnd(4)), 12),
-    added_in_place=(Do(torch.Tensor.addmm_), (rnd(3,5), rnd(3,4), rnd(4,5)), 60),
-    added_batches=(Do(torch.addbmm), (rnd(3,5), rnd(2,3,4), rnd(2,4,5)), 2*60),
-    added_batches_in_place=(Do(torch.Tensor.addbmm_), (rnd(3,5), rnd(2,3,4), rnd(2,4,5)), 2*60),
-    added_to_batches_in_place=(Do(torch.Tensor.baddbmm_), (rnd(2,3,5), rnd(2,3,4), rnd(2,4,5)), 2*60),
-    distances=(Do(torch.cdist), (rnd(3,4), rnd(5,4)), 60),
-    many_distances=(Do(torch.cdist), (rnd(30,4), rnd(50,4)), 30*50*4), # torch takes a matrix product from 25 rows on
-    own_distances=(Do(F.pdist), rnd(5,4), 5*4//2*4),
-    conv_tbc=(Do(torch.conv_tbc), (rnd(7,2,4), rnd(3,4,6), rnd(6)), 5*2*3*4*6),
-    sparse=(Do(lambda x,y: torch.sparse.mm(x.to_sparse(), y)), (rnd(3,4), rnd(4,5)), 60),
-    weight_norm=(nn.utils.parametrizations.weight_norm(nn.Linear(3,4)), rnd(2,3), 24),
+    bilinear=(nn.Bilinear(3,4,5), (rand(2,3), rand(2,4)), 2*5*(3*4+4)), # one input meets the weight, what comes out the other
+    bilinear3=(nn.Bilinear(3,4,5,bias=False), (rand(2,6,3), rand(2,6,4)), 12*5*(3*4+4)),
+    einsum=(Do(lambda x,y: torch.einsum('bij,bjk->bik', x, y)), (rand(2,3,4), rand(2,4,5)), 2*3*4*5),
+    einsum_three=(Do(lambda x,y,z: torch.einsum('bi,ij,bj->b', x, y, z)), (rand(2,3), rand(3,4), rand(2,4)), 2*(3*4+4)),
+    tensordot=(Do(lambda x,y: torch.tensordot(x, y, 2)), (rand(2,3,4), rand(3,4,5)), 2*12*5),
+    vectors=(Do(torch.dot), (rand(4), rand(4)), 4),
+    vectors_conjugate=(Do(torch.vdot), (rand(4), rand(4)), 4),
+    vector=(Do(torch.mv), (rand(3,4), rand(4)), 12),
+    vector_added=(Do(torch.addmv), (rand(3), rand(3,4), rand(4)), 12),
+    vector_added_in_place=(Do(torch.Tensor.addmv_), (rand(3), rand(3,4), rand(4)), 12),
+    added_in_place=(Do(torch.Tensor.addmm_), (rand(3,5), rand(3,4), rand(4,5)), 60),
+    added_batches=(Do(torch.addbmm), (rand(3,5), rand(2,3,4), rand(2,4,5)), 2*60),
+    added_batches_in_place=(Do(torch.Tensor.addbmm_), (rand(3,5), rand(2,3,4), rand(2,4,5)), 2*60),
+    added_to_batches_in_place=(Do(torch.Tensor.baddbmm_), (rand(2,3,5), rand(2,3,4), rand(2,4,5)), 2*60),
+    distances=(Do(torch.cdist), (rand(3,4), rand(5,4)), 60),
+    many_distances=(Do(torch.cdist), (rand(30,4), rand(50,4)), 30*50*4), # torch takes a matrix product from 25 rows on
+    own_distances=(Do(F.pdist), rand(5,4), 5*4//2*4),
+    conv_tbc=(Do(torch.conv_tbc), (rand(7,2,4), rand(3,4,6), rand(6)), 5*2*3*4*6),
+    sparse=(Do(lambda x,y: torch.sparse.mm(x.to_sparse(), y)), (rand(3,4), rand(4,5)), 60),
+    weight_norm=(nn.utils.parametrizations.weight_norm(nn.Linear(3,4)), rand(2,3), 24),
     embedding=(nn.Embedding(10,3), torch.arange(6), 0),
     bag=(nn.EmbeddingBag(10,3), torch.arange(6).view(2,3), 0),
     normalisation=(nn.Sequential(nn.GroupNorm(2,4), nn.BatchNorm2d(4), nn.InstanceNorm2d(4), nn.LayerNorm((9,9)), nn.AvgPool2d(2),
-                                 nn.Upsample(scale_factor=2, mode='bilinear')), rnd(2,4,9,9), 0))
+                                 nn.Upsample(scale_factor=2, mode='bilinear')), rand(2,4,9,9), 0))
 
 @pytest.mark.parametrize('name', models)
 def test_models_of_every_kind(name):
@@ -336,12 +327,12 @@ low_precision = dict(
     _scaled_grouped_mm_v2=(scaled_grouped_mm_v2, (meta(32,16), meta(2,48,16)), 32*16*48),
     _int_mm=(lambda x,w: torch._int_mm(x, w), (torch.ones(32,16).char(), torch.ones(16,24).char()), 32*16*24),
     _weight_int8pack_mm=(lambda x,w: torch._weight_int8pack_mm(x, w, torch.ones(32).bfloat16()),
-                         (rnd(3,64).bfloat16(), torch.ones(32,64).char()), 3*64*32),
-    _weight_int4pack_mm_for_cpu=(packed4, (rnd(3,64).bfloat16(), torch.ones(32,64).int()), 3*64*32),
-    _grouped_mm=(grouped_mm, (rnd(4,16).bfloat16(), rnd(2,16,32).bfloat16()), 4*16*32), # 2 experts, each for 2 rows
-    mkldnn_linear=(lambda x,w: torch._C._nn.mkldnn_linear(x.to_mkldnn(), w.to_mkldnn()).to_dense(), (rnd(3,4), rnd(5,4)), 60),
+                         (rand(3,64).bfloat16(), torch.ones(32,64).char()), 3*64*32),
+    _weight_int4pack_mm_for_cpu=(packed4, (rand(3,64).bfloat16(), torch.ones(32,64).int()), 3*64*32),
+    _grouped_mm=(grouped_mm, (rand(4,16).bfloat16(), rand(2,16,32).bfloat16()), 4*16*32), # 2 experts, each for 2 rows
+    mkldnn_linear=(lambda x,w: torch._C._nn.mkldnn_linear(x.to_mkldnn(), w.to_mkldnn()).to_dense(), (rand(3,4), rand(5,4)), 60),
     mkldnn_convolution=(lambda x,w: torch.mkldnn_convolution(x.to_mkldnn(), w.to_mkldnn(), None, [0,0], [1,1], [1,1], 2).to_dense(),
-                        (rnd(2,4,9,9), rnd(6,2,3,3)), 2*49*6*2*9))
+                        (rand(2,4,9,9), rand(6,2,3,3)), 2*49*6*2*9))
 
 @pytest.mark.parametrize('op', low_precision)
 def test_matrices_that_were_packed(op):
@@ -352,7 +343,7 @@ def test_matrices_that_were_packed(op):
 
 def test_deformable_convolution():
     from torchvision.ops import deform_conv2d
-    assert macs(Do(lambda x,w: deform_conv2d(x, torch.zeros(2,18,7,7), w)), (rnd(2,4,9,9), rnd(6,4,3,3))) == 2*49*4*6*9
+    assert macs(Do(lambda x,w: deform_conv2d(x, torch.zeros(2,18,7,7), w)), (rand(2,4,9,9), rand(6,4,3,3))) == 2*49*4*6*9
 
 def by_hand(model, x):
     "MACs of the linear layers and convolutions of `model`, from their weights and what they give"
@@ -388,7 +379,7 @@ networks = dict( # model, size of the image, what attention takes; None where on
 def test_networks(name, dtype):
     if name in ('convnext','mixer','vit','deit','cait','swin'): pytest.importorskip('timm')
     make,size,attention = networks[name]
-    model,x = make().to(dtype),rnd(2,3,size,size).to(dtype)
+    model,x = make().to(dtype),rand(2,3,size,size).to(dtype)
     n = macs(model, x)
     with sdpa_kernel(SDPBackend.MATH): assert macs(model, x) == n
     if attention is not None: assert n == by_hand(model, x) + 2*attention
@@ -401,7 +392,7 @@ def test_every_module_has_its_share_of_attention():
         def forward(self, x): return self.mlp(self.attend(self.qkv(x)[:,None])[:,0])
     each = {'qkv': b*t*64, 'attend': b*t*t*16, 'mlp': b*t*64}
     whole = sum(each.values())
-    got = macs_per_layer(nn.Sequential(Block(), Block()), rnd(b,t,8))
+    got = macs_per_layer(nn.Sequential(Block(), Block()), rand(b,t,8))
     assert got == {'': 2*whole} | {k:v for i in '01' for k,v in {i: whole, **{f'{i}.{n}': o for n,o in each.items()}}.items()}
 
 # --- what is not known is told
@@ -422,7 +413,7 @@ def one(x:torch.Tensor, scale:torch.Tensor)->torch.Tensor: return x*scale
 
 def test_an_operator_of_ones_own_is_warned_of_until_it_has_a_formula():
     op,packet = own('fused', two),lambda: torch.ops.fasterai_lr_test.fused
-    model,sample = Do(lambda x,y: op(x, y)@y),(rnd(3,4), rnd(4,4))
+    model,sample = Do(lambda x,y: op(x, y)@y),(rand(3,4), rand(4,4))
     n,warned = told(model, sample)
     assert n == 3*4*4 and len(warned)==1 and 'no formula for fasterai_lr_test.fused,' in warned[0] and 'register_flop_formula' in warned[0]
     register_flop_formula(packet())(lambda x, y, **kwargs: 2*x[0]*x[1]*y[1])
@@ -431,7 +422,7 @@ def test_an_operator_of_ones_own_is_warned_of_until_it_has_a_formula():
 
 def test_a_harmless_operator_of_ones_own_is_not():
     op = own('scale', one)
-    assert told(Do(lambda x,y: op(x, y)@x.T), (rnd(3,4), rnd(4))) == (3*4*3, [])
+    assert told(Do(lambda x,y: op(x, y)@x.T), (rand(3,4), rand(4))) == (3*4*3, [])
 
 def test_an_attention_that_torch_has_no_formula_for(monkeypatch): # as in a release with a new operator
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

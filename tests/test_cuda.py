@@ -1,5 +1,5 @@
 "What holds on a GPU as on the CPU, the reference: where the factors are, what they compute, mixed precision. The same tests run on the CPU, where there is no GPU"
-import copy, random
+import copy
 
 import pytest, torch
 from torch import nn
@@ -7,29 +7,21 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback
-from fastai.callback.schedule import Learner # with `fit_one_cycle`
-from fastai.data.core import Datasets
-from fastai.imports import noop
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
-from sklearn.datasets import load_digits
+import fastai.callback.schedule
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
 from fasterai_lr.budget import Budget
+from learners import digit_learner, quiet
+from networks import digit_net, digits
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 devices = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=no_gpu)])
-digits = load_digits()
-x,y = torch.tensor(digits.images, dtype=torch.float32)[:,None]/16,torch.tensor(digits.target)
+x,y = digits()
 whats = dict(svd=ConvDecomposer('svd', .3), spatial=ConvDecomposer('spatial', .25), tucker=ConvDecomposer('tucker', .4), cp=ConvDecomposer('cp', 4), slice=ConvDecomposer('slice', 1), linear=FC_Decomposer(.3))
 
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1,16,3,padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16,32,3,stride=2,padding=1,bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-                         nn.Flatten(), nn.Linear(512,64), nn.ReLU(), nn.Linear(64,10)).eval()
+def net(): return digit_net(16, bias=False).eval()
 
 def where(model): return {(t.device.type, t.dtype) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
 
@@ -100,10 +92,7 @@ class Watch(Callback):
 def test_mixed_precision_through_the_swap(amp, device):
     "Calibrated in float32, the scaler of gradients goes on with its scale, the teacher is on the device and leaves it, and all parameters train on"
     if device == 'cpu' and amp == 'fp16': pytest.skip('fp16 needs a GPU')
-    random.seed(0)
-    dls = Datasets(range(600), [[x.__getitem__], [y.__getitem__]], splits=[range(500), range(500,600)]).dataloaders(bs=50, device=device, num_workers=0)
-    learn = Learner(dls, net().to(device), loss_func=CrossEntropyLossFlat(), metrics=accuracy).remove_cb(ProgressCallback)
-    learn.logger = noop
+    learn = quiet(digit_learner(net().to(device), range(500), range(500, 600), device=device))
     half,w,c = Autocast(amp),Watch(),DecomposeCallback({1: Budget(macs=.7), 2: Budget(macs=.5)}, ft_lr=1e-3, distill=.5)
     half.device = device
     learn.add_cb(c)

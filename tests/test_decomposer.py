@@ -11,13 +11,10 @@ from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose, fac
 from fasterai_lr.layers import FactoredLayer, Geometry, factored_layers, recompose
 from fasterai_lr.rank import EVBMF, Energy
 from fasterai_lr.schemes import schemes
+from helpers import n_params, records
 
 torch.set_num_threads(1)
-n_params = lambda m: sum(p.numel() for p in m.parameters())
-plan = lambda m: m.low_rank_plan['layers']
-
-@pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures('seeded')
 
 def built(make):
     "The model that `make` makes, filled with cheap random numbers instead of by its own slow initialisation"
@@ -39,7 +36,7 @@ def vgg16_bn_and_its_half():
     assert layers == {'classifier.0': [(25088, 2048, False), (2048, 4096, True)],
                       'classifier.3': [(4096, 2048, False), (2048, 4096, True)],
                       'classifier.6': [(4096, 1, False), (1, 2, True)]}
-    assert sum(r['params_before'] - r['params_after'] for r in plan(small).values()) == 134_277_186 - 91_281_476
+    assert sum(r['params_before'] - r['params_after'] for r in records(small).values()) == 134_277_186 - 91_281_476
     return model,small
 
 class FakeSVD:
@@ -57,7 +54,7 @@ def test_the_linear_layers_of_vgg16_bn(monkeypatch):
 def test_the_linear_layers_of_vgg16_bn_with_their_weights():
     model,small = vgg16_bn_and_its_half()
     norm = lambda w: torch.linalg.vector_norm(w.detach(), dtype=torch.float64)
-    for n,r in plan(small).items(): # the errors are those of the weights that were made
+    for n,r in records(small).items(): # the errors are those of the weights that were made
         dense,new = model.get_submodule(n).weight,small.get_submodule(n).weight
         assert abs(norm(dense-new)/norm(dense) - r['error']) < 1e-5 # a float32 decomposition, errors summed in float64
 
@@ -79,7 +76,7 @@ def test_vgg19_by_tucker_at_half_of_both_ranks():
     small = ConvDecomposer('tucker', rank=.5).decompose(features, exclude='0')
     assert (n_params(features), n_params(small)) == (20_024_384, 7_278_656)
     assert round(n_params(small)/n_params(features), 4) == .3635
-    assert plan(small)['0']['reason'] == 'left out by layers or exclude' and len(factored_layers(small)) == 15
+    assert records(small)['0']['reason'] == 'left out by layers or exclude' and len(factored_layers(small)) == 15
     assert small(torch.randn(1, 3, 32, 32)).shape == (1, 512, 1, 1)
 
 class AlexNetCIFAR(nn.Module):
@@ -109,7 +106,7 @@ def test_an_alexnet_slice_wise_and_by_cp_at_the_evbmf_rank():
     weight = both.layers.conv2.weight
     assert (weight-conv2).norm()/conv2.norm() < .35 # the noise is 0.3/√1.09 = 0.29 of the kernel
     assert both(x).shape == net(x).shape and n_params(both) < n_params(sliced) < n_params(net)
-    assert {n: r['status'] for n,r in plan(both).items()} == {'layers.conv1': 'factored', 'layers.conv2': 'factored'}
+    assert {n: r['status'] for n,r in records(both).items()} == {'layers.conv1': 'factored', 'layers.conv2': 'factored'}
 
 def test_single_convolutions():
     conv,x = nn.Conv2d(3, 64, 7, stride=2, padding=3),torch.randn(1, 3, 32, 32)
@@ -117,7 +114,7 @@ def test_single_convolutions():
     assert [(l.in_channels, l.out_channels, l.groups) for l in cp] == [(3,16,1), (16,16,16), (16,16,16), (16,64,1)]
     tucker = ConvDecomposer('tucker', rank=(16,16)).decompose(conv)
     assert [(l.in_channels, l.out_channels) for l in tucker] == [(3,3), (3,16), (16,64)]
-    assert plan(tucker)['']['rank'] == [16,3] and plan(tucker)['']['reason'] == 'rank (16, 16) capped to (16, 3)'
+    assert records(tucker)['']['rank'] == [16,3] and records(tucker)['']['reason'] == 'rank (16, 16) capped to (16, 3)'
     for new in (cp, tucker): assert isinstance(new, FactoredLayer) and new(x).shape == conv(x).shape
 
 def test_projection_of_a_resnet():
@@ -157,11 +154,11 @@ def test_one_decomposer_after_the_other(method, monkeypatch):
     fc,conv = FC_Decomposer(),ConvDecomposer(method)
     one,two,three = conv.decompose(fc.decompose(model)),fc.decompose(conv.decompose(model)),decompose(model, [fc, conv])
     for m in (two, three):
-        assert plan(m) == plan(one) and list(plan(m)) == list(plan(one))
+        assert records(m) == records(one) and list(records(m)) == list(records(one))
         assert all(torch.equal(a, b) for a,b in zip(m.state_dict().values(), one.state_dict().values(), strict=True))
     names = [n for n,m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    assert list(plan(one)) == names # every layer has its row, in the order of the model
-    assert n_params(one) == n_params(model) - sum(r['params_before'] - r['params_after'] for r in plan(one).values())
+    assert list(records(one)) == names # every layer has its row, in the order of the model
+    assert n_params(one) == n_params(model) - sum(r['params_before'] - r['params_after'] for r in records(one).values())
     assert n_params(one) < n_params(model) and one(x).shape == model(x).shape
     assert json.loads(json.dumps(one.low_rank_plan)) == one.low_rank_plan # plain data
     back = recompose(one)
@@ -172,14 +169,14 @@ def test_one_decomposer_after_the_other(method, monkeypatch):
 # --- which layers, which ranks
 
 def net(): return nn.Sequential(nn.Conv2d(8, 32, 3), nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 16, 1)), nn.Flatten(), nn.Linear(64, 32))
-def factored(m): return {n: r['rank'] for n,r in plan(m).items() if r['status'] == 'factored'}
+def factored(m): return {n: r['rank'] for n,r in records(m).items() if r['status'] == 'factored'}
 
 def test_layers_and_exclude_by_name_and_glob():
     conv = lambda **kw: list(factored(ConvDecomposer('svd', rank=.25).decompose(net(), **kw)))
     assert conv() == ['0', '1.0', '1.1']
     assert conv(layers='1.*') == ['1.0', '1.1'] and conv(layers=['0', '*.1']) == ['0', '1.1']
     assert conv(exclude='1.0') == ['0', '1.1'] and conv(layers='1.*', exclude=['1.1']) == ['1.0']
-    rows = plan(ConvDecomposer('svd', rank=.25).decompose(net(), exclude=['1.*']))
+    rows = records(ConvDecomposer('svd', rank=.25).decompose(net(), exclude=['1.*']))
     assert [r['reason'] for r in rows.values()] == ['', *['left out by layers or exclude']*2]
 
 def test_ranks_by_name():
@@ -187,7 +184,7 @@ def test_ranks_by_name():
     new = ConvDecomposer('svd', rank=ranks).decompose(net())
     assert factored(new).items() >= {'1.0': 4, '1.1': 3}.items() # an exact name goes before a glob
     new = ConvDecomposer('tucker', rank={'1.0': (6, .25)}).decompose(net())
-    assert factored(new) == {'1.0': [6, 8]} and plan(new)['0']['reason'] == 'not named in rank'
+    assert factored(new) == {'1.0': [6, 8]} and records(new)['0']['reason'] == 'not named in rank'
 
 def test_ratios_are_fractions_of_the_full_rank():
     fc = lambda **kw: factored(FC_Decomposer(rank=7).decompose(nn.Linear(100, 50), **kw)).get('')
@@ -208,11 +205,11 @@ def test_noise_stays_dense_by_evbmf():
         noise.weight.normal_()
         signal.weight.normal_().add_(3*torch.randn(100, 5)@torch.randn(5, 200))
     new = FC_Decomposer('evbmf').decompose(nn.Sequential(noise, signal))
-    assert factored(new) == {'1': 5} and plan(new)['0']['reason'] == 'EVBMF finds nothing above the noise'
+    assert factored(new) == {'1': 5} and records(new)['0']['reason'] == 'EVBMF finds nothing above the noise'
 
 def test_an_integer_above_the_full_rank_leaves_a_layer_dense_unless_it_is_named():
     new = ConvDecomposer('tucker', rank=16).decompose(nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3)))
-    assert factored(new) == {'1': [16,16]} and 'above its full rank' in plan(new)['0']['reason']
+    assert factored(new) == {'1': [16,16]} and 'above its full rank' in records(new)['0']['reason']
     for rank in ({'0': 16}, {'0': (16,16)}):
         make = lambda rank=rank: ConvDecomposer('tucker', rank=rank).decompose(nn.Sequential(nn.Conv2d(3, 64, 3)))
         if isinstance(rank['0'], tuple): assert factored(make()) == {'0': [16,3]} # pairs are capped
@@ -222,7 +219,7 @@ def test_an_integer_above_the_full_rank_leaves_a_layer_dense_unless_it_is_named(
 
 def test_depthwise_and_other_hopeless_layers_are_listed():
     model = nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.Conv1d(16, 16, 3), nn.Conv2d(64, 128, 3))
-    reasons = lambda method: [r['reason'] for r in plan(ConvDecomposer(method).decompose(model)).values()]
+    reasons = lambda method: [r['reason'] for r in records(ConvDecomposer(method).decompose(model)).values()]
     assert reasons('spatial')[:2] == ['a depthwise convolution has nothing to factor', 'Conv1d has no two spatial axes to separate']
     assert reasons('slice')[2] == 'it would need 8,192 channels in between, more than 4,096'
     assert reasons('svd')[1:] == ['', '']
@@ -249,7 +246,7 @@ def test_factors_can_be_had_without_a_new_model():
 def test_the_first_decomposer_that_factors_a_layer_has_it():
     what = [ConvDecomposer('cp', rank={'0': 4}), ConvDecomposer('slice', rank=1), ConvDecomposer('svd', rank=.25)]
     new = decompose(net(), what)
-    assert {n: r['scheme'] for n,r in plan(new).items()} == {'0': 'cp', '1.0': 'slice', '1.1': 'svd'}
+    assert {n: r['scheme'] for n,r in records(new).items()} == {'0': 'cp', '1.0': 'slice', '1.1': 'svd'}
 
 @pytest.mark.parametrize('what', ['svd', FC_Decomposer, [FC_Decomposer(), .5], 3])
 def test_what_is_no_decomposer(what):

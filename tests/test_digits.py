@@ -1,5 +1,4 @@
 "The README's main job: its data, its network, what it prints and the picture it saves"
-
 import matplotlib; matplotlib.use('agg')
 import pytest
 

@@ -6,10 +6,10 @@ import pytest, torch
 from torch import nn
 from torch.testing import assert_close
 from fastai.distributed import ParallelTrainer
-from tiny import mk_learn, snapshot, moved, ids, flat
 import ddp_script
+from helpers import flat, ids, moved, n_factored, snapshot
+from learners import mk_learn
 from fasterai_lr.callback import DecomposeCallback
-from fasterai_lr.layers import factored_layers
 from fasterai_lr.learner import *
 
 here,scripts = Path(__file__).resolve().parent,Path(sys.executable).parent
@@ -174,7 +174,7 @@ def test_a_group_of_one():
         learn = mk_learn(splitter=lambda m: [list(m.parameters())])
         learn.model = ddp = nn.parallel.DistributedDataParallel(learn.model)
         learn.fit(2, 1e-2, cbs=DecomposeCallback(1, ddp_script.what))
-        assert learn.model is ddp and len(factored_layers(ddp.module)) == 3 and ids(flat(learn.opt)) == ids(ddp.parameters())
+        assert learn.model is ddp and n_factored(ddp.module) == 3 and ids(flat(learn.opt)) == ids(ddp.parameters())
         before = snapshot(ddp)
         learn.fit(1, 1e-2)
         assert all(moved(before, ddp)) and 'layers' in ddp.module.low_rank_plan
@@ -188,7 +188,7 @@ def test_parallel_trainer(first):
     learn,c = mk_learn(),DecomposeCallback(1, ddp_script.what)
     cbs = [ParallelTrainer(None), c]
     learn.fit(2, 1e-2, cbs=cbs if first else cbs[::-1])
-    assert len(factored_layers(learn.model)) == 3 and isinstance(learn.model, nn.Sequential) and 'layers' in learn.model.low_rank_plan
+    assert n_factored(learn.model) == 3 and isinstance(learn.model, nn.Sequential) and 'layers' in learn.model.low_rank_plan
     before = snapshot(learn.model)
     with learn.parallel_ctx(): learn.fit(1, 1e-2)
     assert all(moved(before, learn.model)) and ids(flat(learn.opt)) == ids(learn.model.parameters())

@@ -9,9 +9,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.testing import assert_close
 from fastai.optimizer import OptimWrapper, SGD, ranger
 from fastai.vision.all import unet_learner
-from small_data import mask_dls, seed, tiny_xresnet
-from test_after_fit import mk, n_fact, quiet, same, train_on, what
-from tiny import flat, ids, mk_learn, net, snapshot, moved
+from applications import made, what, xresnet
+from helpers import flat, gen, ids, moved, n_factored, same, snapshot
+from learners import mk_learn, train_on
+from networks import linear_net
+from small_data import mask_dls, tiny_xresnet
 from fasterai_lr import export
 from fasterai_lr.budget import Budget
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
@@ -36,7 +38,7 @@ def conv_net(bias=True):
     return m.eval()
 
 def low(method, bias=True): return decompose(conv_net(bias), [FC_Decomposer(.5, force=True), ConvDecomposer(method, .5, force=True)])
-def batch(n=2): return torch.randn(n, 6, 9, 9, generator=torch.Generator().manual_seed(n))
+def batch(n=2): return torch.randn(n, 6, 9, 9, generator=gen(n))
 
 def out(model, x):
     with torch.no_grad(): return model(x)
@@ -78,7 +80,7 @@ def test_roots_shared_layers_and_layers_without_a_record(tmp_path):
 
 def test_a_budget_through_a_file(tmp_path):
     "What was predicted comes back too"
-    data = [torch.randn(8, 6, 9, 9, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    data = [torch.randn(8, 6, 9, 9, generator=gen(i)) for i in range(3)]
     model = decompose(conv_net(False), Budget(macs=.6), data)
     new = load_low_rank(conv_net(False), save_low_rank(model, tmp_path/'m'))
     assert len(factored_layers(new)) >= 2 and torch.equal(out(new, batch()), out(model, batch()))
@@ -97,26 +99,26 @@ def test_channels_last(tmp_path):
 
 def test_suffixes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert [save_low_rank(net(), o).name for o in ('a', 'b.pt', Path('c.pth'), tmp_path/'d')] == ['a.pth', 'b.pt', 'c.pth', 'd.pth']
+    assert [save_low_rank(linear_net(), o).name for o in ('a', 'b.pt', Path('c.pth'), tmp_path/'d')] == ['a.pth', 'b.pt', 'c.pth', 'd.pth']
     assert sorted(os.listdir()) == ['a.pth', 'b.pt', 'c.pth', 'd.pth']        # and nothing else is left behind
-    for o in ('a', 'a.pth', 'b.pt'): load_low_rank(net(), o)
+    for o in ('a', 'a.pth', 'b.pt'): load_low_rank(linear_net(), o)
     with pytest.raises(FileNotFoundError, match='b.pth'): read_low_rank('b')
 
 def test_an_older_file_stays_when_writing_fails(tmp_path):
-    file = save_low_rank(net(), tmp_path/'m')
+    file = save_low_rank(linear_net(), tmp_path/'m')
     was = file.read_bytes()
-    with pytest.raises(TypeError, match=r"^opt\['cb'\]: builtin_function_or_method"): save_low_rank(decompose(net(), small), file, dict(cb=print))
+    with pytest.raises(TypeError, match=r"^opt\['cb'\]: builtin_function_or_method"): save_low_rank(decompose(linear_net(), small), file, dict(cb=print))
     class Odd(nn.Linear):
         def get_extra_state(self): return {1, 2}, object()
     with pytest.raises(TypeError, match="^model: '_extra_state': object"): save_low_rank(Odd(2, 2), file)
     assert file.read_bytes() == was and os.listdir(tmp_path) == ['m.pth']
 
 def test_the_optimizer_of_a_plain_training_loop(tmp_path):
-    model = decompose(net(), small)
+    model = decompose(linear_net(), small)
     opt = torch.optim.AdamW(model.parameters())
     model(torch.randn(4, 8)).sum().backward()
     opt.step()
-    back = torch.optim.AdamW(load_low_rank(net(), save_low_rank(model, tmp_path/'m', opt.state_dict())).parameters())
+    back = torch.optim.AdamW(load_low_rank(linear_net(), save_low_rank(model, tmp_path/'m', opt.state_dict())).parameters())
     back.load_state_dict(read_low_rank(tmp_path/'m')['opt'])
     assert [torch.equal(a['exp_avg'], b['exp_avg']) for a,b in zip(opt.state.values(), back.state.values(), strict=True)] == [True]*len(opt.state)
     learn = mk_learn(path=tmp_path)
@@ -137,7 +139,7 @@ def flipped(data, at):
 
 def bad_files(d):
     "{name: what the error says}; the files are made in `d`"
-    model = decompose(net(), small)
+    model = decompose(linear_net(), small)
     good = save_low_rank(model, d/'good').read_bytes()
     for name,data in dict(empty=b'', text=b'hello', half=good[:len(good)//2], end=good[:-3], weights=flipped(good, good.index(model[0][0].weight.detach().numpy().tobytes())+9)).items():
         (d/f'{name}.pth').write_bytes(data)
@@ -150,7 +152,7 @@ def bad_files(d):
     torch.save(dict(data, model=None), d/'no_model.pth')
     torch.save(dict(data, model={k:v for k,v in sd.items() if k != '3.1.bias'}), d/'lacks.pth')
     torch.save(dict(data, model=sd | {'0.1.weight': torch.ones(3, 4)}), d/'shape.pth')
-    wide,deep = net(),nn.Sequential(*net(), nn.Linear(4, 4))
+    wide,deep = linear_net(),nn.Sequential(*linear_net(), nn.Linear(4, 4))
     wide[6] = nn.Linear(10, 5)
     save_low_rank(decompose(wide, small), d/'wide')
     save_low_rank(deep, d/'deep')
@@ -195,7 +197,7 @@ def test_bad_files_leave_the_learner_as_it_was(start, bad):
     assert len(factored_layers(learn.model)) == 2
 
 def test_every_byte_of_the_weights_is_checked(tmp_path):
-    file = save_low_rank(decompose(net(), small), tmp_path/'m')
+    file = save_low_rank(decompose(linear_net(), small), tmp_path/'m')
     data,g = file.read_bytes(),random.Random(0)
     want,read = read_low_rank(file),0
     for i in g.sample(range(len(data)), 100):
@@ -208,15 +210,15 @@ def test_every_byte_of_the_weights_is_checked(tmp_path):
 
 # Learners
 
-def fitted(path, **kw):
-    learn = mk(path, **kw)
+def decomposed(path, **kw):
+    learn = xresnet(path, **kw)
     learn.fit(2, 1e-2, cbs=DecomposeCallback(1, what, ft_lr=1e-2))
     return learn
 
-def dense(path, **kw): return mk(path, **kw)
+def dense(path, **kw): return xresnet(path, **kw)
 
 def dense_and_fitted(path, **kw):
-    learn = mk(path, **kw)
+    learn = xresnet(path, **kw)
     learn.fit(1, 1e-2)
     return learn
 
@@ -230,18 +232,18 @@ def otherwise(path, **kw):
 def saved(tmp_path_factory):
     "A file in the middle of training, the predictions then, and the weights after another epoch"
     path = tmp_path_factory.mktemp('saved')
-    learn = fitted(path)
+    learn = decomposed(path)
     file = learn.save_low_rank('m')
     assert file == path/'models'/'m.pth'
     preds = learn.get_preds()[0]
     return file,preds,learn.model.low_rank_plan,train_on(learn)
 
-@pytest.mark.parametrize('start', [dense, dense_and_fitted, otherwise, fitted])
+@pytest.mark.parametrize('start', [dense, dense_and_fitted, otherwise, decomposed])
 def test_more_training_after_loading(start, saved, tmp_path):
     file,preds,plan,after = saved
     learn = start(tmp_path)
     assert learn.load_low_rank(file) is learn
-    assert torch.equal(learn.get_preds()[0], preds) and n_fact(learn) == 17 and learn.model.low_rank_plan['layers'] == plan['layers']
+    assert torch.equal(learn.get_preds()[0], preds) and n_factored(learn.model) == 17 and learn.model.low_rank_plan['layers'] == plan['layers']
     assert ids(flat(learn.opt)) == ids(p for g in learn.splitter(learn.model) for p in g)
     assert same(train_on(learn), after)         # to the last bit: structure, weights, moments and steps
     learn.load_low_rank(file, with_opt=False)
@@ -302,7 +304,7 @@ def test_another_optimizer_is_refused(tmp_path):
             before = state(other)
             with pytest.raises(ValueError, match=rf"^file: '.*m.pth' does not fit: .*{text}.*; `with_opt=False` loads the model alone$"): other.load_low_rank('m')
             assert_unchanged(before, other)
-        assert n_fact(other.load_low_rank('m', with_opt=False)) == 2
+        assert n_factored(other.load_low_rank('m', with_opt=False).model) == 2
         other.fit(1, 1e-2)
 
 def test_an_optimizer_that_cannot_be_re_pointed_is_refused_first(tmp_path):
@@ -324,22 +326,21 @@ def test_a_file_without_optimizer_state(tmp_path):
             with pytest.warns(UserWarning, match='holds no optimizer state'): mk_learn().load_low_rank(file)
 
 def unet(path):
-    path.mkdir(exist_ok=True)
-    seed()
-    return quiet(unet_learner(mask_dls(path), tiny_xresnet, pretrained=False), path)
+    "A learner of masks"
+    return unet_learner(mask_dls(path), tiny_xresnet, pretrained=False)
 
 def test_a_unet_with_its_hooks(tmp_path):
     "Right after training its hooks keep outputs that torch refuses to copy"
     import onnxruntime
-    learn = unet(tmp_path/'a').decompose(what)
+    learn = made(unet, tmp_path/'a').decompose(what)
     learn.fit(1, 1e-2)
     file = learn.save_low_rank(tmp_path/'u')
-    other = unet(tmp_path/'b')
+    other = made(unet, tmp_path/'b')
     other.fit(1, 1e-2)
     other.load_low_rank(file)
     x = learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor)
     want = out(learn.model.eval(), x).as_subclass(torch.Tensor)
-    assert n_fact(other) == n_fact(learn) == 33 and torch.equal(out(other.model.eval(), x).as_subclass(torch.Tensor), want)
+    assert n_factored(other.model) == n_factored(learn.model) == 33 and torch.equal(out(other.model.eval(), x).as_subclass(torch.Tensor), want)
     session = onnxruntime.InferenceSession(other.export_onnx(tmp_path/'u'))
     assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), want, rtol=1e-4, atol=1e-4)     # float32, through forty layers
     before = snapshot(other.model)
@@ -386,7 +387,7 @@ def test_onnx_of_several_inputs_and_outputs(as_dict, tmp_path):
 def test_onnx_of_learners(tmp_path):
     "Compared on a batch of the validation set, in the learner's folder"
     import onnxruntime
-    learn = mk(tmp_path).decompose(what)
+    learn = xresnet(tmp_path).decompose(what)
     assert learn.export_onnx('m') == tmp_path/'m.onnx'
     session = onnxruntime.InferenceSession(tmp_path/'m.onnx')
     x,_ = learn.dls.valid.one_batch()
@@ -484,7 +485,7 @@ def test_batchnorm_folds_into_the_last_factor(method, bias):
     assert all(m.bias is not None for n,m in factored_layers(new).items() if n != '6' or method != 'slice')
 
 def test_dynamic_int8():
-    model,x = decompose(net(), small).eval(),torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    model,x = decompose(linear_net(), small).eval(),torch.randn(64, 8, generator=gen(0))
     new = pytest.importorskip('torch.ao.quantization').quantize_dynamic(model, {nn.Linear}, torch.qint8)
     assert list(factored_layers(new)) == ['0', '3'] and all('.quantized' in type(m).__module__ for l in factored_layers(new).values() for m in l)
     want,got = out(model, x),out(new, x)

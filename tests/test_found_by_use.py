@@ -4,19 +4,17 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from contextlib import nullcontext
 from torch import nn
-from sklearn.datasets import load_digits
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy, error_rate
 from fasterai_lr.all import *
 from fasterai_lr.distill import flip_crop_and_mix
-from fasterai_lr.planner import Planner
 from helpers import planner
+from networks import digits
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.filterwarnings('error:data.*items are too few'), pytest.mark.filterwarnings('error:No layer was decomposed')]
-images,labels = load_digits(return_X_y=True)
-X,y = torch.tensor(images/16).float().view(-1, 1, 8, 8),torch.tensor(labels)
+X,y = digits()
 held_out = slice(1400, None)
 
 class Counted(nn.Sequential):

@@ -4,7 +4,8 @@ import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from torch import nn
 from fastai.learner import load_learner
-from tiny import mk_learn, snapshot, moved, ids, flat
+from helpers import flat, ids, moved, same, snapshot
+from learners import mk_learn
 from fasterai_lr.learner import *
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.learned import calibration_batches
@@ -14,12 +15,8 @@ from fasterai_lr.layers import factored_layers, recompose
 from fasterai_lr.budget import Budget
 from fasterai_lr.report import plot_training, summarize
 
+pytestmark = pytest.mark.usefixtures('close_figures')
 what = FC_Decomposer(rank=2)
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close('all')
 
 def distance(pred, targ): return (pred - targ).abs().mean()
 
@@ -81,12 +78,6 @@ def state(learn):
     opt = [learn.opt.hypers, [p.detach().clone() for p in flat(learn.opt)], [{k: v for k,v in learn.opt.state[p].items()} for p in flat(learn.opt)]]
     return [copy.deepcopy(o) for o in (dict(learn.model.state_dict()), opt, learn.recorder.values, learn.recorder.losses, [m.training for m in learn.model.modules()],
                                       torch.get_rng_state(), random.getstate(), np.random.get_state())] + [list(learn.cbs), ids(learn.model.modules())]
-
-def same(a, b):
-    if isinstance(a, (torch.Tensor, np.ndarray)): return bool((a == b).all())
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list,tuple)): return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 def test_tradeoff_looks_and_does_not_touch():
     learn = mk_learn(metrics=distance)

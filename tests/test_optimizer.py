@@ -1,23 +1,17 @@
 "Re-pointing optimizers at a model whose layers changed"
-from functools import partial
 import copy, gc, weakref
 
 import pytest, torch
 from torch import nn
 from fastai.learner import load_learner
-from fastai.optimizer import SGD, Adam, RMSProp, QHAdam, RAdam, Lamb, Larc, Lookahead, OptimWrapper, ranger
+from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
 from fastai.callback.schedule import *
-from tiny import mk_learn, net, splitter, snapshot, moved, ids, flat
+from helpers import flat, ids, moved, snapshot
+from learners import mk_learn, opt_funcs, splitter, wrap
+from networks import linear_net
 from fasterai_lr.optimizer import follow_params, rebind_opt, swap_layers
 
 T = torch.optim
-wrap = lambda cls, **kw: partial(OptimWrapper, opt=cls, **kw)
-opt_funcs = dict(sgd=SGD, sgd_mom=partial(SGD, mom=0.9), sgd_l2=partial(SGD, mom=0.9, decouple_wd=False), rms=RMSProp, rms_mom=partial(RMSProp, mom=0.9),
-    adam=Adam, radam=RAdam, qhadam=QHAdam, lamb=Lamb, larc=Larc, larc_nomom=partial(Larc, mom=0.), ranger=ranger,
-    lookahead=lambda p, **kw: Lookahead(SGD(p, mom=0.9, **kw), k=2),
-    t_sgd=wrap(T.SGD, momentum=0.9), t_adam=wrap(T.Adam), t_adamw=wrap(T.AdamW), t_amsgrad=wrap(T.AdamW, amsgrad=True), t_rms=wrap(T.RMSprop),
-    t_adagrad=wrap(T.Adagrad), t_adadelta=wrap(T.Adadelta), t_adamax=wrap(T.Adamax), t_nadam=wrap(T.NAdam), t_radam=wrap(T.RAdam),
-    t_asgd=wrap(T.ASGD), t_rprop=wrap(T.Rprop))
 
 def factored(layer, rank=3): return nn.Sequential(nn.Linear(layer.in_features, rank, bias=False),
                                                   nn.Linear(rank, layer.out_features, bias=layer.bias is not None))
@@ -77,7 +71,7 @@ def test_every_optimizer_through_save_load_export_and_more_training(name, tmp_pa
     assert not any(moved(before, exported))
 
 def test_ready_made_torch_optimizer(tmp_path):
-    model = net()
+    model = linear_net()
     built = T.AdamW([{'params': g, 'lr': 1e-3} for g in splitter(model)])
     learn = mk_learn(OptimWrapper(opt=built), model=model, path=tmp_path)
     learn.fit(1, 1e-3)
@@ -255,7 +249,7 @@ def test_lr_find_after_the_swap(tmp_path):
     assert all(moved(before, learn.model))
 
 def test_errors_come_before_any_change():
-    model = net()
+    model = linear_net()
     opt = T.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match='OptimWrapper'): rebind_opt(opt, follow_params(model, {'0': factored(model[0])}))
     learn = mk_learn()

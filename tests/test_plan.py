@@ -1,6 +1,5 @@
 "Budgets that hold as counted, plans as data, and what is refused"
 import copy, json, random, re, time
-from contextlib import contextmanager
 
 import numpy as np, pytest, torch
 from hypothesis import example, given, settings, strategies as st
@@ -13,18 +12,17 @@ from fasterai_lr.cost import Latency, count_macs, count_params
 from fasterai_lr.budget import half_saved
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
 from fasterai_lr.fit import loss_increase
-from fasterai_lr.layers import FactoredLayer, Geometry, factored_layers, layer_types
+from fasterai_lr.layers import Geometry, factored_layers, layer_types
 from fasterai_lr.budget import Budget
 from fasterai_lr.plan import Plan, Record
 from fasterai_lr.planner import Option, choose, make_plan
 from fasterai_lr.schemes import schemes
-from helpers import planner
-from test_fit import ViT, images, miss, plain_net, res_net, tokens, with_statistics
+from helpers import miss, planner, unchanged
+from networks import ViT, images, plain_net, res_net, tokens, with_statistics
 
 torch.set_num_threads(1)
 
-@pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures('seeded')
 
 # --- budgets
 
@@ -228,12 +226,6 @@ def test_edits(planned, plan):
     small = plan.set(name, 'svd', 2).apply(net)
     assert small.get_submodule(name).rank == 2 and small.low_rank_plan['layers'][name]['params_after'] == count_params(small.get_submodule(name))
     with pytest.raises(ValueError, match="name: 'no' is not in the plan; it has '0'"): plan.set('no', 'svd', 2)
-
-@contextmanager
-def unchanged(model):
-    before,modules = {k:v.clone() for k,v in model.state_dict().items()},[(n, id(m), sorted(vars(m))) for n,m in model.named_modules()]
-    yield
-    assert modules == [(n, id(m), sorted(vars(m))) for n,m in model.named_modules()] and all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
 
 def wider():
     net = plain_net()

@@ -174,6 +174,26 @@ def test_wrong_imports_are_found():
         assert len(wrong_imports(order, {name: src})) == 1, src
     assert wrong_imports(order, {'callback': 'from fastai.basics import *\nfrom .layers import *\nimport torch'}) == []
 
+# What tests share
+
+def imported_tests(sources):
+    "The test files that others import from; `sources`: {name of a test file: its text}"
+    res = []
+    for name,source in sources.items():
+        named = [part for module,what in imports(source) for part in (*module.split('.'), what)]
+        res += [f'{name}: {o}' for o in named if f'{o}.py' in sources]
+    return res
+
+def test_no_test_file_imports_from_another():
+    "What several need is in modules without tests, as `helpers.py`"
+    assert imported_tests({p.name: p.read_text(encoding='utf-8') for p in (root/'tests').glob('test_*.py')}) == []
+
+def test_imports_from_test_files_are_found():
+    given = {'test_a.py': '', 'test_b.py': 'import helpers\nfrom networks import test_net'}
+    assert imported_tests(given) == []
+    for source in ('from test_a import x', 'import test_a as t', 'def f():\n    import test_a', 'from tests.test_a import x', 'from . import test_a'):
+        assert imported_tests(given | {'test_c.py': source}) == ['test_c.py: test_a'], source
+
 # Paths of a machine
 
 machine_path = re.compile(r'(?<![\w./~-])/(?:work|root|tmp|home|Users|opt|mnt)/\w|[A-Z]:\\\\?Users|file:/{2}|index-ur[l]')

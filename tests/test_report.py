@@ -17,13 +17,10 @@ from fasterai_lr.calibrate import gather_moments
 from fasterai_lr.planner import make_plan
 from fasterai_lr.report import *
 from helpers import planner
+from networks import rand
 
 torch.set_num_threads(1)
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close('all')
+pytestmark = pytest.mark.usefixtures('close_figures')
 
 def net():
     torch.manual_seed(0)
@@ -32,7 +29,7 @@ def net():
 
 halves = [FC_Decomposer(), ConvDecomposer('spatial', rank=.25)]
 
-def images(n=32): return torch.randn(n, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+def images(n=32): return rand(n, 3, 12, 12)
 
 def texts(ax): return [t.get_text() for t in ax.texts]
 

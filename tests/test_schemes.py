@@ -13,12 +13,10 @@ from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
 from fasterai_lr.layers import FactoredLayer, Geometry, recompose
 from fasterai_lr.schemes import Link, Mode, Scheme, register, schemes
 from fasterai_lr.tensor import cp_term_norms, hosvd_errors
+from helpers import n_params
 
 torch.set_num_threads(1)
-n_params = lambda m: sum(p.numel() for p in m.parameters())
-
-@pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures('seeded')
 
 # --- layers of every geometry
 

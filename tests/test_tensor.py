@@ -5,6 +5,7 @@ from hypothesis import example, given, settings, strategies as st
 from tensorly.decomposition import parafac, partial_tucker
 from fasterai_lr.linalg import singular_values
 from fasterai_lr.tensor import *
+from helpers import gen
 
 def on_torch(): return tl.backend_context('pytorch', local_threadsafe=True)
 
@@ -17,11 +18,10 @@ SAME  = {torch.float32: 1e-5, torch.float64: 1e-12}
 GRAM  = 2e-15
 def no_more(a, b, dtype): return a <= math.sqrt(b*b+GRAM) + EXACT[dtype]
 
-def seeded(seed): return torch.Generator().manual_seed(seed)
-def randn(*shape, seed=0, dtype=torch.float64): return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
+def randn(*shape, seed=0, dtype=torch.float64): return torch.randn(*shape, generator=gen(seed), dtype=torch.float64).to(dtype)
 def terms(shape, rank, seed=0, dtype=torch.float64): # a kernel of CP rank `rank`
-    gen = seeded(seed)
-    return cp_to_kernel([torch.randn(n, rank, generator=gen, dtype=torch.float64) for n in shape]).to(dtype)
+    g = gen(seed)
+    return cp_to_kernel([torch.randn(n, rank, generator=g, dtype=torch.float64) for n in shape]).to(dtype)
 def decaying(*shape, seed=0, power=.5, dtype=torch.float64):
     W = randn(*shape, seed=seed)
     for n in shape: W = torch.tensordot(W, torch.linalg.qr(randn(n, n, seed=seed+n))[0]*torch.arange(1, n+1)**-power, dims=([0],[0]))

@@ -4,7 +4,6 @@ from collections import UserDict
 import numpy as np, pytest, torch
 from torch import nn
 
-from fasterai_lr.calibrate import calibrate
 
 from fasterai_lr.loss import regression
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
@@ -15,13 +14,11 @@ from fasterai_lr.budget import Budget
 from fasterai_lr.plan import Plan, measured
 from fasterai_lr.planner import make_plan, search_drop
 from fasterai_lr.schemes import schemes
-from helpers import fitted, planner
-from test_fit import miss
+from helpers import fitted, miss, planner
 
 torch.set_num_threads(1)
 
-@pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures('seeded')
 
 def mlp(): return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
 
