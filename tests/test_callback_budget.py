@@ -7,7 +7,7 @@ from fastai.vision.all import (accuracy, BCEWithLogitsLossFlat, Callback, CrossE
                                LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, MixUp, MSELossFlat, OptimWrapper, SGD, set_seed, TensorImage, Transform)
 from dataclasses import replace
 from functools import partial
-from fasterai_lr.loss import classification, regression
+from fasterai_lr.loss import classification, multilabel, regression
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.learned import calibration_batches, metric_value, output_kind
 from fasterai_lr.cost import count_macs, count_params
@@ -115,7 +115,8 @@ def test_the_loss_tells_the_kind_of_output(loss, axis):
     learn.loss_func = loss
     assert output_kind(learn).axis == axis
     seeded = lambda: torch.Generator().manual_seed(0)
-    out,want = torch.randn(6, 10, generator=seeded()),regression if axis is None else classification
+    by_label = isinstance(loss, BCEWithLogitsLossFlat)
+    out,want = torch.randn(6, 10, generator=seeded()),classification if axis else multilabel if by_label else regression
     assert output_kind(learn)(out, seeded()) == want(out, seeded())
 
 @pytest.mark.parametrize('mix', [MixUp, CutMix])
