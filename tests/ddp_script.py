@@ -79,7 +79,7 @@ def one_process():
 
 def budget_fit(learn):
     "Budgets in a metric without random signs, and which items this process has drawn and calibrated on"
-    drawn,shares,real,part = [],[],module.calibration_batches,distributed.calibrate
+    drawn,shares,real,part = [],[],module.calibration_batches,distributed.gather_moments
     def draw(learn, n=2000):
         res = real(learn, n)
         if n > 1: drawn.extend(b[0] for b in res)
@@ -88,9 +88,9 @@ def budget_fit(learn):
         shares.extend(b[0] for b in data)
         return part(model, data, *args, **kwargs)
     w,c = watch(),DecomposeCallback({1: Budget(params=.7), 2: Budget(params=.5)}, ft_lr=1e-2, metric='activation')
-    module.calibration_batches,distributed.calibrate = draw,gather
+    module.calibration_batches,distributed.gather_moments = draw,gather
     try: learn.fit_one_cycle(3, 1e-2, cbs=[c, w])
-    finally: module.calibration_batches,distributed.calibrate = real,part
+    finally: module.calibration_batches,distributed.gather_moments = real,part
     return seen(learn, w, c, drawn=torch.cat(drawn), shares=torch.cat(shares) if shares else None, losses=[v[1] for v in learn.recorder.values])
 
 def run_budget(path):

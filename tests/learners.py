@@ -12,6 +12,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD, Adam, RMSProp, QHAdam, RAdam, Lamb, Larc, Lookahead, OptimWrapper, ranger
+from fasterai_lr.rank import Energy
 from helpers import gen, n_factored, snapshot
 from networks import digits, linear_net
 
@@ -65,6 +66,16 @@ class Watch(Callback):
     def before_validate(self): self.valids.append(n_factored(self.model))
     def before_step(self): self.seen.append(self.see(self.learn))
     def after_step(self): self.steps += 1
+
+def stops_at(at, error, keep=.5):
+    "A wish for a rank, `Energy(keep)`, that raises `error` once: at the layer number `at`"
+    seen = []
+    class Stops(Energy):
+        def __call__(self, s, shape):
+            seen.append(shape)
+            if len(seen) == at+1: raise error
+            return super().__call__(s, shape)
+    return Stops(keep)
 
 def wrap(cls, **kw):
     "The torch optimizer `cls` for fastai"

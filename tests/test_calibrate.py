@@ -8,12 +8,15 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-import fasterai_lr.calibrate as calibrate_module
 from fasterai_lr.calibrate import Centred, Gram, calibrate
+
 from fasterai_lr.loss import classification, regression
+
 from fasterai_lr.metric import DiagonalMetric, Metric, make_metric
+
 from fasterai_lr.running import Batches
 from fasterai_lr.layers import Geometry
 from fasterai_lr.schemes import schemes
@@ -307,14 +310,22 @@ def test_layers_that_are_not_reached_or_cannot_be_replaced_are_absent():
 
 # --- the size limit
 
-def test_no_moment_above_the_limit_is_formed(monkeypatch):
-    sizes,products = [],calibrate_module._products
-    monkeypatch.setattr(calibrate_module, '_products', lambda a, b: sizes.append((a.shape[2], b.shape[2])) or products(a, b))
+class Products(TorchDispatchMode):
+    "The shapes of all matrix products"
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if str(func.overloadpacket) in ('aten.mm', 'aten.addmm', 'aten.bmm', 'aten.baddbmm', 'aten.baddbmm_'): self.shapes.append(out.shape[-2:])
+        return out
+
+def test_no_moment_above_the_limit_is_formed():
     net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 12), nn.Linear(12, 40))
-    found = calibrate(net, torch.randn(10, 4, 6, 6), max_size=36)
+    with Products() as products: found = calibrate(net, torch.randn(10, 4, 6, 6), max_size=36)
     assert set(found) == {'0', '2', '3'} and found['3'].grads.shape == (1, 40) # too many outputs: the diagonal
     assert found['0'].inputs.shape == (1, 36, 36) and found['2'].inputs is None and found['2'].outputs.shape == (1, 12, 12)
-    assert max(min(s) for s in sizes) <= 36 and max(a*b for a,b in sizes) <= 36**2
+    assert products.shapes and all(min(s) <= 36 and s[0]*s[1] <= 36**2 for s in products.shapes)
     full = calibrate(net, torch.randn(10, 4, 6, 6, generator=gen()), max_size=96)['2']
     assert full.inputs.shape == (1, 96, 96)
 
