@@ -8,17 +8,24 @@ __all__ = ['relative_error', 'channel_unfoldings', 'tucker2_full_ranks', 'hosvd_
 
 # %% ../nbs/01_tensor.ipynb #ebd26d59
 from math import prod
+
 import torch
 from torch import Tensor
-from .linalg import truncated_svd, check_finite, _compute_dtype, _scaled, full_precision
+from torch.nn.functional import pad
+
+from .linalg import check_finite, compute_dtype, full_precision, split_scale, truncated_svd
 
 # %% ../nbs/01_tensor.ipynb #b7be7516
 def _check_kernel(W):
-    "`W` detached, in a dtype that linear algebra can be done in"
-    if not isinstance(W, Tensor) or not W.is_floating_point(): raise TypeError(f"kernel must be a floating point tensor, got {getattr(W, 'dtype', type(W).__name__)}")
-    if not 2<=W.ndim<=5 or W.numel()==0: raise ValueError(f"kernel must be a non-empty tensor [o,i,*k] with 0 to 3 spatial axes, got shape {list(W.shape)}")
+    "Return `W` detached, in a dtype that torch can decompose, or raise an error if it is no kernel"
+    if not isinstance(W, Tensor) or not W.is_floating_point():
+        raise TypeError("kernel must be a floating point tensor, "
+                        f"got {getattr(W, 'dtype', type(W).__name__)}")
+    if not 2<=W.ndim<=5 or W.numel()==0:
+        raise ValueError("kernel must be a non-empty tensor [o,i,*k] with 0 to 3 spatial axes, "
+                         f"got shape {list(W.shape)}")
     check_finite(W, 'kernel')
-    return W.detach().to(_compute_dtype(W))
+    return W.detach().to(compute_dtype(W))
 
 def _norm(W): return W.double().norm().item()
 
@@ -27,300 +34,448 @@ def relative_error(
     W:Tensor, # any shape
     approx:Tensor # what stands for `W`, same shape
 )->float:
-    "`‖W-approx‖ / ‖W‖`, and 0 where both are zero"
-    X,s = _scaled(W.double()) # the squares of very small and very large entries are outside double precision
-    if not X.any(): return float('inf') if approx.any() else 0.
-    return _norm(X - approx.double()/s)/_norm(X)
+    "Return `‖W-approx‖ / ‖W‖`, and 0 where both are zero"
+    X,scale = split_scale(W.double()) # squares of very small or large entries leave the range of float64
+    if X.any(): return _norm(X - approx.double()/scale)/_norm(X)
+    return float('inf') if approx.any() else 0.
 
 # %% ../nbs/01_tensor.ipynb #68565424
 def channel_unfoldings(
-    W:Tensor # kernel [o,i,*k]
-): # [o, i*prod(k)] and [i, o*prod(k)]
-    "The two matrices that have a kernel's output and input channels as rows"
+    W:Tensor # kernel `[o,i,*k]`
+): # `[o, i*prod(k)]` and `[i, o*prod(k)]`
+    "Return the two matrices that have a kernel's output and input channels as rows"
     return W.flatten(1), W.transpose(0, 1).flatten(1)
 
 def tucker2_full_ranks(
-    shape # of a kernel [o,i,*k]
+    shape # of a kernel `[o,i,*k]`
 ): # (out, in)
-    "The ranks from which on Tucker-2 is exact: `min(o, i*prod(k))` and `min(i, o*prod(k))`"
+    "Return the ranks from which on Tucker-2 is exact: `min(o, i*prod(k))` and `min(i, o*prod(k))`"
     o,i,*k = shape
     return min(o, i*prod(k)), min(i, o*prod(k))
 
 # %% ../nbs/01_tensor.ipynb #03d07243
-def _leading(A, rank):
-    "Orthonormal basis [m,rank] of the leading left singular vectors of `A` [m,n], completed arbitrarily where `rank` is above n"
+def _leading(
+    A, # `[m,n]`
+    rank # up to m; above n the basis is completed arbitrarily
+): # `[m,rank]`
+    "Return an orthonormal basis of the leading left singular vectors of `A`"
     m,n = A.shape
     if m>n>=rank: return truncated_svd(A, rank)[0]
     D = A.double()
-    return torch.linalg.eigh(D@D.T)[1].flip(1)[:,:rank].to(A.dtype).contiguous()
+    _,U = torch.linalg.eigh(D@D.T)
+    return U.flip(1)[:,:rank].to(A.dtype).contiguous()
 
-def _bases(X, ranks): return [_leading(A, r) for A,r in zip(channel_unfoldings(X), ranks)]
+def _bases(
+    X, # `[o,i,*k]`
+    ranks # (out, in)
+): # `[o,out]` and `[i,in]`
+    "Return the leading vectors of both unfoldings"
+    return [_leading(A, rank) for A,rank in zip(channel_unfoldings(X), ranks)]
+
 def _times_o(X, U): return torch.tensordot(U.T, X, 1)
 def _times_i(X, U): return _times_o(X.transpose(0, 1), U).transpose(0, 1)
 
+def _in_bases(X, Uo, Ui):
+    "Return the core: `X` expressed in the bases `Uo` and `Ui` of its channels"
+    return _times_i(_times_o(X, Uo), Ui)
+
 # %% ../nbs/01_tensor.ipynb #344c2d22
-def _tail(x): return torch.nn.functional.pad(x.flip(-1).cumsum(-1).flip(-1)[...,1:], (0,1)) # sum of all later entries
+def _later_sums(x):
+    "For each entry the sum of all that come after it along the last axis"
+    from_here = x.flip(-1).cumsum(-1).flip(-1)
+    return pad(from_here[...,1:], (0,1))
 
 def hosvd_errors(
-    W:Tensor # kernel [o,i,*k]
+    W:Tensor # kernel `[o,i,*k]`
 )->Tensor: # float64, on the CPU, of the shape `tucker2_full_ranks`; ranks (ro,ri) are at [ro-1,ri-1]
-    "Relative error of the truncated HOSVD at every pair of ranks, never growing along either axis"
-    X = _scaled(_check_kernel(W))[0]
+    "Return the relative error of the truncated HOSVD at every pair of ranks, never growing along either axis"
+    X,_ = split_scale(_check_kernel(W))
     X = X.reshape(*X.shape[:2], -1)
     with full_precision(X.device):
         Uo,Ui = _bases(X, tucker2_full_ranks(X.shape))
-        G = _times_i(_times_o(X, Uo), Ui).double().square().sum(2).cpu()
+        G = _in_bases(X, Uo, Ui).double().square().sum(2).cpu()
     if not G.any(): return G
-    E = _tail(G.sum(1))[:,None] + _tail(G).cumsum(0)
-    return (E/G.sum()).sqrt().cummin(0)[0].cummin(1)[0]
+    rows_after = _later_sums(G.sum(1))[:,None]
+    cols_after = _later_sums(G).cumsum(0)
+    E = ((rows_after + cols_after)/G.sum()).sqrt()
+    return E.cummin(0)[0].cummin(1)[0]
 
 # %% ../nbs/01_tensor.ipynb #bc53fad4
 def _check_ranks(ranks, shape):
-    full = tucker2_full_ranks(shape)
+    "Return `ranks` as a pair, or raise a `ValueError`"
     try: ro,ri = ranks
-    except (TypeError, ValueError): raise ValueError(f"ranks must be a pair (out, in) of integers, got {ranks!r}") from None
-    if not all(isinstance(r, int) and 1<=r<=f for r,f in zip((ro,ri), full)):
-        raise ValueError(f"ranks of a kernel {list(shape)} must be a pair (out, in) of integers from (1, 1) to {full}, got {ranks!r}")
+    except (TypeError, ValueError):
+        raise ValueError(f"ranks must be a pair (out, in) of integers, got {ranks!r}") from None
+    full = tucker2_full_ranks(shape)
+    for r,top in zip((ro,ri), full):
+        if not isinstance(r, int) or not 1<=r<=top:
+            raise ValueError(f"ranks of a kernel {list(shape)} must be a pair (out, in) of integers "
+                             f"from (1, 1) to {full}, got {ranks!r}")
     return ro,ri
 
-def _widen(A, U, rank):
-    "Orthonormal basis of `rank` columns that holds the span of `U` and, beyond it, what matters most of the columns of `A`"
-    if U.shape[0]!=A.shape[0] or U.shape[1]>rank: 
-        raise ValueError(f"init must hold bases [{A.shape[0]}, r] with r at most the rank {rank}, got shape {list(U.shape)}")
+def _widen(
+    A, # `[m,n]`
+    U, # orthonormal basis `[m,r]`
+    rank # at least r
+): # orthonormal basis `[m,rank]`
+    "Return a basis that spans `U` and, beyond it, what matters most of the columns of `A`"
+    if U.shape[0]!=A.shape[0] or U.shape[1]>rank:
+        raise ValueError(f"init must hold bases [{A.shape[0]}, r] with r at most the rank {rank}, "
+                         f"got shape {list(U.shape)}")
     U = U.to(A)
-    return _leading(torch.cat([2*_norm(A)*U, A-U@(U.T@A)], 1), rank)
+    rest = A - U@(U.T@A)
+    return _leading(torch.cat([2*_norm(A)*U, rest], 1), rank)
 
-def _start(X, ranks, init, full):
-    "Bases of the truncated HOSVD or of the widened `init`, whichever keeps more of `X`"
-    starts = [_bases(X, ranks)]
-    if init is not None: starts.append([_widen(A, U, r) for A,U,r in zip(channel_unfoldings(X), init[1:], ranks)])
-    if full: return starts[0] # the best there is
-    return max(starts, key=lambda s: _norm(_times_i(_times_o(X, s[0]), s[1])))
+# %% ../nbs/01_tensor.ipynb #e981b4dc
+def _start_bases(
+    X, # kernel `[o,i,*k]`
+    ranks, # (out, in)
+    init, # an earlier result, or `None`
+    exact # is the HOSVD exact?
+): # `[o,out]` and `[i,in]`
+    "Return bases from the HOSVD or, if they keep more of `X`, from a widened `init`"
+    hosvd = _bases(X, ranks)
+    if init is None: return hosvd
+    widened = [_widen(A, U, rank) for A,U,rank in zip(channel_unfoldings(X), init[1:], ranks)]
+    if exact: return hosvd
+    if _norm(_in_bases(X, *widened)) > _norm(_in_bases(X, *hosvd)): return widened
+    return hosvd
+
+def _hooi(
+    X, # kernel `[o,i,*k]`
+    Uo, # orthonormal basis to start from, `[o,ro]`
+    Ui, # the same for the input channels, `[i,ri]`
+    max_sweeps, # as in `tucker2`
+    tol # as in `tucker2`
+): # core `[ro,ri,*k]` and the bases
+    "Improve both bases in turn"
+    core = _in_bases(X, Uo, Ui)
+    kept = _norm(core)**2
+    lost = _norm(X)**2 - kept
+    for _ in range(max_sweeps):
+        new_Uo = _leading(_times_i(X, Ui).flatten(1), Uo.shape[1])
+        Y = _times_o(X, new_Uo)
+        new_Ui = _leading(channel_unfoldings(Y)[1], Ui.shape[1])
+        new_core = _times_i(Y, new_Ui)
+        new_kept = _norm(new_core)**2
+        gain = new_kept - kept
+        if gain<=0: break
+        core,Uo,Ui = new_core,new_Uo,new_Ui
+        if gain<=2*tol*lost: break
+        kept = new_kept
+        lost -= gain
+    return core, Uo, Ui
 
 # %% ../nbs/01_tensor.ipynb #823d2b99
 def tucker2(
-    W:Tensor, # kernel [o,i,*k]
+    W:Tensor, # kernel `[o,i,*k]`
     ranks, # (out, in), at most `tucker2_full_ranks(W.shape)`
     init=None, # an earlier result of ranks no higher than these, to start from
     max_sweeps:int=20, # 0: the truncated HOSVD itself
     tol:float=1e-4 # stop when a sweep lowers the error by less than this part of it
-): # core [ro,ri,*k], Uo [o,ro], Ui [i,ri]; the columns of `Uo` and `Ui` are orthonormal
-    "Tucker-2 decomposition by HOOI: `W[o,i] ≈ Σ core[a,b] Uo[o,a] Ui[i,b]`"
-    X,s = _scaled(_check_kernel(W))
-    (ro,ri),X = _check_ranks(ranks, X.shape),X.reshape(*X.shape[:2], -1)
-    full = any(r==f for r,f in zip((ro,ri), tucker2_full_ranks(W.shape))) # then the HOSVD is the best there is
+): # core `[ro,ri,*k]`, Uo `[o,ro]`, Ui `[i,ri]`; the columns of `Uo` and `Ui` are orthonormal
+    "Return the Tucker-2 decomposition by HOOI: `W[o,i] ≈ Σ core[a,b] Uo[o,a] Ui[i,b]`"
+    X,scale = split_scale(_check_kernel(W))
+    ro,ri = _check_ranks(ranks, X.shape)
+    fo,fi = tucker2_full_ranks(X.shape)
+    exact = ro==fo or ri==fi # then the HOSVD is the best there is
+    if exact: max_sweeps = 0
     with full_precision(X.device):
-        Uo,Ui = _start(X, (ro,ri), init, full)
-        core = _times_i(_times_o(X, Uo), Ui)
-        left = _norm(X)**2 - _norm(core)**2
-        for _ in range(0 if full else max_sweeps):
-            U = _leading(_times_i(X, Ui).flatten(1), ro)
-            Y = _times_o(X, U)
-            V = _leading(channel_unfoldings(Y)[1], ri)
-            C = _times_i(Y, V)
-            gain = _norm(C)**2 - _norm(core)**2
-            if gain<=0: break
-            Uo,Ui,core = U,V,C
-            if gain<=2*tol*left: break
-            left -= gain
-    return core.reshape(ro, ri, *W.shape[2:])*s, Uo, Ui
+        Uo,Ui = _start_bases(X, (ro,ri), init, exact)
+        core,Uo,Ui = _hooi(X, Uo, Ui, max_sweeps, tol)
+    return core*scale, Uo, Ui
 
+# %% ../nbs/01_tensor.ipynb #b7a2e03c
 def tucker2_to_kernel(
-    core:Tensor, # [ro,ri,*k]
-    Uo:Tensor, # [o,ro]
-    Ui:Tensor # [i,ri]
-)->Tensor: # [o,i,*k]
-    "The kernel that a Tucker-2 decomposition stands for"
+    core:Tensor, # `[ro,ri,*k]`
+    Uo:Tensor, # `[o,ro]`
+    Ui:Tensor # `[i,ri]`
+)->Tensor: # `[o,i,*k]`
+    "Return the kernel that a Tucker-2 decomposition stands for"
     return _times_o(_times_i(core, Ui.T), Uo.T)
 
 # %% ../nbs/01_tensor.ipynb #b7c7320c
-_CORE    = 64   # channels below which a smaller core saves no time
+_CORE_CHANNELS = 64 # the least channels of a core: a smaller one saves no time
 _PENALTY = 1e-3 # weight of the terms' squared norms, as a part of the squared error
 
 def _khatri_rao(fs):
-    "Columnwise Kronecker product [prod(n), r] of factors [n,r]"
+    "Return the columnwise Kronecker product `[prod(n),r]` of factors `[n,r]`"
     K = fs[0]
-    for f in fs[1:]: K = (K[:,None]*f).flatten(0, 1)
+    for f in fs[1:]:
+        K = (K[:,None]*f).flatten(0, 1)
     return K
 
-def _balance(fs):
-    "The same terms, with the norm of each spread evenly over its factors"
+def _balance_terms(fs):
+    "Return the same terms, with the norm of each spread evenly over its factors"
     norms = torch.stack([f.norm(dim=0) for f in fs])
     each = norms.log().mean(0).exp()
-    return [f*torch.where(n>0, each/n, 0.) for f,n in zip(fs, norms)]
-
-def _solve(M, G, mu):
-    "The factor that minimises squared error plus `mu` times the terms' squared norms, from the matricised product `M` and the others' Gram matrix `G`"
-    # Where the others are below ε² of the kernel together, the term is rounding, and becomes zero:
-    # kept, its next factor could leave the range of the dtype
-    d = torch.where(G.diagonal()>torch.finfo(M.dtype).eps**4, G.diagonal().rsqrt(), 0.)
-    L = torch.linalg.cholesky(G*d*d[:,None] + mu*torch.eye(len(d), dtype=d.dtype, device=d.device))
-    return (torch.cholesky_solve((M.double()*d).T, L).T*d).to(M.dtype)
+    scales = torch.where(norms>0, each/norms, 0.)
+    return [f*s for f,s in zip(fs, scales)]
 
 def _gram(f): return f.double().T@f.double()
 
+def _best_factor(
+    M, # matricised tensor times Khatri–Rao product, `[n,r]`
+    G, # Gram matrices of the other factors, multiplied, `[r,r]`
+    mu # weight of the terms' squared norms beside the squared error
+): # `[n,r]`
+    "Return the factor that is the best beside the others"
+    # A term is rounding if its other factors are below ε² of the kernel together. It becomes zero:
+    # its factor could leave the range of the dtype
+    diagonal = G.diagonal()
+    d = torch.where(diagonal > torch.finfo(M.dtype).eps**4, diagonal.rsqrt(), 0.)
+    L = torch.linalg.cholesky(G*d*d[:,None] + mu*torch.eye(len(d)).to(d))
+    f = torch.cholesky_solve((M.double()*d).T, L).T
+    return (f*d).to(M.dtype)
+
 # %% ../nbs/01_tensor.ipynb #b5c59c74
-def _sweep(T, fs, mu):
-    "One update of all factors of `T` [p,*mid,q]; also `‖T-approx‖²-‖T‖²` and the sum of the terms' squared norms"
-    fs,grams,(p,*mid,q),r = list(fs),[_gram(f) for f in fs],T.shape,fs[0].shape[1]
+def _sweep(
+    T, # `[p,*mid,q]`
+    fs, # its factors
+    mu # as in `_best_factor`
+): # new factors, the change `‖T-approx‖²-‖T‖²`, the sum of the terms' squared norms
+    "Update every factor once"
+    fs = list(fs)
+    grams = [_gram(f) for f in fs]
     def update(n, M):
-        fs[n] = _solve(M, torch.stack(grams[:n]+grams[n+1:]).prod(0), mu)
+        others = torch.stack(grams[:n] + grams[n+1:])
+        fs[n] = _best_factor(M, others.prod(0), mu)
         grams[n] = _gram(fs[n])
-    X = (fs[0].T@T.reshape(p, -1)).view(r, -1, q)
-    update(len(mid)+1, torch.einsum('rmq,mr->qr', X, _khatri_rao(fs[1:-1])))
-    Y = torch.einsum('rmq,qr->mr', X, fs[-1]).view(*mid, r)
-    for n,m in enumerate(mid, 1):
-        M,others = Y.movedim(n-1, 0).reshape(m, -1, r),fs[1:n]+fs[n+1:-1]
-        update(n, (M*_khatri_rao(others)).sum(1) if others else M[:,0])
-    M = torch.einsum('pmr,mr->pr', (T.reshape(-1, q)@fs[-1]).view(p, -1, r), _khatri_rao(fs[1:-1]))
+
+    X = _times_o(T, fs[0]).flatten(1, -2)
+    M = torch.einsum('rmq,mr->qr', X, _khatri_rao(fs[1:-1]))
+    update(len(fs)-1, M)
+    Y = torch.einsum('rmq,qr->mr', X, fs[-1]).unflatten(0, T.shape[1:-1])
+    for n in range(1, len(fs)-1):
+        M = Y.movedim(n-1, 0)
+        others = fs[1:n] + fs[n+1:-1]
+        if others:
+            M = (M.flatten(1, -2)*_khatri_rao(others)).sum(1)
+        update(n, M)
+    Z = (T@fs[-1]).flatten(1, -2)
+    M = torch.einsum('pmr,mr->pr', Z, _khatri_rao(fs[1:-1]))
     update(0, M)
     G = torch.stack(grams).prod(0)
-    return fs, (G.sum() - 2*(fs[0].double()*M.double()).sum()).item(), G.trace().item()
+    change = G.sum() - 2*(fs[0].double()*M.double()).sum()
+    return fs, change.item(), G.trace().item()
 
 # %% ../nbs/01_tensor.ipynb #1df761d8
-def _als(T, fs, err2, max_sweeps, tol):
-    "Factors of `T`, part of a kernel of norm 1, improved from `fs`, and the squared error of the kernel, `err2` at the start"
-    size,step,ahead,start = cp_term_norms(fs).square().sum().item(),.5,False,fs
+def _als(
+    T, # a kernel of norm 1, or a part of it
+    fs, # factors of `T` to start from
+    err2, # squared error of the kernel with these
+    max_sweeps, # at most
+    tol # as in `cp`
+): # factors, and the squared error of the kernel with them
+    "Improve the factors by alternating least squares"
+    size = cp_term_norms(fs).square().sum().item()
     floor = max(torch.finfo(T.dtype).eps, 1e-12)
+    start = fs
+    step = .5
     for sweep in range(max_sweeps):
         mu = max(_PENALTY*err2, floor)
         new,change,new_size = _sweep(T, start, mu)
         new_err2 = max(1+change, 0.)
-        if not (new_err2<=err2 and new_err2+mu*new_size <= err2+mu*size): # NaN helps no more than growth
-            if not ahead: break
-            start,ahead,step = fs,False,step/2
+        helps = new_err2<=err2 and new_err2+mu*new_size <= err2+mu*size # false for NaN
+        if not helps:
+            if start is fs: break
+            start = fs
+            step /= 2
             continue
-        new = _balance(new)
-        done = new_err2 >= (1-tol)**2*err2
-        ahead = sweep>0 # the first sweep leaves the start, which is no point to extrapolate from
-        start = [n+step*(n-f) for n,f in zip(new, fs)] if ahead else new
+        start = new = _balance_terms(new)
+        if sweep>0: # what the first sweep leaves is no point to extrapolate from
+            start = [n+step*(n-f) for n,f in zip(new, fs)]
         step = min(1.1*step, 1.)
+        done = new_err2 >= (1-tol)**2*err2
         fs,err2,size = new,new_err2,new_size
         if done: break
     return fs,err2
 
 # %% ../nbs/01_tensor.ipynb #7c874c03
 def cp_exact_rank(
-    shape # of a kernel [o,i,*k]
+    shape # of a kernel `[o,i,*k]`
 )->int:
-    "The rank from which on CP is exact for any kernel of this shape: the product of all sides but the longest"
+    "Return the rank from which on CP is exact for this shape: the product of all sides but the longest"
     return prod(shape)//max(shape)
 
-def _slice_cp(T, rank):
-    "The `rank` leading terms of the SVDs of all slices `T[:,*mid,:]`: exact if that is all of them"
+def _slice_cp(
+    T, # `[p,*mid,q]`
+    rank # number of terms; exact if there are no more
+): # factors of `T`
+    "Return the leading terms of the SVDs of all slices `T[:,*mid,:]`"
     p,*mid,q = T.shape
-    S = T.reshape(p, -1, q).transpose(0, 1)
-    small = min(p, q)
-    if len(S)==1: U,s,Vh = (x[None] for x in truncated_svd(S[0], min(rank, small)))
-    else: U,s,Vh = truncated_svd(S, small)
-    top = s.flatten().argsort(descending=True, stable=True)[:rank]
-    n,j = top//s.shape[1], top%s.shape[1]
-    fm = [torch.eye(m, dtype=T.dtype, device=T.device)[:,c] for m,c in zip(mid, torch.unravel_index(n, mid))] if mid else []
-    fs = [U[n,:,j].T, *fm, (Vh[n,j]*s[n,j][:,None]).T]
-    return [torch.nn.functional.pad(f, (0, rank-len(top))) for f in _balance(fs)]
+    if mid:
+        slices = T.flatten(1, -2).transpose(0, 1)
+        U,S,Vh = truncated_svd(slices, min(p, q))
+    else:
+        U,S,Vh = [x[None] for x in truncated_svd(T, min(rank, p, q))]
+    top = S.flatten().argsort(descending=True, stable=True)[:rank]
+    n,j = torch.unravel_index(top, S.shape) # slices, and which of their terms
+    fs = [U[n,:,j].T]
+    for m,c in zip(mid, torch.unravel_index(n, mid)):
+        fs.append(torch.eye(m).to(T)[:,c])
+    fs.append(Vh[n,j].T*S[n,j])
+    return [pad(f, (0, rank-len(top))) for f in _balance_terms(fs)]
 
-def _fresh(T, rank, gen):
-    "Factors for `rank` new terms of `T` [p,*mid,q], zero on the side of q"
-    p,*mid,q = T.shape
-    rand = [torch.randn(n, rank, generator=gen).to(T) for n in (p, *mid)]
-    n,A = min(rank, p, T.numel()//p),T.flatten(1)
+# %% ../nbs/01_tensor.ipynb #11fe5e21
+def _new_terms(
+    T, # `[p,*mid,q]`
+    rank, # how many
+    gen # generator of random directions
+): # factors of `T`, zero on the side of q
+    "Return a start for new terms"
+    fs = [torch.randn(n, rank, generator=gen).to(T) for n in T.shape[:-1]]
+    A = T.flatten(1)
+    n = min(rank, *A.shape)
     U = _leading(A, n)
-    s = (U.T@A).norm(dim=1)
-    some = s > 100*torch.finfo(T.dtype).eps*s[0] # the others are orthogonal to `T`: terms there would stay zero
-    rand[0][:,:n] = torch.where(some, U, rand[0][:,:n])
-    return [*(f/f.norm(dim=0) for f in rand), T.new_zeros(q, rank)]
+    S = (U.T@A).norm(dim=1)
+    some = S > 100*torch.finfo(T.dtype).eps*S[0] # the others are orthogonal to `T` and would stay zero
+    fs[0][:,:n] = torch.where(some, U, fs[0][:,:n])
+    fs = [f/f.norm(dim=0) for f in fs]
+    return fs + [T.new_zeros(T.shape[-1], rank)]
 
-def _cold(T, rank, gen, max_sweeps, tol):
-    "Factors of `T` from nothing: on its Tucker-2 core first, then on itself"
-    p,*mid,q = T.shape
-    X = T.reshape(p, -1, q).transpose(1, 2)
-    C,Up,Uq = tucker2(X, [min(max(rank, _CORE), f) for f in tucker2_full_ranks(X.shape)], max_sweeps=0)
-    C = C.transpose(1, 2).reshape(len(Up.T), *mid, len(Uq.T)).contiguous()
-    (fp,*fm,fq),err2 = _als(C, _fresh(C, rank, gen), 1., max_sweeps, tol)
-    return _als(T, [Up@fp,*fm,Uq@fq], err2, -(-max_sweeps//10), tol)[0]
+def _cold(
+    T, # `[p,*mid,q]`, of norm 1
+    rank, # number of terms
+    gen, # generator of random directions
+    max_sweeps, # on the core; a tenth of it on `T`
+    tol # as in `cp`
+): # factors of `T`
+    "Find a CP decomposition from nothing: of the Tucker-2 core of `T` first, then of `T` itself"
+    X = T.flatten(1, -2).mT
+    channels = max(rank, _CORE_CHANNELS)
+    ranks = [min(channels, full) for full in tucker2_full_ranks(X.shape)]
+    core,Up,Uq = tucker2(X, ranks, max_sweeps=0)
+    core = core.mT.unflatten(1, T.shape[1:-1]).contiguous()
+    (fp,*fm,fq),err2 = _als(core, _new_terms(core, rank, gen), 1., max_sweeps, tol)
+    fs = [Up@fp, *fm, Uq@fq]
+    return _als(T, fs, err2, (max_sweeps+9)//10, tol)[0]
 
-def _warm(T, fs, rank, gen, max_sweeps, tol):
-    "Factors of `T` from those of a lower rank"
-    norms,eps = cp_term_norms(fs),torch.finfo(T.dtype).eps
-    useful = (norms>eps**2) & (norms<1/eps) # smaller terms are rounding, and the rounding of larger ones is a kernel
+# %% ../nbs/01_tensor.ipynb #8df8b72b
+def _warm(
+    T, # `[p,*mid,q]`, of norm 1
+    fs, # factors of `T` of a rank no higher
+    rank, # number of terms
+    gen, # generator of random directions
+    max_sweeps, # on `T`
+    tol # as in `cp`
+): # factors of `T`
+    "Find a CP decomposition from that of a lower rank"
+    norms = cp_term_norms(fs)
+    eps = torch.finfo(T.dtype).eps
+    # Smaller terms are mere rounding, and larger ones have rounding errors as large as the kernel
+    useful = (norms>eps**2) & (norms<1/eps)
     fs = [f[:,useful] for f in fs]
-    R = T - _terms_sum(fs)
-    err2,more = _norm(R)**2,rank-fs[0].shape[1]
+    rest = T - cp_to_kernel(fs)
+    err2 = _norm(rest)**2
     if err2>1: # worse than nothing: only the directions are of use
-        fs,R,err2 = [*fs[:-1], torch.zeros_like(fs[-1])],T,1.
-    if more: fs = [torch.cat(f, 1) for f in zip(fs, _fresh(R, more, gen))]
-    new = _als(T, fs, err2, max_sweeps, tol)[0]
-    # Sweeps know their error but for rounding, so it is measured
-    return new if _norm(T-_terms_sum(new))**2 <= err2 else fs
-
-def _terms_sum(fs):
-    "The tensor that factors stand for"
-    f,*rest = fs
-    return (f@_khatri_rao(rest).T).reshape([len(f) for f in fs])
+        fs[-1] = torch.zeros_like(fs[-1])
+        rest,err2 = T,1.
+    missing = rank - fs[0].shape[1]
+    if missing:
+        new = _new_terms(rest, missing, gen)
+        fs = [torch.cat(pair, 1) for pair in zip(fs, new)]
+    found,_ = _als(T, fs, err2, max_sweeps, tol)
+    # The sweeps know their error only up to rounding, so it is measured
+    if _norm(T-cp_to_kernel(found))**2 <= err2: return found
+    return fs
 
 # %% ../nbs/01_tensor.ipynb #056db3c9
 def _check_cp(rank, init, shape):
-    if not isinstance(rank, int) or rank<1: raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
+    "Raise a `ValueError` if `rank` or `init` does not fit a kernel of this shape"
+    if not isinstance(rank, int) or rank<1:
+        raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
     if init is None: return
     got = [list(f.shape) for f in init]
-    if got!=[[n, got[0][1]] for n in shape] or got[0][1]>rank:
-        raise ValueError(f"init must hold one factor [n, r] for each side of the kernel {list(shape)} with r at most the rank {rank}, got shapes {got}")
+    r = got[0][1]
+    if r>rank or got!=[[side, r] for side in shape]:
+        raise ValueError(f"init must hold one factor [n, r] for each side of the kernel {list(shape)} "
+                         f"with r at most the rank {rank}, got shapes {got}")
     for f in init: check_finite(f, 'init')
+
+# %% ../nbs/01_tensor.ipynb #a1bc7eb1
+def _main_sides(
+    shape # of a kernel `[o,i,*k]`
+): # indices of its sides
+    "List the two longest sides, first and last, and between them all others that are longer than 1"
+    p,q,*others = sorted(range(len(shape)), key=shape.__getitem__, reverse=True)
+    return [p, *[n for n in others if shape[n]>1], q]
+
+def _move_sides(
+    X, # kernel `[o,i,*k]`
+    sides # from `_main_sides`
+): # `[p,*mid,q]`
+    "Put the sides of `X` in this order and drop the others, which have length 1"
+    others = [n for n in range(X.ndim) if n not in sides]
+    return X.permute(sides + others).flatten(len(sides)-1).contiguous()
+
+def _from_init(
+    init, # factors of the kernel, as given to `cp`
+    sides, # from `_main_sides`
+    each, # scale of each factor
+    T # `[p,*mid,q]`, of norm 1
+): # factors of `T`
+    "Turn factors of the kernel into factors of `T`"
+    fs = [init[n].to(T.device, torch.float64)/each for n in sides]
+    for n,f in enumerate(init):
+        if n not in sides: fs[0] = fs[0]*f.to(fs[0]) # of length 1, so only a factor of each term
+    return [f.to(T.dtype) for f in _balance_terms(fs)]
+
+def _zero_terms(W, rank):
+    "Return the factors of a kernel of zeros: ones for a spatial axis of length 1, zeros for any other"
+    return [W.new_full((n, rank), float(side>1 and n==1)) for side,n in enumerate(W.shape)]
 
 # %% ../nbs/01_tensor.ipynb #128fa3c5
 def cp(
-    W:Tensor, # kernel [o,i,*k]
+    W:Tensor, # kernel `[o,i,*k]`
     rank:int, # number of rank-one terms; from `cp_exact_rank(W.shape)` on the result is exact
-    init=None, # earlier factors of a rank no higher than this one, to start from: the error will be at most theirs
+    init=None, # earlier factors of a rank no higher, to start from: the error will be at most theirs
     seed:int=0, # of the directions that are drawn; torch's own generator is left alone
     max_sweeps:int=100, # on the Tucker-2 core, a tenth of it on the kernel; from an `init` all on the kernel
     tol:float=1e-5 # stop when a sweep lowers the error by less than this part of it
-)->list: # factors [o,rank], [i,rank], [k1,rank], …; all ones for a spatial axis of size 1
-    "CP decomposition: `W ≈ Σ_r` of the outer products of the factors' columns, of balanced and bounded norms"
-    X,s = _scaled(_check_kernel(W))
+)->list: # factors `[o,rank]`, `[i,rank]`, `[k1,rank]`, …; all ones for a spatial axis of size 1
+    "Return the CP decomposition: `W ≈ Σ_r` of the outer products of the factors' columns"
+    X,scale = split_scale(_check_kernel(W))
     _check_cp(rank, init, W.shape)
-    p,q,*mid = sorted(range(X.ndim), key=lambda n: -X.shape[n]) # the two longest sides, whichever they are
-    mid = [n for n in mid if X.shape[n]>1]
-    order,gen,norm = [p,*mid,q],torch.Generator().manual_seed(seed),_norm(X)
-    if not norm: return [X.new_full((n, rank), float(m>1 and n==1)) for m,n in enumerate(X.shape)]
-    each = norm**(1/len(order)) * s**(1/len(order))
+    norm = _norm(X)
+    if not norm: return _zero_terms(X, rank)
+    sides = _main_sides(X.shape)
+    each = norm**(1/len(sides)) * scale**(1/len(sides)) # part of the kernel's norm in each factor
+    gen = torch.Generator().manual_seed(seed)
     with full_precision(X.device):
-        T = (X.double()/norm).to(X.dtype).permute(*order, *(n for n in range(X.ndim) if n not in order)).reshape([X.shape[n] for n in order]).contiguous()
-        if not mid or rank>=cp_exact_rank(X.shape): fs = _slice_cp(T, rank)
+        T = _move_sides((X.double()/norm).to(X.dtype), sides)
+        if T.ndim==2 or rank>=cp_exact_rank(X.shape): fs = _slice_cp(T, rank)
         elif init is None: fs = _cold(T, rank, gen, max_sweeps, tol)
-        else: fs = _warm(T, _from_init(init, order, each, T), rank, gen, max_sweeps, tol)
-    alive,out = cp_term_norms(fs)>0,[X.new_ones(1, rank) for _ in X.shape]
-    for n,f in zip(order, fs): out[n] = f*alive*each
+        else: fs = _warm(T, _from_init(init, sides, each, T), rank, gen, max_sweeps, tol)
+    alive = cp_term_norms(fs)>0
+    out = [X.new_ones(1, rank) for _ in X.shape]
+    for n,f in zip(sides, fs):
+        out[n] = f*alive*each
     return out
-
-def _from_init(init, order, each, T):
-    "Factors `init`, whose scale is `each`, as factors of `T`, factors of sides of length 1 multiplied in"
-    fs = [init[n].to(T.device, torch.float64)/each for n in order]
-    for n,f in enumerate(init):
-        if n not in order: fs[0] = fs[0]*f.to(fs[0])
-    return [f.to(T.dtype) for f in _balance(fs)]
 
 # %% ../nbs/01_tensor.ipynb #fd791f15
 def cp_to_kernel(
-    factors # [o,r], [i,r], [k1,r], …
-)->Tensor: # [o,i,*k]
-    "The kernel that CP factors stand for"
-    return _terms_sum(factors)
+    factors # `[o,r]`, `[i,r]`, `[k1,r]`, …
+)->Tensor: # `[o,i,*k]`
+    "Return the kernel that CP factors stand for"
+    f,*rest = factors
+    K = f@_khatri_rao(rest).T
+    return K.reshape([len(f) for f in factors])
 
 def cp_term_norms(
-    factors # [o,r], [i,r], [k1,r], …
-)->Tensor: # [r]
-    "Frobenius norms of the rank-one terms"
+    factors # `[o,r]`, `[i,r]`, `[k1,r]`, …
+)->Tensor: # `[r]`
+    "Return the Frobenius norms of the rank-one terms"
     return torch.stack([f.double().norm(dim=0) for f in factors]).prod(0)
 
 # %% ../nbs/01_tensor.ipynb #e3896517
 def rank_path(
     decompose, # `tucker2` or `cp`
-    W:Tensor, # kernel [o,i,*k]
+    W:Tensor, # kernel `[o,i,*k]`
     ranks, # in ascending order; pairs for `tucker2`
     **kwargs # to `decompose`
 ): # yields what `decompose` returns, for each of `ranks`
-    "Decompositions at ascending `ranks`, each starting from the last, so that the error never grows"
+    "Decompose at ascending `ranks`, each time starting from the last result, so that the error never grows"
     found = None
     for rank in ranks:
         found = decompose(W, rank, init=found, **kwargs)
