@@ -4,27 +4,27 @@
 
 # %% auto #0
 __all__ = ['linear_types', 'conv_types', 'transposed_types', 'layer_types', 'Geometry', 'ChannelShuffle', 'product',
-           'FactoredLayer', 'memory_format', 'fill', 'FactoredTranspose', 'run_model', 'devices_of', 'evaluating',
-           'Found', 'check_module', 'find_layers', 'check_loaded', 'did_you_mean', 'matches', 'check_patterns',
-           'select', 'replace_layers_', 'replace_layers', 'factored_layers', 'recompose']
+           'FactoredLayer', 'memory_format', 'fill', 'FactoredTranspose', 'Found', 'check_module', 'find_layers',
+           'check_loaded', 'did_you_mean', 'matches', 'check_patterns', 'select', 'replace_layers_', 'replace_layers',
+           'factored_layers', 'recompose']
 
 # %% ../nbs/02_layers.ipynb #cb2d4141
 import copy, difflib, fnmatch
 from collections import OrderedDict, defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 # %% ../nbs/02_layers.ipynb #45521a24
-_linear, _conv = (nn.Linear,), (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-linear_types,conv_types,transposed_types = _linear,_conv,_transposed
-layer_types = linear_types+conv_types+transposed_types
+linear_types = (nn.Linear,)
+conv_types = nn.Conv1d, nn.Conv2d, nn.Conv3d
+transposed_types = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+layer_types = linear_types + conv_types + transposed_types
 
 # %% ../nbs/02_layers.ipynb #3c684201
 @dataclass(frozen=True)
@@ -44,57 +44,95 @@ class Geometry:
 
     @classmethod
     def of(cls, layer:nn.Module): # an `nn.Linear` or convolution, or a `FactoredLayer` that stands for one
-        "The geometry of `layer`"
+        "Return the geometry of `layer`"
         if hasattr(layer, 'geometry'): return layer.geometry
-        if isinstance(layer, _linear): return cls(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        return cls(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-                   layer.output_padding, layer.padding_mode, layer.groups, layer.transposed, layer.bias is not None)
+        bias = layer.bias is not None
+        if isinstance(layer, linear_types): return cls(layer.in_features, layer.out_features, bias=bias)
+        return cls(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+            layer.dilation, layer.output_padding, layer.padding_mode, layer.groups, layer.transposed, bias)
 
     @property
-    def axes(self): return tuple(range(len(self.kernel)))
+    def axes(self)->tuple:
+        "The numbers of the spatial axes, from 0"
+        return tuple(range(len(self.kernel)))
 
-    @property
-    def type_name(self):
-        "The name of the torch class with this geometry"
-        return 'Linear' if not self.axes else f"Conv{'Transpose' if self.transposed else ''}{len(self.axes)}d"
+# %% ../nbs/02_layers.ipynb #9e15cecc
+@patch(as_prop=True)
+def layer_type(self:Geometry)->type:
+    "The torch class with this geometry"
+    if not self.axes: return nn.Linear
+    types = transposed_types if self.transposed else conv_types
+    return types[len(self.axes)-1]
 
-    @property
-    def block_shape(self): return (self.groups, self.out//self.groups, self.inp//self.groups, *self.kernel)
+@patch(as_prop=True)
+def type_name(self:Geometry)->str:
+    "The name of the torch class with this geometry"
+    return self.layer_type.__name__
 
-    def macs(self, use): return prod(self.block_shape)*(sum(y.numel() for y in use.outputs)//self.out)
+@patch(as_prop=True)
+def block_shape(self:Geometry)->tuple:
+    "The shape of the weight in blocks: groups, outputs and inputs of one block, kernel size"
+    return (self.groups, self.out//self.groups, self.inp//self.groups, *self.kernel)
 
-    @property
-    def n_params(self): return prod(self.block_shape) + self.bias*self.out
+@patch(as_prop=True)
+def n_params(self:Geometry)->int:
+    "The number of weights and biases of the dense layer"
+    return prod(self.block_shape) + self.bias*self.out
 
-    def to_blocks(self, weight:Tensor): # as the layer holds it
-        "`weight` as `[groups, out/groups, in/groups, *kernel]`"
-        if not self.transposed: return weight.reshape(self.block_shape)
-        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+@patch
+def macs(self:Geometry,
+    use # with `inputs` and `outputs` of the layer's calls: lists of tensors, which may be on the meta device
+)->int:
+    "Count the multiply-accumulates of the dense layer in `use`, for any layer but a transposed convolution"
+    positions = sum(y.numel() for y in use.outputs)//self.out
+    return prod(self.block_shape)*positions
 
-    def from_blocks(self, blocks:Tensor): # `[groups, out/groups, in/groups, *kernel]`
-        "The inverse of `to_blocks`"
-        if not self.axes: return blocks[0]
-        return (blocks.transpose(1, 2) if self.transposed else blocks).flatten(0, 1)
+# %% ../nbs/02_layers.ipynb #5f5d1018
+@patch
+def to_blocks(self:Geometry, weight:Tensor)->Tensor: # `weight` as the layer holds it
+    "Return `weight` as `[groups, out/groups, in/groups, *kernel]`"
+    if not self.transposed: return weight.reshape(self.block_shape)
+    return weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
 
-    def factor(self,
-        inp:int, # input channels of the factor, all groups together
-        out:int, # output channels of the factor
-        axes:tuple=(), # the spatial axes that it handles
-        groups:int=1,
-        bias:bool=False)->nn.Module: # on the meta device: it has shapes and no weights yet
-        "The layer that does the part of this geometry's work that falls on `axes`"
-        if not self.axes: return nn.Linear(inp, out, bias=bias, device='meta')
-        pick = lambda values, default: tuple(v if a in axes else default for a,v in enumerate(values))
-        transposed = self.transposed and len(axes) > 0
-        kw = dict(kernel_size=pick(self.kernel, 1), stride=pick(self.stride, 1), dilation=pick(self.dilation, 1),
-                  padding=0 if not axes else self.padding if isinstance(self.padding, str) else pick(self.padding, 0),
-                  padding_mode=self.padding_mode if axes else 'zeros', groups=groups, bias=bias, device='meta')
-        if transposed: kw['output_padding'] = pick(self.output_padding, 0)
-        return (_transposed if transposed else _conv)[len(self.kernel)-1](inp, out, **kw)
+@patch
+def from_blocks(self:Geometry, blocks:Tensor)->Tensor: # `[groups, out/groups, in/groups, *kernel]`
+    "Return `blocks` as the layer holds its weight: the inverse of `to_blocks`"
+    if not self.axes: return blocks[0]
+    if self.transposed: blocks = blocks.transpose(1, 2)
+    return blocks.flatten(0, 1)
 
-    def dense(self)->nn.Module: # on the meta device
-        "The dense layer with this geometry"
-        return self.factor(self.inp, self.out, self.axes, self.groups, self.bias)
+# %% ../nbs/02_layers.ipynb #80f4d808
+def _on_axes(values, axes, default):
+    "`values`, one a spatial axis, on `axes`, and `default` on the others"
+    res = [default]*len(values)
+    for a in axes: res[a] = values[a]
+    return tuple(res)
+
+@patch
+def factor(self:Geometry,
+    inp:int, # input channels of the factor, all groups together
+    out:int, # output channels of the factor
+    axes:tuple=(), # the spatial axes that it handles
+    groups:int=1,
+    bias:bool=False
+)->nn.Module: # on the meta device: it has shapes and no weights yet
+    "Make the layer that does the part of this geometry's work that falls on `axes`"
+    if not self.axes: return nn.Linear(inp, out, bias=bias, device='meta')
+    kwargs = dict(groups=groups, bias=bias, device='meta')
+    if not axes: return conv_types[len(self.axes)-1](inp, out, 1, **kwargs)
+    kwargs['stride'] = _on_axes(self.stride, axes, 1)
+    kwargs['dilation'] = _on_axes(self.dilation, axes, 1)
+    kwargs['padding'] = self.padding
+    if not isinstance(self.padding, str): kwargs['padding'] = _on_axes(self.padding, axes, 0)
+    kwargs['padding_mode'] = self.padding_mode
+    if self.transposed: kwargs['output_padding'] = _on_axes(self.output_padding, axes, 0)
+    return self.layer_type(inp, out, _on_axes(self.kernel, axes, 1), **kwargs)
+
+@patch
+def dense(self:Geometry)->nn.Module: # on the meta device
+    "Make the dense layer with this geometry"
+    return self.factor(self.inp, self.out, self.axes, self.groups, self.bias)
 
 # %% ../nbs/02_layers.ipynb #a5f7a4fd
 class ChannelShuffle(nn.Module):
@@ -105,49 +143,60 @@ class ChannelShuffle(nn.Module):
 
     def forward(self, x): # `[..., channels, *spatial]` with `n_axes` spatial axes
         dim = x.dim() - self.n_axes - 1
-        return x.unflatten(dim, (self.blocks, self.rows, -1)).transpose(dim+1, dim+2).flatten(dim, dim+2)
+        x = x.unflatten(dim, (self.blocks, self.rows, -1))
+        return x.transpose(dim+1, dim+2).flatten(dim, dim+2)
 
     def extra_repr(self): return f'blocks={self.blocks}, rows={self.rows}'
 
 # %% ../nbs/02_layers.ipynb #bf2b9a04
 def _factor_blocks(factor, groups):
-    "The weight of one factor as `[groups, inner, out, in, *kernel]`: `inner` blocks of its own in each block of the dense layer"
-    if not isinstance(factor, _linear+_conv+_transposed):
-        raise TypeError(f"FactoredLayer.weight: no product is known for a factor of type {type(factor).__name__}")
+    "The weight of `factor` as `[groups, inner, out, in, *kernel]`: it has `inner` blocks of its own in each"
+    name = type(factor).__name__
+    if not isinstance(factor, layer_types):
+        raise TypeError(f"FactoredLayer.weight: no product is known for a factor of type {name}")
     return Geometry.of(factor).to_blocks(factor.weight).unflatten(0, (groups, -1))
 
-def _first(factor, groups):
-    "The first factor's kernel `[groups, channels, in, *kernel]`, block-diagonal where it is depthwise"
-    w = _factor_blocks(factor, groups)
-    if w.shape[1] == 1: return w[:,0]
-    eye = torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
-    return torch.einsum('gnoc...,nm->gnomc...', w, eye).flatten(3, 4).flatten(1, 2)
+def _first_blocks(factor, groups):
+    "The kernel of the first factor, `[groups, channels, in, *kernel]`, block-diagonal if it is depthwise"
+    weight = _factor_blocks(factor, groups)
+    inner = weight.shape[1]
+    if inner == 1: return weight[:,0]
+    eye = torch.eye(inner, dtype=weight.dtype, device=weight.device)
+    return torch.einsum('gnoc...,nm->gnomc...', weight, eye).flatten(3, 4).flatten(1, 2)
 
-def _compose(blocks:Tensor, # product so far, `[groups, channels, in, *kernel]`
-             factor:nn.Module, groups:int):
-    "The product of `factor` and those before it"
-    if isinstance(factor, ChannelShuffle): return blocks.unflatten(1, (factor.rows, -1)).transpose(1, 2).flatten(1, 2)
-    w = _factor_blocks(factor, groups)
-    blocks = blocks.unflatten(1, (w.shape[1], -1))                     # [groups, inner, channels, in, *kernel]
-    kernel = tuple(max(a, b) for a,b in zip(w.shape[4:], blocks.shape[4:]))
-    if prod(kernel) != prod(w.shape[4:])*prod(blocks.shape[4:]): raise ValueError("FactoredLayer.weight: two factors share a kernel axis")
-    letters = lambda t: ''.join(c for c,s in zip('xyz', t.shape[4:]) if s > 1)
-    squeeze = lambda t: t.reshape(*t.shape[:4], *(s for s in t.shape[4:] if s > 1))
-    both = ''.join(c for c,s in zip('xyz', kernel) if s > 1)
-    res = torch.einsum(f'gnoc{letters(w)},gnci{letters(blocks)}->gnoi{both}', squeeze(w), squeeze(blocks))
-    return res.reshape(groups, -1, blocks.shape[3], *kernel)
+# %% ../nbs/02_layers.ipynb #8c1afafa
+def _letters(kernel): return ''.join(letter for letter,size in zip('xyz', kernel) if size > 1)
+
+def _compose(blocks, factor, groups):
+    "The product of `factor` and those before it, which is `blocks` `[groups, channels, in, *kernel]` so far"
+    if isinstance(factor, ChannelShuffle):
+        return blocks.unflatten(1, (factor.rows, -1)).transpose(1, 2).flatten(1, 2)
+    weight = _factor_blocks(factor, groups)
+    before = blocks.unflatten(1, (weight.shape[1], -1)) # [groups, inner, channels, in, *kernel]
+    own,others = weight.shape[4:],before.shape[4:]
+    kernel = list(map(max, own, others))
+    if prod(kernel) != prod(own)*prod(others):
+        raise ValueError("FactoredLayer.weight: two factors share a kernel axis")
+    rule = f'gnoc{_letters(own)},gnci{_letters(others)}->gnoi{_letters(kernel)}'
+    axes = tuple(range(4, weight.dim()))
+    blocks = torch.einsum(rule, weight.squeeze(axes), before.squeeze(axes)) # axes of size 1 have no letter
+    return blocks.reshape(groups, -1, before.shape[3], *kernel)
 
 def product(
     factors, # the layers of a chain, in order
     groups:int # of the dense layer
    )->Tensor: # `[groups, channels, in/groups, *kernel]`
-    "The kernel of one layer that does what the chain does"
+    "Return the kernel of one layer that does what the chain does"
     first,*rest = factors
-    blocks = _first(first, groups)
-    for f in rest: blocks = _compose(blocks, f, groups)
+    blocks = _first_blocks(first, groups)
+    for factor in rest: blocks = _compose(blocks, factor, groups)
     return blocks
 
 # %% ../nbs/02_layers.ipynb #429e7399
+_linear_attrs = 'in_features', 'out_features'
+_conv_attrs = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'transposed',
+               'output_padding', 'groups', 'padding_mode')
+
 class FactoredLayer(nn.Sequential):
     "A layer as a chain of thinner ones that still answers to what code asks of the layer it replaces"
     __jit_unused_properties__ = ['weight', 'bias']
@@ -158,10 +207,9 @@ class FactoredLayer(nn.Sequential):
                  rank): # an int, or a tuple for schemes with several ranks
         super().__init__(*factors)
         self.geometry,self.scheme,self.rank = geometry,scheme,rank
-        names = ('in_features', 'out_features') if not geometry.axes else ('in_channels', 'out_channels', 'kernel_size', 'stride',
-            'padding', 'dilation', 'transposed', 'output_padding', 'groups', 'padding_mode')
         dense = geometry.dense()
-        for n in names: setattr(self, n, getattr(dense, n))
+        attrs = _conv_attrs if geometry.axes else _linear_attrs
+        for attr in attrs: setattr(self, attr, getattr(dense, attr))
 
     @property
     def weight(self): # shaped like the dense layer's, differentiable
@@ -172,71 +220,64 @@ class FactoredLayer(nn.Sequential):
 
     def __getitem__(self, idx):
         if not isinstance(idx, slice): return super().__getitem__(idx)
-        return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))     # a part of the chain stands for no layer
+        part = list(self._modules.items())[idx]
+        return nn.Sequential(OrderedDict(part)) # a part of the chain stands for no layer
 
     def extra_repr(self): return f'scheme={self.scheme}, rank={self.rank}'
 
     def recompose(self)->nn.Module:
-        "The dense layer with the product of the factors as its weight"
+        "Return the dense layer with the product of the factors as its weight"
         bias = self.bias
-        with torch.no_grad(): return fill(replace(self.geometry, bias=bias is not None).dense(), self.weight, bias, self[-1].weight, self.training, bias is not None and bias.requires_grad)
+        dense = replace(self.geometry, bias=bias is not None).dense()
+        bias_grad = bias is not None and bias.requires_grad
+        with torch.no_grad():
+            return fill(dense, self.weight, bias, self[-1].weight, self.training, bias_grad)
 
 # %% ../nbs/02_layers.ipynb #172a525c
 def memory_format(t:Tensor)->torch.memory_format:
-    "How the numbers of `t` lie in memory: channels last where that is a difference"
-    fmt = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
-    return fmt if fmt and not t.is_contiguous() and t.is_contiguous(memory_format=fmt) else torch.contiguous_format
+    "Tell how the numbers of `t` lie in memory: channels last where that is a difference"
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    if channels_last is None or t.is_contiguous(): return torch.contiguous_format
+    if t.is_contiguous(memory_format=channels_last): return channels_last
+    return torch.contiguous_format
+
+def _parameter(values, like, requires_grad, fmt=torch.contiguous_format):
+    "A parameter with a copy of `values`, on the device and in the dtype of `like`"
+    values = values.detach().to(like.device, like.dtype, copy=True, memory_format=fmt)
+    return nn.Parameter(values, requires_grad=requires_grad)
 
 def fill(layer:nn.Module, # on the meta device
          weight:Tensor, bias:Tensor|None, # values; cast to the device and dtype of `like`
          like:Tensor, # the weight of the layer that is replaced
          train:bool=True, # train mode
-         bias_grad:bool|None=None)->nn.Module: # does the bias require a gradient? default: as `like` does
+         bias_grad:bool|None=None # does the bias require a gradient? `None`: as `like` does
+        )->nn.Module:
     "Give `layer` its weights, placed and typed `like` those of another layer"
-    fmt = memory_format(like) if like.dim() == weight.dim() else torch.contiguous_format
-    place = lambda t, grad, fmt=torch.contiguous_format: nn.Parameter(
-        t.detach().to(like.device, like.dtype, copy=True, memory_format=fmt), requires_grad=grad)
-    layer.weight = place(weight, like.requires_grad, fmt)
-    if layer.bias is not None: layer.bias = place(bias, like.requires_grad if bias_grad is None else bias_grad)
+    fmt = torch.contiguous_format
+    if like.dim() == weight.dim(): fmt = memory_format(like)
+    layer.weight = _parameter(weight, like, like.requires_grad, fmt)
+    if bias_grad is None: bias_grad = like.requires_grad
+    if layer.bias is not None: layer.bias = _parameter(bias, like, bias_grad)
     return layer.train(train)
 
 # %% ../nbs/02_layers.ipynb #109fe1fe
 def _own_size(factor, x, output_size):
-    "What a transposed `factor` makes of the sizes of `x` on the way to `output_size`: it changes its own axes only"
-    n = len(factor.kernel_size)
-    own = [(k, s, p) != (1, 1, 0) for k,s,p in zip(factor.kernel_size, factor.stride, factor.padding)]
-    return [t if o else c for o,t,c in zip(own, output_size[-n:], x.shape[-n:])]
+    "The size that `factor` is to give `x` on the way to `output_size`: that differs on its own axes only"
+    n_axes = len(factor.kernel_size)
+    size = list(x.shape[-n_axes:])
+    for a in range(n_axes):
+        own = (factor.kernel_size[a], factor.stride[a], factor.padding[a]) != (1, 1, 0)
+        if own: size[a] = output_size[a-n_axes]
+    return size
 
 class FactoredTranspose(FactoredLayer):
     "A `FactoredLayer` that stands for a transposed convolution"
     def forward(self, x, output_size=None): # `output_size` as the dense layer takes it
         if output_size is None: return super().forward(x)
-        for f in self: x = f(x, _own_size(f, x, output_size)) if isinstance(f, _transposed) else f(x)
+        for factor in self:
+            if isinstance(factor, transposed_types): x = factor(x, _own_size(factor, x, output_size))
+            else: x = factor(x)
         return x
-
-# %% ../nbs/02_layers.ipynb #f8469e7a
-def run_model(
-    model:nn.Module,
-    sample # a tensor, a tuple of arguments or a dict of keyword arguments
-):
-    "Run `model` on `sample`; a data-parallel wrapper is bypassed"
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-    if isinstance(sample, dict): return model(**sample)
-    return model(*sample) if isinstance(sample, tuple) else model(sample)
-
-def devices_of(*models)->set:
-    "The devices of all parameters and buffers"
-    return {t.device for m in models for ts in (m.parameters(), m.buffers()) for t in ts}
-
-@contextmanager
-def evaluating(*models):
-    "Evaluation mode; flags and random generators are restored"
-    flags = [(m, m.training) for model in models for m in model.modules()]
-    try:
-        for m,_ in flags: m.training = False
-        with torch.random.fork_rng([d for d in devices_of(*models) if d.type=='cuda']): yield
-    finally:
-        for m,training in reversed(flags): m.training = training
 
 # %% ../nbs/02_layers.ipynb #37ff8406
 @dataclass
@@ -248,170 +289,220 @@ class Found:
     broken:bool = False # is there nothing to decompose (yet), so that to ask for it is an error?
 
     @property
-    def name(self): return self.names[0]
+    def name(self)->str:
+        "The first of its names"
+        return self.names[0]
+
     @property
-    def label(self): return f'layer {self.name!r}' if self.name else 'the root'
+    def label(self)->str:
+        "What error messages call it"
+        if not self.name: return 'the root'
+        return f'layer {self.name!r}'
 
 # %% ../nbs/02_layers.ipynb #027674d9
 def _walk(model, prefix=''):
-    "Every (name, module) below `model` under all of its names; factored layers are not entered"
+    "Yield every (name, module) below `model`, under all names; factored layers are not entered"
     yield prefix, model
     if isinstance(model, FactoredLayer): return
     for n,m in model._modules.items():
-        if m is not None: yield from _walk(m, f'{prefix}.{n}' if prefix else n)
+        if m is not None: yield from _walk(m, f'{prefix}.{n}'.removeprefix('.'))
 
 def _weight_users(model):
-    "For each parameter (by id) the modules that hold it"
+    "For each parameter (by id) the modules that hold it (by id)"
     users = defaultdict(set)
     for m in model.modules():
-        for p in m._parameters.values():
-            if p is not None: users[id(p)].add(id(m))
+        for p in m.parameters(recurse=False): users[id(p)].add(id(m))
     return users
 
-_hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+_hooks = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
 
 def _why_not(layer, types, users):
     "Why `layer` cannot be replaced safely, `None` if it can"
-    extra = [n for n in (*layer._parameters, *layer._buffers, *layer._modules) if n not in ('weight', 'bias')]
+    name = type(layer).__name__
+    held = [*layer._parameters, *layer._buffers, *layer._modules]
+    extra = [n for n in held if n not in ('weight', 'bias')]
     if parametrize.is_parametrized(layer): return 'its weight is parametrized'
-    if type(layer).__name__ == 'NonDynamicallyQuantizableLinear': return 'its parent, an nn.MultiheadAttention, reads its weight directly'
-    if type(layer) not in types: return f'{type(layer).__name__} is a subclass that may compute something else'
+    if name == 'NonDynamicallyQuantizableLinear':
+        return 'its parent, an nn.MultiheadAttention, reads its weight directly'
+    if type(layer) not in types: return f'{name} is a subclass that may compute something else'
     if 'forward' in vars(layer): return 'its forward method is replaced'
-    if 'weight' not in layer._parameters: return 'its weight is computed by a hook (weight or spectral norm, weight drop)'
+    if 'weight' not in layer._parameters:
+        return 'its weight is computed by a hook (weight or spectral norm, weight drop)'
     if extra: return f"it holds more than a weight and a bias: {', '.join(extra)}"
     if any(getattr(layer, h) for h in _hooks): return 'it carries hooks'
-    if any(len(users[id(p)]) > 1 for p in layer.parameters()): return 'its parameters are tied to those of another module'
-    if not layer.weight.is_floating_point() or layer.weight.layout != torch.strided: return 'its weight is not a dense tensor of real numbers'
+    if any(len(users[id(p)]) > 1 for p in layer.parameters()):
+        return 'its parameters are tied to those of another module'
+    if not layer.weight.is_floating_point() or layer.weight.layout != torch.strided:
+        return 'its weight is not a dense tensor of real numbers'
 
 # %% ../nbs/02_layers.ipynb #f26ef1ea
+def _is_quantized(module): return '.quantized' in type(module).__module__ and hasattr(module, 'weight')
+
+def _is_one_of(module, types):
+    "Tell whether `module` is of one of `types`, or quantised and was"
+    if isinstance(module, types): return True
+    return _is_quantized(module) and type(module).__name__ in [t.__name__ for t in types]
+
 def _why_broken(layer):
-    "Why `layer` has no weights that could be decomposed now; asking for such a layer is an error"
-    if _is_quantized(layer): return f'is quantised ({type(layer).__name__}); decompose before quantising'
+    "Why `layer` has no weights that could be decomposed now, `None` if it has"
+    name = type(layer).__name__
+    if _is_quantized(layer): return f'is quantised ({name}); decompose before quantising'
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
-        return f'is an uninitialised {type(layer).__name__}; run one batch through the model first'
+        return f'is an uninitialised {name}; run one batch through the model first'
     if any(p.is_meta for p in layer.parameters()):
         return 'is on the meta device and has no weights; load them first (`to_empty`, `load_state_dict`)'
 
-def _is_quantized(m): return '.quantized' in type(m).__module__ and hasattr(m, 'weight')
-def _is_one_of(m, types): return isinstance(m, types) or _is_quantized(m) and type(m).__name__ in {t.__name__ for t in types}
-
+# %% ../nbs/02_layers.ipynb #054946fe
 def check_module(model):
-    "Raise a `TypeError` where `model` is none"
+    "Raise a `TypeError` where `model` is no module"
     if not isinstance(model, nn.Module): raise TypeError(f"model: {type(model).__name__} is not an nn.Module")
 
 def find_layers(model:nn.Module,
                 types:tuple # exact classes
                )->list: # of `Found`, in the order of the model
-    "The layers of `model` of the given types, each once, with the reason where one cannot be replaced"
+    "Find the layers of `model` of the given types, each once, with the reason where one cannot be replaced"
     check_module(model)
-    users,found = _weight_users(model),{}
+    users = _weight_users(model)
+    found = {}
     for name,m in _walk(model):
         if not _is_one_of(m, types): continue
-        if id(m) in found: found[id(m)].names.append(name); continue
+        if id(m) in found:
+            found[id(m)].names.append(name)
+            continue
         broken = _why_broken(m)
-        found[id(m)] = Found(m, [name], broken or _why_not(m, types, users), bool(broken))
+        reason = broken or _why_not(m, types, users)
+        found[id(m)] = Found(m, [name], reason, bool(broken))
     return list(found.values())
 
 def check_loaded(found:list): # from `find_layers`
-    "A `ValueError` for a layer that has no weights to decompose"
+    "Raise a `ValueError` for a layer that has no weights to decompose"
     for f in found:
         if f.broken: raise ValueError(f"model: {f.label} {f.reason}")
 
 # %% ../nbs/02_layers.ipynb #f6ea2cf8
 def did_you_mean(name:str, known)->str: # `known`: the names that there are
-    "The end of an error message about `name`: the nearest of the names that there are, or nothing where none is near"
+    "Return the end of an error message about `name`: the most similar known name, '' where none is similar"
     near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ''
+    if not near: return ''
+    return f"; did you mean {near[0]!r}?"
 
 # %% ../nbs/02_layers.ipynb #62bd66c3
-def matches(found:Found, pattern:str): # exact name or glob
-    "Has the layer the name `pattern`, or one that matches it?"
+def matches(found:Found, pattern:str)->bool: # exact name or glob
+    "Tell whether one of the layer's names is `pattern` or matches it"
     return any(n == pattern or fnmatch.fnmatchcase(n, pattern) for n in found.names)
 
-def check_patterns(found:list, patterns, arg:str): # `arg`: the argument's name, for the error
-    "Each of `patterns` as a list; a `ValueError` where one matches no layer"
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    for p in patterns:
-        if not any(matches(f, p) for f in found):
-            names = ', '.join(repr(f.name) for f in found[:6]) + (', …' if len(found) > 6 else '')
-            near = did_you_mean(p, [n for f in found for n in f.names])
-            raise ValueError(f"{arg}: {p!r} matches no layer that could be decomposed here; "
-                             f"these could: {names or 'none'}{near}")
+def _matching(found, patterns):
+    "Those of `found` that match one of `patterns`"
+    return [f for f in found if any(matches(f, p) for p in patterns)]
+
+def check_patterns(found:list, patterns, arg:str)->list: # `arg`: the argument's name, for the error
+    "Return `patterns` as a list; raise a `ValueError` where one of them matches no layer"
+    if isinstance(patterns, str): patterns = [patterns]
+    patterns = list(patterns)
+    for pattern in patterns:
+        if _matching(found, [pattern]): continue
+        names = ', '.join(repr(f.name) for f in found[:6])
+        if len(found) > 6: names += ', …'
+        near = did_you_mean(pattern, [n for f in found for n in f.names])
+        raise ValueError(f"{arg}: {pattern!r} matches no layer that could be decomposed here; "
+                         f"these could: {names or 'none'}{near}")
     return patterns
 
 def select(found:list, # from `find_layers`
            layers=None, # names or globs to keep; `None`: all
            exclude=None # names or globs to leave out
           )->list:
-    "The layers that `layers` names and `exclude` does not"
-    keep = None if layers is None else check_patterns(found, layers, 'layers')
-    drop = check_patterns(found, exclude or [], 'exclude')
-    return [f for f in found if (keep is None or any(matches(f, p) for p in keep)) and not any(matches(f, p) for p in drop)]
+    "Return the layers that `layers` names and `exclude` does not"
+    kept = found
+    if layers is not None: kept = _matching(found, check_patterns(found, layers, 'layers'))
+    dropped = _matching(found, check_patterns(found, exclude or [], 'exclude'))
+    return [f for f in kept if f not in dropped]
 
 # %% ../nbs/02_layers.ipynb #ec67f045
 def _switch(module, attr, off):
-    "Set `attr` of `module` to zero while `off`, and back to what it was afterwards"
+    "Set `attr` of `module` to zero if `off`, else back to what it was before that"
     kept = f'_dense_{attr}'
-    if off and not hasattr(module, kept): setattr(module, kept, getattr(module, attr)); setattr(module, attr, type(getattr(module, attr))(0))
-    elif not off and hasattr(module, kept): setattr(module, attr, getattr(module, kept)); delattr(module, kept)
+    if off and not hasattr(module, kept):
+        value = getattr(module, attr)
+        setattr(module, kept, value)
+        setattr(module, attr, type(value)(0))
+    elif not off and hasattr(module, kept):
+        setattr(module, attr, getattr(module, kept))
+        delattr(module, kept)
+
+def _has_factored(module): return any(isinstance(child, FactoredLayer) for child in module.children())
 
 def _sync_fast_path(model):
-    "Switch the fused eval path of `nn.TransformerEncoderLayer` off where a layer is factored, on again where none is"
-    factored = lambda m: any(isinstance(c, FactoredLayer) for c in m.children())
+    "Switch the fused eval path of transformers off where a layer is factored, on again where none is"
     for m in model.modules():
-        if isinstance(m, nn.TransformerEncoderLayer): _switch(m, 'activation_relu_or_gelu', factored(m))
-        if isinstance(m, nn.TransformerEncoder): _switch(m, 'use_nested_tensor', any(map(factored, m.layers)))
+        if isinstance(m, nn.TransformerEncoderLayer):
+            _switch(m, 'activation_relu_or_gelu', _has_factored(m))
+        if isinstance(m, nn.TransformerEncoder):
+            _switch(m, 'use_nested_tensor', any(map(_has_factored, m.layers)))
 
 # %% ../nbs/02_layers.ipynb #b5bc7a47
-def _renew(obj, old):
-    "`obj` with the modules that `old` maps by id replaced: a module, or a list, dict or tuple that holds some"
-    if isinstance(obj, nn.Module): return old.get(id(obj), obj)
-    if type(obj) is list: obj[:] = [_renew(o, old) for o in obj]
-    elif isinstance(obj, dict):
-        for k,v in obj.items():
-            if (new := _renew(v, old)) is not v: obj[k] = new
-    elif type(obj) is tuple:
-        new = tuple(_renew(o, old) for o in obj)
-        if any(n is not o for n,o in zip(new, obj)): return new
+def _by_id(model, new):
+    "The modules of `new`, a dict {name: module}, by the id of the module of `model` that each is to replace"
+    return {id(model.get_submodule(name)): module for name,module in new.items()}
+
+def _exchanged(obj, new_of):
+    "Return `obj` with the modules in it that `new_of` maps by id replaced; lists and dicts change in place"
+    if isinstance(obj, nn.Module): return new_of.get(id(obj), obj)
+    if isinstance(obj, dict):
+        for key,value in obj.items():
+            new = _exchanged(value, new_of)
+            if new is not value: obj[key] = new
+    elif type(obj) in (list, tuple):
+        items = [_exchanged(o, new_of) for o in obj]
+        if type(obj) is list: obj[:] = items
+        elif any(new is not was for new,was in zip(items, obj)): return tuple(items)
     return obj
 
 def replace_layers_(model:nn.Module, # changed in place
                     new:dict # {name: module}
                    )->nn.Module: # `model`, or the new module where the root itself is replaced
-    "Put each module of `new` in every place of the module that its name stands for, lists and dicts of modules among them"
-    old = {id(model.get_submodule(n)): m for n,m in new.items()}
-    if id(model) in old: return old[id(model)]
+    "Put each module of `new` in every place, also in lists and dicts, of the module that its name stands for"
+    new_of = _by_id(model, new)
+    if id(model) in new_of: return new_of[id(model)]
     for parent in list(model.modules()):
-        for attr,v in list(vars(parent).items()):
-            if (renewed := _renew(v, old)) is not v: vars(parent)[attr] = renewed
+        for attr,value in list(vars(parent).items()):
+            exchanged = _exchanged(value, new_of)
+            if exchanged is not value: vars(parent)[attr] = exchanged
     _sync_fast_path(model)
     return model
 
-def _computed(model):
-    "Tensors with a history in the modules and in the objects whose methods are their hooks: torch would refuse to copy them"
-    owners = (getattr(h, '__self__', None) for m in model.modules() for h in m._forward_hooks.values())
-    held = (t for o in (*model.modules(), *owners) for t in tree_leaves(list(getattr(o, '__dict__', {}).values())))
-    return [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
+# %% ../nbs/02_layers.ipynb #20fecc06
+def _computed_tensors(model):
+    "Tensors with a history in the modules and in the owners of their hooks: torch would refuse to copy them"
+    owners = list(model.modules())
+    for m in model.modules():
+        for hook in m._forward_hooks.values(): owners.append(getattr(hook, '__self__', None))
+    res = []
+    for owner in owners:
+        held = tree_leaves(list(getattr(owner, '__dict__', {}).values()))
+        res += [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
+    return res
 
 def replace_layers(model:nn.Module, # left untouched
                    new:dict # {name: module}
                   )->nn.Module:
-    "A copy of `model` with each module of `new` in every place of the module that its name stands for"
-    memo = {id(model.get_submodule(n)): m for n,m in new.items()}
-    memo |= {id(t): t.detach().clone() for t in _computed(model)}
+    "Return a copy of `model` with each module of `new` in every place of the module that its name stands for"
+    memo = _by_id(model, new)
+    for t in _computed_tensors(model): memo[id(t)] = t.detach().clone()
     res = copy.deepcopy(model, memo)
     there = {id(m) for m in res.modules()}
-    missed = {n:m for n,m in new.items() if id(m) not in there}    # by a `__deepcopy__` of the model's own
+    missed = {n:m for n,m in new.items() if id(m) not in there}
     return replace_layers_(res, missed)
 
 # %% ../nbs/02_layers.ipynb #68e23343
 def factored_layers(model:nn.Module)->dict: # {name: `FactoredLayer`}, each once under its first name
-    "The factored layers of `model`"
+    "Return the factored layers of `model`"
     return {n:m for n,m in model.named_modules() if isinstance(m, FactoredLayer)}
 
 def recompose(model:nn.Module # left untouched
              )->nn.Module:
-    "A copy of `model` in which every factored layer is one dense layer again"
-    res = replace_layers(model, {n:m.recompose() for n,m in factored_layers(model).items()})
+    "Return a copy of `model` in which every factored layer is one dense layer again"
+    dense = {n: m.recompose() for n,m in factored_layers(model).items()}
+    res = replace_layers(model, dense)
     if hasattr(res, 'low_rank_plan'): del res.low_rank_plan
     return res

@@ -11,7 +11,7 @@ from torch import nn
 
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
 from fasterai_lr.layers import FactoredLayer, Geometry, recompose
-from fasterai_lr.schemes import Link, Mode, Scheme, register, schemes
+from fasterai_lr.schemes import Link, Mode, Scheme, Solver, register, schemes
 from fasterai_lr.tensor import cp_term_norms, hosvd_errors
 from helpers import n_params
 
@@ -85,14 +85,16 @@ tolerance = {torch.float64: 2e-13, torch.float32: 2e-5, torch.bfloat16: 4e-2, to
 def dense_output(layer, x): return copy.deepcopy(layer).double()(x.double())
 def distance(a, b): return (a.detach().double()-b.detach().double()).norm().item()
 
-def size(s, rank, norm):
+def solver_of(name, layer): return schemes[name](Geometry.of(layer)).solver(layer.weight)
+
+def size(solver, rank, norm):
     "How much larger what is summed up is than the weight of norm `norm`"
-    if s.name != 'cp' or not norm: return 1.
-    return max(1., torch.stack([cp_term_norms(f) for f in s.factors(rank)]).norm().item()/norm)
+    if solver.scheme.name != 'cp' or not norm: return 1.
+    return max(1., torch.stack([cp_term_norms(f) for f in solver.decompositions(rank)]).norm().item()/norm)
 
 def path(s):
     "A few ranks in ascending order, the last of them exact"
-    if not s.takes_pairs: return sorted({1, s.most()//3 or 1, s.full(), s.most()})
+    if not s.takes_pairs: return sorted({1, s.largest()//3 or 1, s.full(), s.largest()})
     (a,b),half = s.full(),lambda n: n//2 or 1
     return sorted({(1,1), (half(a),1), (half(a),half(b)), (a,half(b)), (a,b)})
 
@@ -101,13 +103,14 @@ seen = Counter()
 def holds(name, case):
     "All that a scheme promises about one layer"
     layer,x = case.layer(),case.input()
-    s,y,tol = schemes[name](Geometry.of(layer), layer.weight),dense_output(layer, x),tolerance[case.dtype]
-    assert s.misfit() is None
+    solver,y,tol = solver_of(name, layer),dense_output(layer, x),tolerance[case.dtype]
+    s = solver.scheme
+    assert solver.misfit() is None
     seen[name] += 1
     norm,errors = layer.weight.double().norm().item(),[]
     reach = norm*x.double().norm().item() + y.norm().item() # the size of what is summed up, also where the sums cancel
     for rank in path(s):
-        new,why = s.build(rank, layer),f'{name} at rank {rank}'
+        new,why = solver.build(rank, layer),f'{name} at rank {rank}'
         out,weight = new(x),new.weight.detach().double()
         assert out.shape == y.shape and new.weight.shape == layer.weight.shape, why
         assert out.dtype == new.weight.dtype == case.dtype, why
@@ -116,10 +119,10 @@ def holds(name, case):
         # the chain computes what its product says: one dense layer with that weight
         product = copy.deepcopy(layer).double()
         product.weight.data = weight
-        times = tol*size(s, rank, norm)
+        times = tol*size(solver, rank, norm)
         assert distance(out, product(x.double())) <= times*reach, why
         # the error is the one predicted
-        error = s.error(rank)
+        error = solver.error(rank)
         assert abs(distance(weight, layer.weight) - error*norm) <= times*norm, why
         errors.append(error)
     # at full rank both the output and the weight are the dense layer's
@@ -163,19 +166,20 @@ def test_these_were_over_two_thousand_cases():
 @given(st.sampled_from(['cp', 'tucker']), st.tuples(st.integers(2, 8), st.integers(2, 8)), st.tuples(st.integers(1, 4), st.integers(1, 4)), st.integers(0, 99))
 def test_errors_of_neighbouring_ranks_never_grow(name, channels, kernel, seed):
     layer = Case(2, False, channels, dict(kernel_size=kernel), seed=seed).layer() # both have local optima: solved one by one, these do grow
-    s = schemes[name](Geometry.of(layer), layer.weight)
-    ranks = range(1, min(s.most(), 16)+1) if name == 'cp' else [(s.full()[0]//2 or 1, i) for i in range(1, s.full()[1]+1)]
-    errors = [s.error(r) for r in ranks]
+    solver = solver_of(name, layer)
+    s = solver.scheme
+    ranks = range(1, min(s.largest(), 16)+1) if name == 'cp' else [(s.full()[0]//2 or 1, i) for i in range(1, s.full()[1]+1)]
+    errors = [solver.error(r) for r in ranks]
     assert all(b <= a+1e-12 for a,b in zip(errors, errors[1:])), errors
 
 @many(100)
 @given(cases((1,2,3)))
 def test_tucker_is_at_least_as_good_as_the_hosvd(case):
     layer = case.layer()
-    s = schemes['tucker'](Geometry.of(layer), layer.weight)
+    s = solver_of('tucker', layer)
     core = [hosvd_errors(b) for b in s.blocks]
     share = [b.double().norm()**2/max(s.blocks.double().norm()**2, 1e-300) for b in s.blocks]
-    for ro,ri in path(s):
+    for ro,ri in path(s.scheme):
         bound = sum(e[ro-1,ri-1]**2*w for e,w in zip(core, share))**.5
         assert s.error((ro,ri)) <= bound + (1e-12 if case.dtype == torch.float64 else 1e-6) # rounding of both errors
 
@@ -229,8 +233,7 @@ def test_copies_pickles_and_state_dicts_compute_the_same(method, tmp_path):
     layer,x = conv(groups=2),torch.randn(2, 12, 8, 8)
     new = low(method, layer)
     torch.save(new, tmp_path/'whole.pth')
-    scheme = schemes[method](Geometry.of(layer)) # knows no weights
-    shell = scheme.skeleton(new.rank)
+    shell = schemes[method](Geometry.of(layer)).skeleton(new.rank) # knows no weights
     assert all(p.is_meta for p in shell.parameters())
     shell = shell.to_empty(device='cpu')
     shell.load_state_dict(new.state_dict())
@@ -288,25 +291,29 @@ def test_random_numbers_are_left_alone(method):
 
 # --- a sixth scheme, from outside
 
+class InputSideSolver(Solver):
+    "The truncated SVD of the matrix (i | o h w)"
+    def unfolding(self): return self.blocks.transpose(1, 2).flatten(2)
+    def svd(self): return torch.linalg.svd(self.unfolding(), full_matrices=False)
+    def modes(self): return [Mode(self.scheme.full(), lambda: self.svd()[1], self.unfolding().shape[1:])]
+    def tensors(self, rank):
+        U,S,Vh = self.svd()
+        return [(U[...,:rank]*S[:,None,:rank]).transpose(1, 2), Vh[:,:rank].unflatten(2, (self.scheme.o, *self.scheme.k)).transpose(1, 2)]
+    def error(self, rank): return float((self.svd()[1][:,rank:].square().sum()/self.blocks.square().sum()).sqrt())
+
 class InputSide(Scheme):
     "The matrix (i | o h w), which no scheme of the package takes: pointwise to `rank` channels, then the whole kernel"
     name = 'input side'
+    solver_class = InputSideSolver
     def full(self): return min(self.i, self.o*prod(self.k))
-    def unfolding(self): return self.blocks.transpose(1, 2).flatten(2)
-    def svd(self): return torch.linalg.svd(self.unfolding(), full_matrices=False)
-    def modes(self): return [Mode(self.full(), lambda: self.svd()[1], self.unfolding().shape[1:])]
     def links(self, rank): return [Link(self.i, rank), Link(rank, self.o, self.geom.axes)]
-    def tensors(self, rank):
-        U,S,Vh = self.svd()
-        return [(U[...,:rank]*S[:,None,:rank]).transpose(1, 2), Vh[:,:rank].unflatten(2, (self.o, *self.k)).transpose(1, 2)]
-    def error(self, rank): return float((self.svd()[1][:,rank:].square().sum()/self.blocks.square().sum()).sqrt())
 
 @pytest.fixture
 def sixth():
     yield register(InputSide)
     del schemes[InputSide.name]
 
-def test_a_scheme_from_outside_needs_one_class_and_one_line(sixth):
+def test_a_scheme_from_outside_needs_two_classes_and_one_line(sixth):
     net,x = nn.Sequential(conv(), nn.ReLU(), nn.Conv2d(16, 16, 5, stride=2, groups=2, bias=False)).double(),torch.randn(2, 12, 9, 9).double()
     new = ConvDecomposer('input side', rank=.5).decompose(net)
     assert [(r['scheme'], r['rank']) for r in new.low_rank_plan['layers'].values()] == [('input side', 6), ('input side', 4)]
@@ -328,7 +335,7 @@ def test_a_scheme_without_a_name_is_refused():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_errors_of_larger_layers_are_the_tails_of_their_spectra(method, layer, power, dtype):
     layer = copy.deepcopy(layer).to(dtype)
-    make = lambda: schemes[method](Geometry.of(layer), layer.weight)
+    make = lambda: solver_of(method, layer)
     U,S,Vh = torch.linalg.svd(make().unfolding()[0].double(), full_matrices=False)
     if power: S = S[0]*torch.arange(1, len(S)+1).double()**-power
     A = (U*S)@Vh
