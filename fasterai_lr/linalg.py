@@ -21,7 +21,7 @@ def check_finite(
 ):
     "Raise a `ValueError` that names `name` if `A` holds NaN or Inf"
     if A.numel()==0 or torch.stack(A.aminmax()).isfinite().all(): return
-    bad = (~A.isfinite()).sum()
+    bad = int((~A.isfinite()).sum())
     raise ValueError(f"{name} holds {bad} NaN or Inf among its {A.numel()} entries: "
                      "only finite numbers can be decomposed")
 
@@ -52,11 +52,11 @@ def _as_matrix(
 def split_scale(
     A:Tensor # any shape, not empty
 ): # `A/scale` and `scale`, a float
-    "Scale `A` by a power of two so that its largest entry is from 1 to 2, if it is above 1e6 or below 1e-6"
+    "Scale `A` by a power of two so that its largest magnitude, if above 1e6 or below 1e-6, is from 1 to 2"
     low,high = A.aminmax()
-    top = float(max(-low, high))
-    if top==0 or 1e-6<top<1e6: return A, 1.
-    scale = 2.**(math.frexp(top)[1]-1)
+    largest = float(max(-low, high))
+    if largest==0 or 1e-6<largest<1e6: return A, 1.
+    scale = 2.**(math.frexp(largest)[1]-1)
     return A/scale, scale
 
 # %% ../nbs/00_linalg.ipynb #afe51726
@@ -105,9 +105,9 @@ def lower_gram(
     with full_precision(A.device):
         for part in A.split(_PART_COLS, dim=1):
             X = part.to(dtype)
-            for top in range(0, len(A), _PART_ROWS):
-                end = top+_PART_ROWS
-                G[top:,top:end].addmm_(X[top:], X[top:end].T)
+            for start in range(0, len(A), _PART_ROWS):
+                end = start+_PART_ROWS
+                G[start:,start:end].addmm_(X[start:], X[start:end].T)
     return G
 
 def symmetric(
@@ -363,7 +363,7 @@ class SVD(_Routes):
         total = float(_squared_norm(self.A))
         lost = total - self._kept[rank]
         if self.small or lost < 1e-3*total: # then the difference is mostly rounding error
-            lost = float(_energy(self.spectrum[...,rank:].double()/self.scale))
+            lost = _energy(self.spectrum[...,rank:].double()/self.scale)
         return math.sqrt(lost/total) if total else 0.
 
 # %% ../nbs/00_linalg.ipynb #0a0a13eb

@@ -81,7 +81,7 @@ def _in_bases(X, Uo, Ui):
 
 # %% ../nbs/01_tensor.ipynb #344c2d22
 def _later_sums(x):
-    "For each entry the sum of all that come after it along the last axis"
+    "Sums of all later entries along the last axis"
     from_here = x.flip(-1).cumsum(-1).flip(-1)
     return pad(from_here[...,1:], (0,1))
 
@@ -107,8 +107,8 @@ def _check_ranks(ranks, shape):
     except (TypeError, ValueError):
         raise ValueError(f"ranks must be a pair (out, in) of integers, got {ranks!r}") from None
     full = tucker2_full_ranks(shape)
-    for r,top in zip((ro,ri), full):
-        if not isinstance(r, int) or not 1<=r<=top:
+    for r,limit in zip((ro,ri), full):
+        if not isinstance(r, int) or not 1<=r<=limit:
             raise ValueError(f"ranks of a kernel {list(shape)} must be a pair (out, in) of integers "
                              f"from (1, 1) to {full}, got {ranks!r}")
     return ro,ri
@@ -118,7 +118,7 @@ def _widen(
     U, # orthonormal basis `[m,r]`
     rank # at least r
 ): # orthonormal basis `[m,rank]`
-    "Return a basis that spans `U` and, beyond it, what matters most of the columns of `A`"
+    "Return a basis that contains the span of `U` and adds what matters most of the columns of `A`"
     if U.shape[0]!=A.shape[0] or U.shape[1]>rank:
         raise ValueError(f"init must hold bases [{A.shape[0]}, r] with r at most the rank {rank}, "
                          f"got shape {list(U.shape)}")
@@ -131,13 +131,13 @@ def _start_bases(
     X, # kernel `[o,i,*k]`
     ranks, # (out, in)
     init, # an earlier result, or `None`
-    exact # is the HOSVD exact?
+    hosvd_is_best # does no other basis keep more?
 ): # `[o,out]` and `[i,in]`
     "Return bases from the HOSVD or, if they keep more of `X`, from a widened `init`"
     hosvd = _bases(X, ranks)
     if init is None: return hosvd
     widened = [_widen(A, U, rank) for A,U,rank in zip(channel_unfoldings(X), init[1:], ranks)]
-    if exact: return hosvd
+    if hosvd_is_best: return hosvd # only now: `_widen` has checked `init`
     if _norm(_in_bases(X, *widened)) > _norm(_in_bases(X, *hosvd)): return widened
     return hosvd
 
@@ -178,10 +178,10 @@ def tucker2(
     X,scale = split_scale(_check_kernel(W))
     ro,ri = _check_ranks(ranks, X.shape)
     fo,fi = tucker2_full_ranks(X.shape)
-    exact = ro==fo or ri==fi # then the HOSVD is the best there is
-    if exact: max_sweeps = 0
+    hosvd_is_best = ro==fo or ri==fi
+    if hosvd_is_best: max_sweeps = 0
     with full_precision(X.device):
-        Uo,Ui = _start_bases(X, (ro,ri), init, exact)
+        Uo,Ui = _start_bases(X, (ro,ri), init, hosvd_is_best)
         core,Uo,Ui = _hooi(X, Uo, Ui, max_sweeps, tol)
     return core*scale, Uo, Ui
 
@@ -219,9 +219,9 @@ def _best_factor(
     G, # Gram matrices of the other factors, multiplied, `[r,r]`
     mu # weight of the terms' squared norms beside the squared error
 ): # `[n,r]`
-    "Return the factor that is the best beside the others"
-    # A term is rounding if its other factors are below ε² of the kernel together. It becomes zero:
-    # its factor could leave the range of the dtype
+    "Return the factor that minimises the squared error plus `mu` times the terms' squared norms"
+    # Where the norms of a term's other factors multiply to less than ε², the term is mere rounding.
+    # Its factor becomes zero, for the quotient could leave the range of the dtype
     diagonal = G.diagonal()
     d = torch.where(diagonal > torch.finfo(M.dtype).eps**4, diagonal.rsqrt(), 0.)
     L = torch.linalg.cholesky(G*d*d[:,None] + mu*torch.eye(len(d)).to(d))
@@ -242,17 +242,17 @@ def _sweep(
         fs[n] = _best_factor(M, others.prod(0), mu)
         grams[n] = _gram(fs[n])
 
-    X = _times_o(T, fs[0]).flatten(1, -2)
+    X = _times_o(T, fs[0]).flatten(1, -2) # first side contracted
     M = torch.einsum('rmq,mr->qr', X, _khatri_rao(fs[1:-1]))
     update(len(fs)-1, M)
-    Y = torch.einsum('rmq,qr->mr', X, fs[-1]).unflatten(0, T.shape[1:-1])
+    Y = torch.einsum('rmq,qr->mr', X, fs[-1]).unflatten(0, T.shape[1:-1]) # first and last
     for n in range(1, len(fs)-1):
         M = Y.movedim(n-1, 0)
         others = fs[1:n] + fs[n+1:-1]
         if others:
             M = (M.flatten(1, -2)*_khatri_rao(others)).sum(1)
         update(n, M)
-    Z = (T@fs[-1]).flatten(1, -2)
+    Z = (T@fs[-1]).flatten(1, -2) # last side contracted
     M = torch.einsum('pmr,mr->pr', Z, _khatri_rao(fs[1:-1]))
     update(0, M)
     G = torch.stack(grams).prod(0)
@@ -283,7 +283,7 @@ def _als(
             step /= 2
             continue
         start = new = _balance_terms(new)
-        if sweep>0: # what the first sweep leaves is no point to extrapolate from
+        if sweep>0: # the factors given at the start are no point to extrapolate from
             start = [n+step*(n-f) for n,f in zip(new, fs)]
         step = min(1.1*step, 1.)
         done = new_err2 >= (1-tol)**2*err2
@@ -300,7 +300,7 @@ def cp_exact_rank(
 
 def _slice_cp(
     T, # `[p,*mid,q]`
-    rank # number of terms; exact if there are no more
+    rank # number of terms; from `cp_exact_rank` on these are all of them
 ): # factors of `T`
     "Return the leading terms of the SVDs of all slices `T[:,*mid,:]`"
     p,*mid,q = T.shape
@@ -309,13 +309,13 @@ def _slice_cp(
         U,S,Vh = truncated_svd(slices, min(p, q))
     else:
         U,S,Vh = [x[None] for x in truncated_svd(T, min(rank, p, q))]
-    top = S.flatten().argsort(descending=True, stable=True)[:rank]
-    n,j = torch.unravel_index(top, S.shape) # slices, and which of their terms
+    largest = S.flatten().argsort(descending=True, stable=True)[:rank]
+    n,j = torch.unravel_index(largest, S.shape) # slices, and which of their terms
     fs = [U[n,:,j].T]
     for m,c in zip(mid, torch.unravel_index(n, mid)):
         fs.append(torch.eye(m).to(T)[:,c])
     fs.append(Vh[n,j].T*S[n,j])
-    return [pad(f, (0, rank-len(top))) for f in _balance_terms(fs)]
+    return [pad(f, (0, rank-len(largest))) for f in _balance_terms(fs)]
 
 # %% ../nbs/01_tensor.ipynb #11fe5e21
 def _new_terms(
@@ -434,7 +434,7 @@ def cp(
     max_sweeps:int=100, # on the Tucker-2 core, a tenth of it on the kernel; from an `init` all on the kernel
     tol:float=1e-5 # stop when a sweep lowers the error by less than this part of it
 )->list: # factors `[o,rank]`, `[i,rank]`, `[k1,rank]`, …; all ones for a spatial axis of size 1
-    "Return the CP decomposition: `W ≈ Σ_r` of the outer products of the factors' columns"
+    "Return CP factors, balanced and bounded: the outer products of their columns sum to about `W`"
     X,scale = split_scale(_check_kernel(W))
     _check_cp(rank, init, W.shape)
     norm = _norm(X)
