@@ -47,7 +47,7 @@ class Mode:
         "Return the rank that `wish` means for this unfolding"
         return resolve_rank(wish, self.full, self.spectrum, self.shape)
 
-# %% ../nbs/04_schemes.ipynb #536e6d83
+# %% ../nbs/04_schemes.ipynb #618593a5
 class Scheme:
     "A way to factor a layer: what its chain of factors looks like and costs"
     name = None
@@ -92,7 +92,7 @@ def solver(self:Scheme,
     "Return the solver that finds the factors of `weight`"
     return self.solver_class(self, weight, metric)
 
-# %% ../nbs/04_schemes.ipynb #20935f70
+# %% ../nbs/04_schemes.ipynb #03802cad
 @patch
 def chain(self:Scheme, rank)->list:
     "The links with every axis of kernel size 1 moved to the first, whose stride then saves the most"
@@ -120,7 +120,7 @@ def n_params(self:Scheme, rank)->int: # weights and bias
     n_weights = sum(n for _,n in self._sized_links(rank))
     return n_weights + self.geom.bias*self.geom.out
 
-# %% ../nbs/04_schemes.ipynb #8b5f418e
+# %% ../nbs/04_schemes.ipynb #de4d6b37
 @patch
 def macs(self:Scheme,
     rank,
@@ -138,7 +138,7 @@ def macs(self:Scheme,
             total += n_weights*batch*prod(size)
     return total
 
-# %% ../nbs/04_schemes.ipynb #1d61d6cf
+# %% ../nbs/04_schemes.ipynb #2c694652
 @patch
 def _factor(self:Scheme, part, bias=False):
     "The layer for one part of the chain, on the meta device"
@@ -155,7 +155,7 @@ def skeleton(self:Scheme, rank)->FactoredLayer: # on the meta device
     cls = FactoredTranspose if self.geom.transposed else FactoredLayer
     return cls(*factors, geometry=self.geom, scheme=self.name, rank=rank)
 
-# %% ../nbs/04_schemes.ipynb #c3f2849f
+# %% ../nbs/04_schemes.ipynb #83b97e00
 class Solver:
     "The factors of one weight by a scheme, with errors measured in a metric"
     def __init__(self,
@@ -192,7 +192,7 @@ class Solver:
         if not self.whitens: return self.blocks
         return self.metric.whiten(self.blocks, self.scheme.joined)
 
-# %% ../nbs/04_schemes.ipynb #6a25a967
+# %% ../nbs/04_schemes.ipynb #a97ab32b
 @patch
 def misfit(self:Solver, rank=1)->str|None:
     "The reason why this weight cannot be factored so at `rank`, `None` if it can"
@@ -211,7 +211,7 @@ def resolve(self:Solver, wish): # a wish as `resolve_rank` takes it, or a pair o
 
 @patch(as_prop=True)
 def whitens(self:Solver)->bool:
-    "Is the weight decomposed in other coordinates?"
+    "True where the weight is decomposed in coordinates of the metric"
     return self.metric is not None and self.scheme.joined is not None
 
 @patch
@@ -226,9 +226,9 @@ def refined(self:Solver, rank)->list:
     "The `weights`, made better in the metric of whole patches where the scheme's own is only near it"
     return self.weights(rank)
 
-# %% ../nbs/04_schemes.ipynb #963a1785
+# %% ../nbs/04_schemes.ipynb #3e5c4a39
 def _placed(chain, weights):
-    "Yield each layer of `chain` that has a weight, with its own of `weights` in the shape that it has there"
+    "Yield each layer of `chain` that has a weight, and its one of `weights` in the shape of the layer's"
     layers = [m for m in chain if hasattr(m, 'weight')]
     for layer,weight in zip(layers, weights, strict=True):
         geom = Geometry.of(layer)
@@ -248,7 +248,7 @@ def approximation(self:Solver, rank)->Tensor: # `[groups, o, i, *k]`
     chain = self._chain(self.weights(rank), rank)
     return self.geom.to_blocks(chain.weight)
 
-# %% ../nbs/04_schemes.ipynb #d1914296
+# %% ../nbs/04_schemes.ipynb #026449dc
 @patch
 def costs(self:Solver, ranks)->list:
     "The cost of each rank in the metric; without one, half the squared relative error"
@@ -290,7 +290,7 @@ def check_scheme(name, arg:str): # `arg`: the argument's name, for the error
 
 # %% ../nbs/04_schemes.ipynb #ec3f7191
 def _stacked(blocks): # a tuple of tensors for each block
-    "The tensors of all blocks: first those that come first, then those that come second, and so on"
+    "One tensor of all blocks for each place in the tuples"
     return map(torch.stack, zip(*blocks))
 
 def _svd_of(matrices, name, exact=True): # `[n, rows, columns]`
@@ -329,7 +329,7 @@ class _MatrixSolver(Solver):
         if left.dim() == 2: return left[None], right[None]
         return left, right
 
-# %% ../nbs/04_schemes.ipynb #555b7075
+# %% ../nbs/04_schemes.ipynb #28ea1df3
 def _balanced(F, L):
     "The same product of `L` `[g,p,r]` and `F` `[g,r,q]` with the roots of its singular values in each"
     Qf,Rf = qr(F.mT)
@@ -342,11 +342,11 @@ def _balanced(F, L):
     return F, L
 
 def _costs_left(tails, ranks):
-    "The entry of `tails` for each of `ranks`: what is left out there, which is nothing from their number on"
+    "The cost of what each of `ranks` leaves out: its entry of `tails`, or 0 beyond the last one"
     tails = tails.tolist()
     return [tails[rank] if rank < len(tails) else 0. for rank in ranks]
 
-# %% ../nbs/04_schemes.ipynb #e03fdb56
+# %% ../nbs/04_schemes.ipynb #f37604e4
 class _SvdSolver(_MatrixSolver):
     "The SVD of the matrix (o | i h w); with a metric that has only diagonals, of the scaled matrix"
     def misfit(self, rank=1): return self.scheme.misfit(rank) # it needs no moments of whole patches
@@ -437,7 +437,7 @@ def _conjugate_gradients(apply, precondition, target, x, steps):
         direction = z + size/was*direction
     return x
 
-# %% ../nbs/04_schemes.ipynb #404c62af
+# %% ../nbs/04_schemes.ipynb #dcb52f0f
 class _PatchFit:
     "Least squares for the spatial chain of one block, in the metric of whole patches"
     def __init__(self,
@@ -473,7 +473,7 @@ class _PatchFit:
         target = einsum('ocd,ord->rc', self.WA, GL)
         return _conjugate_gradients(apply, precondition, target, F, steps)
 
-# %% ../nbs/04_schemes.ipynb #b3a4cbbd
+# %% ../nbs/04_schemes.ipynb #62c3e256
 def _fit_patches(W, A, G, F, rounds=3):
     "Go from the `F` `[r,a]` of a spatial chain to a better one, and its `L` `[o*b,r]`"
     fit = _PatchFit(W, A, G)
@@ -482,7 +482,7 @@ def _fit_patches(W, A, G, F, rounds=3):
         F = fit.first(F, L)
     return F, L.transpose(1, 2).flatten(0, 1)
 
-# %% ../nbs/04_schemes.ipynb #e98054b9
+# %% ../nbs/04_schemes.ipynb #bab737ed
 class _SpatialSolver(_MatrixSolver):
     "The SVD of the matrix (i h | o w)"
     def unfolding(self): return self.whitened.movedim(1, 3).flatten(3).flatten(1, 2)
@@ -513,7 +513,7 @@ class _SpatialSolver(_MatrixSolver):
         tails = .5*products.cumsum(0).cumsum(1).diagonal().flip(0)
         return _costs_left(tails.clamp_min(0), ranks)
 
-# %% ../nbs/04_schemes.ipynb #96280acb
+# %% ../nbs/04_schemes.ipynb #aa1f271d
 @patch
 def _inner_products(self:_SpatialSolver):
     "The inner products of all components of the SVD in the moment of patches, `[n, n]`"
@@ -531,7 +531,7 @@ def _inner_products(self:_SpatialSolver):
             res = res + part
     return res
 
-# %% ../nbs/04_schemes.ipynb #3c5fdd7b
+# %% ../nbs/04_schemes.ipynb #6e6fb391
 @register
 class Spatial(_MatrixScheme):
     "The matrix (i h | o w): along the first spatial axis to `rank` channels, then along the others to `o`"
@@ -551,7 +551,7 @@ class Spatial(_MatrixScheme):
 def exceeds(rank, limit)->bool: # both ints, or both pairs
     "Tell whether `rank`, or an entry of it, is above that of `limit`"
     if not isinstance(rank, tuple): return rank > limit
-    return any(r > most for r,most in zip(rank, limit))
+    return any(r > bound for r,bound in zip(rank, limit))
 
 def _equal_norms(tensors): # `[groups, ...]`
     "The same chain with factors of one norm, block by block: a step of training changes all of them alike"
@@ -572,7 +572,7 @@ class _KernelScheme(Scheme):
     def unfit(self, rank):
         if not self.k: return 'a Linear has no kernel axes; use svd'
 
-# %% ../nbs/04_schemes.ipynb #e72c8c9f
+# %% ../nbs/04_schemes.ipynb #29882448
 class _KernelSolver(Solver):
     "The kernel of each block decomposed as a tensor; what was found for a rank is kept"
     def __init__(self, scheme, weight, metric=None):
@@ -601,18 +601,18 @@ class _KernelSolver(Solver):
         unfolding = self.whitened.transpose(1, 2).flatten(2)
         return _svd_of(unfolding, self.scheme.layer)
 
-# %% ../nbs/04_schemes.ipynb #d762c062
+# %% ../nbs/04_schemes.ipynb #cbc5d863
 @patch
 def _solve(self:_KernelSolver, rank):
-    "Decompose each block, starting from the best of the lower ranks that are known; and measure the error"
+    "Decompose each block, starting from the best lower rank that is known, and measure the error"
     inits = [None]*self.scheme.groups
     lower = [r for r in self._found if not exceeds(r, rank)]
     if lower: inits = self.decompositions(min(lower, key=self.error))
     found,missed = [],0.
     for block,init in zip(self.whitened, inits):
         decomposition = self.decompose(block, rank, init)
-        left = block - self.kernel(decomposition)
-        missed += left.double().square().sum()
+        rest = block - self.kernel(decomposition)
+        missed += rest.double().square().sum()
         found.append(decomposition)
     total = self.whitened.double().square().sum()
     if not total > 0: return found, 0.
@@ -662,11 +662,11 @@ class _TuckerSolver(_KernelSolver):
 class Tucker(_KernelScheme):
     "Tucker-2: pointwise to `r_i` channels, a small copy of the layer to `r_o`, pointwise to `o`"
     name = 'tucker'
-    takes_pairs = True
+    takes_pairs = True # (r_o, r_i)
     solver_class = _TuckerSolver
     def full(self): return tucker2_full_ranks(self.geom.block_shape[1:])
     def links(self, rank):
-        ro,ri = rank # as all pairs: (out, in)
+        ro,ri = rank
         return [Link(self.i, ri), Link(ri, ro, self.geom.axes), Link(ro, self.o)]
 
 # %% ../nbs/04_schemes.ipynb #c53c2994
@@ -723,7 +723,7 @@ class _SliceSolver(_MatrixSolver):
             ranks.append(wish(svd.spectrum, matrix.shape[1:]))
         return min(ranks)
 
-# %% ../nbs/04_schemes.ipynb #93de5380
+# %% ../nbs/04_schemes.ipynb #c30b8a16
 @register
 class Slice(_MatrixScheme):
     "An SVD of each slice (h | w): depthwise along the first axis, shuffle, grouped along the others"
