@@ -407,7 +407,7 @@ def scheme_of(name, layer, moments, kind='fisher', centre=True):
     return schemes[name](Geometry.of(layer), 'conv').solver(layer.weight, metric_of(layer, moments, kind, centre))
 
 def some_ranks(s):
-    full = s.full()
+    full = s.scheme.full()
     return [(2, 1), (3, 3), full] if isinstance(full, tuple) else sorted({1, max(1, full//2), full})
 
 @pytest.mark.parametrize('name', schemes)
@@ -418,7 +418,7 @@ def some_ranks(s):
 def test_at_full_rank_every_scheme_reproduces_the_layer_in_any_metric(name, kind, groups, dtype, eps):
     layer,moments = layer_and_moments(groups, dtype=dtype)
     s = scheme_of(name, layer, moments, kind)
-    built = s.build(s.most(), layer)
+    built = s.build(s.scheme.largest(), layer)
     assert built.weight.dtype == dtype
     assert apart(built.weight, layer.weight) <= eps
     x = torch.randn(3, 8, 6, 5, dtype=dtype)
@@ -429,9 +429,9 @@ def test_at_full_rank_every_scheme_reproduces_the_layer_in_any_metric(name, kind
 def test_at_full_rank_svd_reproduces_thin_layers(out, inp):
     layer,moments = layer_and_moments(1, out, inp)
     s = scheme_of('svd', layer, moments)
-    assert s.full() == min(out, inp*6)
-    assert apart(s.build(s.full(), layer).weight, layer.weight) <= 1e-9 # double precision, see above
-    assert all(abs(c - s.metric.cost(s.blocks - s.approximation(r))) <= 1e-9*s.metric.cost(s.blocks) for r,c in zip(range(1, s.full()+1), s.costs(range(1, s.full()+1))))
+    assert s.scheme.full() == min(out, inp*6)
+    assert apart(s.build(s.scheme.full(), layer).weight, layer.weight) <= 1e-9 # double precision, see above
+    assert all(abs(c - s.metric.cost(s.blocks - s.approximation(r))) <= 1e-9*s.metric.cost(s.blocks) for r,c in zip(range(1, s.scheme.full()+1), s.costs(range(1, s.scheme.full()+1))))
 
 @pytest.mark.parametrize('name', schemes)
 @pytest.mark.parametrize('groups', [1, 2])
@@ -440,7 +440,7 @@ def test_costs_are_those_of_the_approximations(name, groups, kind, centre):
     layer,moments = layer_and_moments(groups)
     s = scheme_of(name, layer, moments, kind, centre)
     for r,c in zip(some_ranks(s), s.costs(some_ranks(s)), strict=True):
-        want = s.metric.cost(s.geom.to_blocks(layer.weight.detach()) - s.geom.to_blocks(s.build(r, layer).weight.detach()))
+        want = s.metric.cost(s.scheme.geom.to_blocks(layer.weight.detach()) - s.scheme.geom.to_blocks(s.build(r, layer).weight.detach()))
         assert abs(c - want) <= 1e-8*s.metric.cost(s.blocks) # double precision, relative to all that there is to lose
 
 def test_the_activation_cost_is_half_the_squared_error_of_the_outputs():
@@ -470,7 +470,7 @@ _fixed = {g: layer_and_moments(g) for g in (1, 2)}
 def test_costs_of_svd_fall_with_the_rank_to_nothing(groups):
     layer,moments = _fixed[groups]
     s = scheme_of('svd', layer, moments)
-    costs = s.costs(range(1, s.full()+1))
+    costs = s.costs(range(1, s.scheme.full()+1))
     assert all(a >= b for a,b in zip(costs, costs[1:])) and costs[0] > costs[-2] > costs[-1] == 0
 
 @given(st.integers(0, 10**6), st.sampled_from(['svd', 'spatial', 'tucker', 'cp', 'slice']), st.sampled_from([1, 2]))
@@ -479,7 +479,7 @@ def test_refined_factors_never_cost_more(seed, name, groups):
     layer,moments = layer_and_moments(groups, seed=seed % 997)
     s = scheme_of(name, layer, moments)
     for r in some_ranks(s):
-        plain,refined = (s.metric.cost(s.blocks - s.geom.to_blocks(s.build(r, layer, w).weight.detach())) for w in (s.weights(r), s.refined(r)))
+        plain,refined = (s.metric.cost(s.blocks - s.scheme.geom.to_blocks(s.build(r, layer, w).weight.detach())) for w in (s.weights(r), s.refined(r)))
         assert refined <= plain*(1+1e-9) + 1e-12*s.metric.cost(s.blocks) # rounding, and at full rank the jitter of 10⁻⁸ in the solve, squared
 
 @pytest.mark.parametrize('name', schemes)
@@ -491,7 +491,7 @@ def test_what_is_dead_or_constant_breaks_nothing(name, zero):
         for r in some_ranks(s):
             for ws in (s.weights(r), s.refined(r)): assert all(w.isfinite().all() for w in ws)
         assert all(0 <= c < float('inf') for c in s.costs(some_ranks(s)))
-        assert (s.build(s.most(), layer).weight - layer.weight).abs().max() <= 2e-5*max(layer.weight.abs().max(), 1e-30) # float32, where G or A is nearly singular
+        assert (s.build(s.scheme.largest(), layer).weight - layer.weight).abs().max() <= 2e-5*max(layer.weight.abs().max(), 1e-30) # float32, where G or A is nearly singular
 
 def test_metrics_that_do_not_exist():
     layer,moments = _fixed[1]

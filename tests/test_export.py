@@ -15,10 +15,7 @@ from learners import mk_learn, train_on
 from networks import linear_net
 from small_data import mask_dls, tiny_xresnet
 from fasterai_lr import export
-from fasterai_lr.budget import Budget
-from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
-from fasterai_lr.layers import factored_layers
-from fasterai_lr.schemes import schemes
+from fasterai_lr.all import Budget, ConvDecomposer, FC_Decomposer, decompose, factored_layers, schemes
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.export import export_onnx, load_low_rank, read_low_rank, save_low_rank
 from fasterai_lr.layers import recompose, replace_layers

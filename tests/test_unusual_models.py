@@ -1,5 +1,6 @@
 "Decomposition with data of models and data at the edge: dead branches, empty calls, sequences of changing length, large means, nothing to decompose"
 from collections import UserDict
+from dataclasses import replace
 
 import numpy as np, pytest, torch
 from torch import nn
@@ -12,7 +13,9 @@ from fasterai_lr.running import trace
 from fasterai_lr.layers import factored_layers
 from fasterai_lr.budget import Budget
 from fasterai_lr.plan import Plan, measured
+from fasterai_lr.calibrate import calibrate
 from fasterai_lr.planner import make_plan, search_drop
+from fasterai_lr.running import Batches
 from fasterai_lr.schemes import schemes
 from helpers import fitted, miss, planner
 
@@ -80,7 +83,8 @@ class Recurrent(nn.Module):
 def test_the_order_of_batches_of_different_lengths_does_not_matter(length):
     net,batches = Recurrent(),[torch.randn(16, t, 12) for t in (length, 8, 8, 8)]
     what = {'i': ('svd', 4), 'h': ('svd', 4), 'o': ('svd', 4)}
-    there,back = (fitted(net, what, b) for b in (batches, batches[::-1]))
+    known = calibrate(net, batches)
+    there,back = (fitted(net, what, replace(known, batches=Batches(b))) for b in (batches, batches[::-1]))
     x = torch.randn(64, 8, 12)
     assert miss(there, back, x) < 1e-3 # float32 sums in another order; with a part of the calls only it was 0.3
 
@@ -195,7 +199,7 @@ def test_a_metric_that_no_budget_keeps():
     known = planner(net, x)
     with pytest.warns(UserWarning, match='max_drop: 0.01 cannot be kept to'): change = search_drop(known, Budget(max_drop=.01), lambda m: float(m is net))
     same = change.finished()
-    assert not change.plan.choices and not factored_layers(same) and same.low_rank_plan['measured'] == dict(metric=1., dense_metric=1.)
+    assert not change.plan.choices and not factored_layers(same) and same.low_rank_plan['measured'].items() >= dict(metric=1., dense_metric=1.).items()
     with torch.no_grad(): assert torch.equal(same(x), net(x))
     with pytest.raises(ValueError, match='evaluate: it returns nan'): search_drop(known, Budget(max_drop=.01), lambda m: float('nan'))
 
