@@ -1,8 +1,10 @@
 "The SVD routes against LAPACK in float64, over shapes, dtypes, conditioning and ranks"
 import pytest, torch
 from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from fasterai_lr import linalg
 from fasterai_lr.linalg import SVD, check_finite, singular_values, truncated_svd
+from helpers import gen
 
 def orth(n, k, g): return torch.linalg.qr(torch.randn(n, k, generator=g, dtype=torch.float64))[0]
 
@@ -83,35 +85,46 @@ def test_exact_at_full_rank(kind, dtype):
     tol = {torch.float32:2e-6, torch.float64:2e-14}[dtype] # 17 and 90 eps
     assert ((U*S)@V - A).norm() <= tol*A.norm()
 
+class Solves(TorchDispatchMode):
+    "Counts `qr`, which the randomised route takes for each pass, and eigenproblems, which the Gram route solves"
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.qr,self.eigen,solve = 0,0,linalg.Eigen
+        def counted(G):
+            self.eigen += 1
+            return solve(G)
+        monkeypatch.setattr(linalg, 'Eigen', counted)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.qr += func.overloadpacket is torch.ops.aten.linalg_qr
+        return func(*args, **(kwargs or {}))
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('kind', ['power', 'steep', 'deficient', 'outliers'])
-def test_randomized_keeps_the_promise_or_declines(kind, dtype):
+def test_randomized_keeps_the_promise_or_declines(kind, dtype, monkeypatch):
     A = matrix(300, 600, kind, dtype)
-    taken = linalg._randomized(A, 5, 12)
-    if kind=='steep': assert taken is not None
-    if taken is not None: check(A, 5, taken)
+    with Solves(monkeypatch) as solves: taken = truncated_svd(A, 5)
+    check(A, 5, taken)
+    assert solves.qr
+    if kind=='steep': assert not solves.eigen
 
-def test_randomized_declines_a_flat_spectrum():
+def test_randomized_declines_a_flat_spectrum(monkeypatch):
     "Noise has no gap to find: with an honest estimate two passes are enough to see it"
-    g = torch.Generator().manual_seed(0)
-    assert linalg._randomized(torch.randn(300, 600, generator=g), 5, 12) is None
+    A = torch.randn(300, 600, generator=gen())
+    with Solves(monkeypatch) as solves: truncated_svd(A, 5)
+    assert 0 < solves.qr <= 2*2 and solves.eigen
 
 def test_randomized_is_chosen_and_declined(monkeypatch):
-    calls = []
-    def spy(A, r, passes): 
-        calls.append(run(A, r, passes))
-        return calls[-1]
-    run = linalg._randomized
-    monkeypatch.setattr(linalg, '_randomized', spy)
-    for kind,taken in (('steep',True), ('flat',None)):
-        A = matrix(400, 500, kind, torch.float32) if kind=='steep' else torch.randn(400, 500, generator=torch.Generator().manual_seed(0))
-        check(A, 4, truncated_svd(A, 4))
-        assert (calls.pop() is not None) == bool(taken)
-    truncated_svd(A, 200)
+    for kind,taken in (('steep',True), ('flat',False)):
+        A = matrix(400, 500, kind, torch.float32) if kind=='steep' else torch.randn(400, 500, generator=gen())
+        with Solves(monkeypatch) as solves: found = truncated_svd(A, 4)
+        check(A, 4, found)
+        assert solves.qr and (not solves.eigen) == taken
+    with Solves(monkeypatch) as solves: truncated_svd(A, 200)
+    assert not solves.qr and solves.eigen # too many for it
     svd = SVD(A)
-    _ = svd.spectrum
-    svd.truncate(4) # eigenvectors are there already
-    assert not calls
+    svd.spectrum
+    with Solves(monkeypatch) as solves: svd.truncate(4)
+    assert not solves.qr # eigenvectors are there already
 
 def test_eigenproblem_is_solved_once(monkeypatch):
     calls,run = [],linalg.Eigen
