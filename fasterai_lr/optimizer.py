@@ -152,7 +152,7 @@ def check_opt_state(
     saved:dict, # From `opt_state`
     opt:Optimizer|OptimWrapper,
     model:nn.Module, # The model that `opt` trains
-    new:dict={} # {layer name: module that will be put into `model`}
+    new:dict|None=None # {layer name: module that will be put into `model`}
 ):
     "Raise a `ValueError` if `saved` is not for `opt` with these layers"
     if not {'kind', 'params', 'state'} <= set(saved):
@@ -160,7 +160,7 @@ def check_opt_state(
     kind = _kind(opt)
     if saved['kind'] != kind:
         raise ValueError(f"its optimizer is another one ({saved['kind']}) than here ({kind})")
-    here,there = _names(opt, model, new),saved['params']
+    here,there = _names(opt, model, new or {}),saved['params']
     if _group_sizes(here) != _group_sizes(there):
         raise ValueError(f"its optimizer has groups of {_group_sizes(there)} parameters, "
                          f"and here they are of {_group_sizes(here)}")

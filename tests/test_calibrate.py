@@ -505,7 +505,7 @@ def test_both_gram_matrices_of_svd_say_the_same(layer, x):
     assert narrow.narrow
     wide.narrow = False
     a,b = (schemes['svd'](Geometry.of(layer), 'layer').solver(layer.weight, m) for m in (narrow, wide))
-    ranks = list(range(1, a.full()+1))
+    ranks = list(range(1, a.scheme.full()+1))
     for m,n in zip(a.costs(ranks), b.costs(ranks)): assert abs(m - n) <= 1e-9*narrow.total # outputs have 1e-12 on their diagonal, times their number
     assert apart(a.approximation(2), b.approximation(2)) <= 1e-8                # vectors of a Gram matrix in double precision
     assert apart(a.approximation(ranks[-1]), a.blocks) <= 1e-12

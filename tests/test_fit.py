@@ -154,7 +154,7 @@ def test_the_means_of_outputs_are_right_with_and_without_a_bias():
         net = with_statistics(plain_net(bias), images)
         layers = {'0': ('spatial', 3), '5': ('svd', 4)}
         res = fitted(net, layers, images, most=10**6)
-        for first,norm in (('0', 1), ('5', 6)): # at the output of the BatchNorm that follows, mean by channel
+        for norm in (1, 6): # at the output of the BatchNorm that follows, mean by channel
             a,b = (m[:norm+1](images).mean((0, 2, 3)).detach() for m in (net, res))
             assert (a - b).abs().max() < 2e-4*net[:norm+1](images).std() # float32 sums of 6,144 positions
         assert [hasattr(m, 'bias') and m.bias is not None for m in res if isinstance(m, (nn.Conv2d, nn.Linear, FactoredLayer))] == [bias]*4
@@ -355,7 +355,7 @@ def test_distillation_leaves_flags_hooks_and_modes(trained):
     net,x,_ = trained
     small = fitted(net, low, x[:64])
     small.train(); small[1].eval(); small[0].weight.requires_grad_(False)
-    small[3].register_forward_hook(hook := lambda *a: None)
+    small[3].register_forward_hook(lambda *a: None)
     before,teacher = state_of(small),state_of(net)
     res = distill(small, net, x[:64], steps=20)
     assert same(before, state_of(small)) and same(teacher, state_of(net))

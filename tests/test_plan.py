@@ -354,7 +354,7 @@ def test_no_layer_of_a_plan_for_latency_is_slower_than_dense(monkeypatch, rule, 
     assert plan.measured['latency'] == pytest.approx(ratio) and ratio <= value    # as measured in the end
     assert abs(plan.predicted['latency'] - ratio) < .02                           # straight lines between four ranks of an affine rule
     assert plan.budget == {'latency': value} and plan.predicted['macs'] == pytest.approx(count_macs(small, images[:4])/count_macs(net, images[:4]))
-    for s,r in plan.choices.values(): assert r % 4 == 0 or r < 16
+    for _,r in plan.choices.values(): assert r % 4 == 0 or r < 16
 
 def test_where_factors_are_slower_no_latency_can_be_saved(monkeypatch):
     Clock(lambda m: 1.).start(monkeypatch)                                         # every call takes as long

@@ -98,7 +98,7 @@ def test_all_gives_the_public_names():
     from fasterai_lr import all
     assert {o for o in vars(all) if o[0] != '_'} - {'fasterai_lr'} == set(all.__all__)  # whatever it imports is public
 
-public = {'decompose': 'decomposer', 'FC_Decomposer': 'decomposer', 'ConvDecomposer': 'decomposer', 'Budget': 'plan', 'Plan': 'plan', 'make_plan': 'plan', 'recompose': 'layers'}
+public = {'decompose': 'decomposer', 'FC_Decomposer': 'decomposer', 'ConvDecomposer': 'decomposer', 'Budget': 'budget', 'Plan': 'plan', 'make_plan': 'planner', 'recompose': 'layers'}
 
 def test_the_package_gives_the_names_that_most_programs_need():
     names = {}
