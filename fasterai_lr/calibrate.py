@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from .linalg import full_precision, lower_gram, symmetric
 from .layers import Geometry, find_layers
-from .running import (Batches, blaming_data, check_progress, evaluating, first_output, frozen, hooked,
-                                 n_items, run_model, trace, undisturbed, unfused)
+from .running import (Batches, blaming_data, evaluating, first_output, frozen, hooked, n_items, run_model,
+                                 trace, undisturbed, unfused)
 from .loss import classification
 from .metric import Moments, add_diagonal, diagonal_of, make_metric
 from .settings import Settings, takes_settings
@@ -279,7 +279,6 @@ class Calibration(Mapping):
     settings:Settings
     n_items:int # that they come from
     enough:int # items, see `enough_items`
-    progress:object=None # wraps each long iteration, like `fastprogress.progress_bar`
 
     def __getitem__(self, name): return self.moments[name]
     def __iter__(self): return iter(self.moments)
@@ -327,8 +326,7 @@ def _backward(loss, out, gen, scale):
 def gather_moments(
     model:nn.Module,
     batches:Batches,
-    settings:Settings,
-    progress=None # wraps the iteration over the batches
+    settings:Settings
    )->tuple: # ({layer name: `Moments`}, number of items, number of classes that the model tells apart)
     "Go through `batches` and add up the moments of all layers; see `calibrate`"
     check_weights(model)
@@ -339,7 +337,7 @@ def gather_moments(
     scale = 256. if half else 1. # small gradients would be zero there
     samples,classes = 0,None
     with _gathering(model, gathers):
-        for batch in (progress or iter)(batches):
+        for batch in settings.progressing(batches):
             with blaming_data(batch): out = run_model(model, batch)
             _backward(loss, out, gen, scale)
             if classes is None: classes = _n_classes(loss, out, n_items(batch))
@@ -359,38 +357,35 @@ def calibrate(
     model:nn.Module,
     data, # what it is used on, without labels: a tensor, a list of batches, a DataLoader; see `Batches`
     loss=classification, # `regression`, `multilabel`, or a function from the model's output to a scalar
-    progress=None, # wraps the iteration over the batches, like `fastprogress.progress_bar`
     **kwargs
    )->Calibration:
     "Gather the second moments of every linear layer and convolution of `model` over `data`"
     settings = Settings.of(dict(kwargs, loss=loss), calibrate)
-    return _calibrate(model, data, settings, progress)
+    return _calibrate(model, data, settings)
 
-def _calibrate(model, data, settings, progress):
+def _calibrate(model, data, settings):
     settings.check_functions()
-    check_progress(progress)
     batches = Batches.of(data, model)
-    moments,items,classes = gather_moments(model, batches, settings, progress)
+    moments,items,classes = gather_moments(model, batches, settings)
     enough = enough_items(moments, items, classes)
     warn_if_too_few(items, enough)
-    return Calibration(model, batches, moments, settings, items, enough, progress)
+    return Calibration(model, batches, moments, settings, items, enough)
 
 # %% ../nbs/10_calibrate.ipynb #fbff7de5
 def calibrated(
     model:nn.Module,
     data, # a `Calibration`, or what `calibrate` makes one of
-    settings:Settings,
-    progress=None # wraps each long iteration, like `fastprogress.progress_bar`
+    settings:Settings
    )->Calibration:
     "The `Calibration` of `model` that `data` is or makes, with these settings"
-    if not isinstance(data, Calibration): return _calibrate(model, data, settings, progress)
+    if not isinstance(data, Calibration): return _calibrate(model, data, settings)
     settings.check_functions()
     for name in ('loss', 'seed', 'max_size'):
         was,now = getattr(data.settings, name),getattr(settings, name)
         if was != now: raise ValueError(f"{name}: {now!r} is not what the calibration was made with, {was!r}")
     if model is not data.model: _check_same_layers(model, data)
     res = copy.copy(data)
-    res.model,res.settings,res.progress = model,settings,progress or data.progress
+    res.model,res.settings = model,settings
     return res
 
 def _check_same_layers(model, calibration):

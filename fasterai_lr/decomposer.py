@@ -20,7 +20,7 @@ from torch import nn
 from .layers import (FactoredLayer, Geometry, check_loaded, check_module, check_patterns, conv_types, find_layers,
                                 layer_types, linear_types, matches, replace_layers_, select, transposed_types)
 from .rank import check_rank
-from .running import Batches, check_callable, check_progress
+from .running import Batches, check_callable
 from .schemes import Svd, check_scheme, exceeds, schemes
 from .settings import Settings, check_names, takes_settings
 from .calibrate import calibrated, settings_for
@@ -156,14 +156,13 @@ class Decomposer:
         layers=None, # names or globs of the layers to decompose; `None`: all
         exclude=None, # names or globs of layers to leave dense
         data=None, # a little of what the model is used on, see `calibrate`; `None`: each weight by itself
-        progress=None, # wraps each long iteration, like `fastprogress.progress_bar`
         **kwargs
        )->nn.Module:
         "A copy of `model` with low-rank layers"
         settings = settings_for(kwargs, Decomposer.decompose, data)
         if data is None: check_without_data(kwargs)
         selection = Selection(percent_removed, rank_ratio, layers, exclude)
-        return finished(_by_decomposers([self], model, selection, data, settings, progress))
+        return finished(_by_decomposers([self], model, selection, data, settings))
 
 # %% ../nbs/15_decomposer.ipynb #492d8e04
 def _selected(decomposer, model, rank, selection):
@@ -204,14 +203,14 @@ def choices(
     decomposer:Decomposer,
     model:nn.Module, # only read
     selection:Selection,
+    settings:Settings, # only its `progress`
     taken=(), # names of layers to pass over, which another decomposer has taken
-    metric_of=None, # from a layer's name to its `Metric`, or to `None` for the plain one
-    progress=None # wraps the iteration over the layers, like `fastprogress.progress_bar`
+    metric_of=None # from a layer's name to its `Metric`, or to `None` for the plain one
    ): # yields a `Choice` for each layer of the decomposer's types
     "Choose what is to become of each layer; nothing is computed but what the choice of ranks needs"
     rank = selection.rank(decomposer.rank)
     found,chosen = _selected(decomposer, model, rank, selection)
-    for f in (progress or iter)([f for f in found if f.name not in taken]):
+    for f in settings.progressing([f for f in found if f.name not in taken]):
         if f.name not in chosen: yield Choice(f, dense_record(f, 'left out by layers or exclude'))
         else: yield _chosen(decomposer, f, wish_for(f, rank), metric_of(f.name) if metric_of else None)
 
@@ -225,16 +224,16 @@ class _Shared:
         if choice.solver is not None: self.factored[name] = choice
         if choice.solver is not None or name not in self.records: self.records[name] = choice.record
 
-def _by_decomposers(decomposers, model, selection, data, settings, progress=None)->Change:
+def _by_decomposers(decomposers, model, selection, data, settings)->Change:
     "Decompose `model` by `decomposers`, fitted to `data` if there is any"
-    if data is None: return _by_weights(decomposers, model, selection, progress)
-    return _by_data(decomposers, calibrated(model, data, settings, progress), selection)
+    if data is None: return _by_weights(decomposers, model, selection, settings)
+    return _by_data(decomposers, calibrated(model, data, settings), selection)
 
-def _by_weights(decomposers, model, selection, progress):
+def _by_weights(decomposers, model, selection, settings):
     "Decompose each weight by itself"
     shared,new = _Shared(),{}
     for d in decomposers:
-        for choice in choices(d, model, selection, shared.factored, progress=progress):
+        for choice in choices(d, model, selection, settings, shared.factored):
             if choice.solver is not None:
                 new[choice.found.name] = choice.build()
                 choice.note_error('weight')
@@ -246,7 +245,7 @@ def _by_data(decomposers, calibration, selection):
     model,settings,shared = calibration.model,calibration.settings,_Shared()
     def metric_of(name): return calibration.metric(name) if name in calibration.uses else None
     for d in decomposers:
-        for choice in choices(d, model, selection, shared.factored, metric_of):
+        for choice in choices(d, model, selection, Settings(), shared.factored, metric_of):
             if choice.solver is not None: _note_metric(choice, calibration)
             shared.add(choice)
     reached = {n:c for n,c in shared.factored.items() if n in calibration.uses}
@@ -297,7 +296,7 @@ class FC_Decomposer(Decomposer):
        )->nn.Sequential: # of two `nn.Linear` layers
         "One linear layer as two, whatever that does to its size"
         if type(layer) is not nn.Linear: raise TypeError(f"layer: {type(layer).__name__} is not an nn.Linear")
-        change = _by_weights([FC_Decomposer(force=True)], layer, Selection(percent_removed), None)
+        change = _by_weights([FC_Decomposer(force=True)], layer, Selection(percent_removed), Settings())
         if not change.modules: raise ValueError(f"layer: {change.plan.layers[''].reason}")
         return change.finished()
 
@@ -388,7 +387,6 @@ def factorize(
     data=None, # a little of what the model is used on, without labels, see `calibrate`; or a `Calibration`
     evaluate=None, # for a budget of `max_drop`: a function from a model to a number, larger is better
     sample=None, # for a budget: a batch to count and to time with; `None`: the first of `data`
-    progress=None, # wraps each long iteration, like `fastprogress.progress_bar`
     **kwargs
    )->Change:
     "Decompose `model` and say which of its modules that changes; `decompose` returns the model alone"
@@ -396,24 +394,23 @@ def factorize(
     settings = settings_for(kwargs, factorize, data)
     check_what([what], kwargs, evaluate, sample)
     if data is None: check_without_data(kwargs, evaluate=evaluate, sample=sample)
-    check_progress(progress)
     _check_enough(what, data)
-    if isinstance(what, Plan): return _by_plan(what, model, data, kwargs, progress)
+    if isinstance(what, Plan): return _by_plan(what, model, data, kwargs)
     if what is None: what = half_saved(dense_model(model), Batches.of(data, model).first)
-    if isinstance(what, Budget): return _by_budget(what, model, data, settings, progress, evaluate, sample)
-    return _by_decomposers(as_decomposers(what), model, Selection(), data, settings, progress)
+    if isinstance(what, Budget): return _by_budget(what, model, data, settings, evaluate, sample)
+    return _by_decomposers(as_decomposers(what), model, Selection(), data, settings)
 
-def _by_plan(plan, model, data, kwargs, progress):
+def _by_plan(plan, model, data, kwargs):
     "Carry out a plan, with its own settings where the call does not say"
-    return carry_out(plan, model, data, Settings.of(kwargs, factorize, plan.settings), progress)
+    return carry_out(plan, model, data, Settings.of(kwargs, factorize, plan.settings))
 
-def _by_budget(budget, model, data, settings, progress, evaluate, sample):
+def _by_budget(budget, model, data, settings, evaluate, sample):
     "Decompose `model` for a budget"
     dense = dense_model(model)
     value = check_evaluate(dense, budget, evaluate)
     first = Batches.of(data if sample is None else [sample], dense).first
     check_reach(dense, budget, first, settings.schemes)
-    calibration = calibrated(dense, data, settings, progress)
+    calibration = calibrated(dense, data, settings)
     planner = Planner(calibration, sample)
     if budget.kind == 'max_drop': return search_drop(planner, budget, evaluate, value, model)
     return carry_out(planner.make(budget), model, calibration, settings)

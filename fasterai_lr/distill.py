@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from torch.utils._pytree import tree_map
 
 from .layers import factored_layers, replace_layers
-from .running import Batches, check_progress, evaluated, evaluating, first_output, hooked, run_model, undisturbed
+from .running import Batches, evaluated, evaluating, first_output, hooked, run_model, undisturbed
 from .loss import relative_error
 from .settings import Settings, takes_settings
 
@@ -88,8 +88,8 @@ def _trainable(model):
 
 class _Student:
     "A copy of `model` in training, beside its teacher"
-    def __init__(self, model, teacher, loss):
-        self.model,self.teacher,self.loss = replace_layers(model, {}),teacher,loss
+    def __init__(self, model, teacher, settings):
+        self.model,self.teacher,self.settings = replace_layers(model, {}),teacher,settings
         self.dtypes = _widened(self.model)
         self.params = _trainable(self.model)
         self.flags = [p.requires_grad for p in self.params]
@@ -109,7 +109,7 @@ class _Student:
             raise TypeError(f"distill: the model returns {type(want).__name__}; "
                             "only a tensor, or the first of a tuple, can be learned from")
         with self.watched(self.model, mine): out = first_output(run_model(self.model, self._own(batch)))
-        return self.loss.distance(out, want.to(out.dtype)) + _feature_loss(mine, wanted)
+        return self.settings.loss.distance(out, want.to(out.dtype)) + _feature_loss(mine, wanted)
 
     def _own(self, batch): return _wide(batch) if self.dtypes else batch
 
@@ -120,12 +120,12 @@ class _Student:
         return self.model
 
 # %% ../nbs/11_distill.ipynb #7fcc4b99
-def _trained(student, batches, steps, lr, progress):
+def _trained(student, batches, steps, lr):
     "The model of `student` after some steps of Adam in one cycle"
     opt = torch.optim.Adam(student.params, lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     with evaluating(student.model, student.teacher), torch.enable_grad():
-        for _,batch in zip((progress or iter)(range(steps)), batches):
+        for _,batch in zip(student.settings.progressing(range(steps)), batches):
             distance = student.distance(batch)
             opt.zero_grad()
             distance.backward()
@@ -152,17 +152,15 @@ def distill(
     data, # as `calibrate` takes it
     steps:int=350,
     lr:float=1e-3, # the peak of a one-cycle schedule for Adam; if that does not help, a tenth of it is tried
-    progress=None, # wraps the iteration over the steps, like `fastprogress.progress_bar`
     **kwargs
    )->nn.Module:
     "Train a copy of `model` to do on `data` what `teacher` does; it never ends further from it there than `model` is"
     settings = Settings.of(kwargs, distill)
-    check_progress(progress)
     batches,before = Batches.of(data, model),None
     for rate in (lr, .1*lr):
         gen = torch.Generator().manual_seed(settings.seed)
-        student = _Student(model, teacher, settings.loss)
-        res = _trained(student, _augmented(_forever(batches), settings.augment, gen), steps, rate, progress)
+        student = _Student(model, teacher, settings)
+        res = _trained(student, _augmented(_forever(batches), settings.augment, gen), steps, rate)
         if before is None: before = _apart(model, teacher, batches, settings)
         if _apart(res, teacher, batches, settings) <= before: return res
     warnings.warn(f"distill: {steps} steps took the model further from its teacher, with a learning rate of {lr:g} "

@@ -355,17 +355,17 @@ def fit(
    )->Change:
     "Factor the layers of `choices` and fit all layers to what the dense model computes"
     for name,(scheme,_) in choices.items(): check_scheme(scheme, f'choices: layer {name!r}')
-    settings,batches,progress = calibration.settings,calibration.batches,calibration.progress
+    settings,batches = calibration.settings,calibration.batches
     fitting = _Fit(calibration, choices)
     wanted = _Wanted(fitting.dense, fitting.uses, batches, settings)
     groups = fitting.groups()
-    for group,calls in zip((progress or iter)(groups), wanted.by_group(groups)): fitting.fit_group(group, calls)
+    for group,calls in zip(settings.progressing(groups), wanted.by_group(groups)): fitting.fit_group(group, calls)
     model,modules = fitting.model,fitting.modules
     if not settings.sequential:
         changed = _renormalise(fitting.dense, model, batches)
         modules |= {n: model.get_submodule(n) for n in changed}
     if not settings.distill_steps: return Change(fitting.dense, modules, model=model)
-    model = distill(model, fitting.dense, batches, settings.distill_steps, progress=progress,
+    model = distill(model, fitting.dense, batches, settings.distill_steps, progress=settings.progress,
                     loss=settings.loss, augment=settings.augment, seed=settings.seed)
     return Change(fitting.dense, _with_tensors(model), model=model)
 

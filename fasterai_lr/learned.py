@@ -268,13 +268,13 @@ def _calibrated_by_all(learn, what, data, kwargs):
     if alone or data is None or isinstance(data, Calibration): return data
     model = get_model(learn.model)
     if needs_data(what): model = dense_model(model)
-    settings = {name: value for name,value in kwargs.items() if name not in ('evaluate', 'sample')}
+    settings = {name: value for name,value in kwargs.items() if name not in ('evaluate', 'sample', 'progress')}
     return shared_calibration(learn.model, model, data, **settings)
 
-def _new_layers(learn, what, data, progress, kwargs):
+def _new_layers(learn, what, data, kwargs):
     "The modules to put in place of those of the learner's model, and the plan as data; the same in all processes"
     def compute():
-        change = factorize(get_model(learn.model), what, data, progress=progress, **kwargs)
+        change = factorize(get_model(learn.model), what, data, **kwargs)
         warn_if_unchanged(change)
         return change.modules,change.plan.plain()
     with torch.autocast(_device(learn.model).type, enabled=False):
@@ -300,7 +300,8 @@ def decompose_learner(
     model = get_model(learn.model)
     reset_model(model)
     what,data,kwargs = in_all(partial(_arguments, learn, what, data, kwargs), learn.model)
-    new,plan = _new_layers(learn, what, data, _layers_bar(learn, mbar), kwargs)
+    kwargs = kwargs | dict(progress=_layers_bar(learn, mbar))
+    new,plan = _new_layers(learn, what, data, kwargs)
     before = count_params(model)
     swap_layers(learn, new)
     model = get_model(learn.model)

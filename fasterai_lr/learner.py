@@ -98,7 +98,7 @@ def tradeoff(self:Learner,
     bar = partial(progress_bar, leave=False) if hasattr(self, 'progress') else None
     if data is None: data = calibration_batches(self)
     kwargs.setdefault('loss', output_kind(self))
-    return tradeoff(model.to(device), data, evaluate, budgets, kind, bar, **kwargs)
+    return tradeoff(model.to(device), data, evaluate, budgets, kind, progress=bar, **kwargs)
 
 # %% ../nbs/22_learner.ipynb #ee25ecb2
 @patch

@@ -134,6 +134,8 @@ class PlanData:
     data:dict = field(default_factory=dict) # number of items that it was made with, and number that would be enough
     settings:Settings = Settings() # that it was made with, and is applied with
 
+    def __post_init__(self): self.settings = replace(self.settings, progress=None) # of that call alone
+
     @property
     def choices(self)->dict: # {name: (scheme, rank)}
         "The layers to factor"
@@ -230,13 +232,12 @@ class Plan(PlanData):
     def apply(self,
         model:nn.Module, # left untouched; where it is decomposed already, its layers become smaller, never larger
         data=None, # see `calibrate`; `None`: each weight is decomposed by itself
-        progress=None, # wraps each long iteration, like `fastprogress.progress_bar`
         **kwargs
        )->nn.Module:
         "A copy of `model` decomposed as planned, and fitted to `data`"
         settings = Settings.of(kwargs, Plan.apply, self.settings)
         if data is None: check_without_data(kwargs)
-        return carry_out(self, model, data, settings, progress).finished()
+        return carry_out(self, model, data, settings).finished()
 
     def save(self, path):
         "Write the plan as JSON"
@@ -281,6 +282,7 @@ def _plan_of(data, label):
 def check_without_data(kwargs:dict, **others):
     "Raise a `TypeError` for an argument that is given and of no use without data"
     given = [*kwargs, *(n for n,v in others.items() if v is not None)]
+    given = [n for n in given if n != 'progress']
     if given: raise TypeError(f"{', '.join(given)}: only with data")
 
 # %% ../nbs/13_plan.ipynb #9455df3d
@@ -366,8 +368,7 @@ def carry_out(
     plan:Plan,
     model:nn.Module, # left untouched
     data, # see `calibrate`; `None`: each weight is decomposed by itself
-    settings:Settings,
-    progress=None # wraps each long iteration, like `fastprogress.progress_bar`
+    settings:Settings
    )->Change:
     "Decompose a copy of `model` as planned, and fit it to `data`"
     plan.check(model)
@@ -376,8 +377,8 @@ def carry_out(
     if data is None: return _by_weights(plan, model, dense)
     settings.check_functions()
     if not isinstance(data, Calibration): data = Batches.of(data, model)
-    if dense is model: return _by_data(plan, calibrated(dense, data, settings, progress))
-    return _again(plan, model, dense, data, settings, progress)
+    if dense is model: return _by_data(plan, calibrated(dense, data, settings))
+    return _again(plan, model, dense, data, settings)
 
 def _by_data(plan, calibration):
     "Decompose the model of `calibration` as planned and fit it to its batches"
@@ -429,7 +430,7 @@ def _keeping(plan, model, dense, uses=None)->tuple: # the `Plan`, and the names 
         plan.layers[name] = known.get(name, record)
     return plan,kept
 
-def _again(plan, model, dense, data, settings, progress):
+def _again(plan, model, dense, data, settings):
     "Decompose `model` further, which stands for `dense`, where the plan makes a layer smaller than it is already"
     batches = Batches.of(data, model)
     names = [f.name for f in find_layers(dense, layer_types) if not f.reason]
@@ -438,7 +439,7 @@ def _again(plan, model, dense, data, settings, progress):
     if set(plan.choices) == set(kept): return _unchanged(plan, model, dense, batches, settings)
     unseen = [n for n in plan.choices if n not in uses or Geometry.of(dense.get_submodule(n)).transposed]
     seen = {n:r for n,r in plan.layers.items() if n not in unseen}
-    change = _by_data(replace(plan, layers=seen), calibrated(dense, data, settings, progress))
+    change = _by_data(replace(plan, layers=seen), calibrated(dense, data, settings))
     new = {n: copy.deepcopy(model.get_submodule(n)) for n in kept if n in unseen} # no data says how to fit them
     change.modules |= new
     change.model = replace_layers_(change.model, new)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .layers import Geometry, find_layers, layer_types
-from .running import Batches, check_callable, check_progress, devices_of, trace, undisturbed
+from .running import Batches, check_callable, devices_of, trace, undisturbed
 from .schemes import schemes as known_schemes
 from .cost import count_params, latency_per_layer, macs_per_layer, measure_latency
 from .settings import takes_settings
@@ -294,8 +294,8 @@ def _timed_options(planner)->Options:
     "The `Options` of all layers with milliseconds"
     inside = latency_per_layer(planner.model, planner.sample)
     found,known,res = {f.name:f.layer for f in planner.found},{},{}
-    progress = planner.calibration.progress
-    for name in (progress or iter)(list(planner.uses)):
+    settings = planner.calibration.settings
+    for name in settings.progressing(list(planner.uses)):
         layer,inputs = found[name],planner.uses[name].inputs
         geom = Geometry.of(layer)
         options = layer_options(planner.calibration, name, planner.uses[name], _rank_step(geom))
@@ -404,10 +404,10 @@ def search_drop(
     if given is None: given = planner.model
     def tried(share):
         plan = planner.make(Budget(macs=share))
-        change = carry_out(plan, given, calibration, calibration.settings)
+        change = carry_out(plan, given, calibration, plan.settings)
         return _Tried(share, change, evaluation(evaluate, change.finished()))
     allowed,low,high,best = dense - budget.value,planner.options.least('macs'),1.,None
-    for _ in (calibration.progress or iter)(range(steps)):
+    for _ in calibration.settings.progressing(range(steps)):
         found = tried((low*high)**.5)
         if found.value >= allowed: high,best = found.share,found
         else: low = found.share
@@ -436,14 +436,12 @@ def make_plan(
     budget:Budget, # what the model may have of the dense one
     evaluate=None, # for `max_drop`: a function from a model to a number, larger is better
     sample=None, # a batch to count and to time with, in the memory format that counts; `None`: the first of `data`
-    progress=None, # wraps each long iteration, like `fastprogress.progress_bar`
     **kwargs
    )->Plan:
     "Choose scheme and rank of every layer, for the least estimated loss within the budget"
     settings = settings_for(kwargs, make_plan, data)
-    check_progress(progress)
     check_budget(budget)
     model = dense_model(model)
     dense = check_evaluate(model, budget, evaluate)
-    calibration = calibrated(model, data, settings, progress)
+    calibration = calibrated(model, data, settings)
     return Planner(calibration, sample).make(budget, evaluate, dense)

@@ -393,7 +393,6 @@ def tradeoff(
     evaluate=None, # a function from a model, in evaluation mode, to a number; `None`: only the estimated loss
     budgets=(.8, .6, .4, .2), # fractions of the dense model
     kind:str='macs', # of what: 'params', 'macs' or 'latency'
-    progress=None, # wraps each long iteration, like `fastprogress.progress_bar`
     **kwargs
    )->pd.DataFrame: # `budget`, `params`, `macs`, `latency` and `loss` if known, value; the dense model first
     "List what budgets of several sizes leave of a model, and what `evaluate` says, in a column of its name"
@@ -402,7 +401,7 @@ def tradeoff(
         raise ValueError(f"kind: {kind!r} is not one of 'params', 'macs', 'latency'")
     budgets = [Budget(**{kind: fraction}) for fraction in sorted(budgets, reverse=True)]
     model = dense_model(model)
-    calibration = calibrated(model, data, settings, progress)
+    calibration = calibrated(model, data, settings)
     plans = _plans(Planner(calibration), budgets)
     dense = {'budget': 1., 'params': 1., 'macs': 1., kind: 1.}
     if settings.metric == 'fisher': dense['loss'] = 0.
@@ -411,7 +410,7 @@ def tradeoff(
     table = pd.DataFrame(rows, columns=list(dense))
     if evaluate:
         values = [_value_of(model, evaluate)]
-        for plan in (progress or iter)(list(plans.values())):
+        for plan in settings.progressing(list(plans.values())):
             small = plan.apply(model, calibration)
             values.append(_value_of(small, evaluate))
         table[_value_column(evaluate, table)] = values

@@ -7,7 +7,7 @@ __all__ = ['check_names', 'UserFunction', 'Settings', 'settings_of', 'takes_sett
 
 # %% ../nbs/09_settings.ipynb #50ca7f5e
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from numbers import Integral
 
@@ -16,7 +16,7 @@ from fastcore.meta import delegates
 
 from .layers import did_you_mean
 from .schemes import check_scheme
-from .running import check_callable
+from .running import check_callable, check_progress
 from .loss import Loss, OwnFunction, as_loss, classification, function_name, loss_of
 from .metric import check_kind
 
@@ -91,9 +91,11 @@ class Settings:
     distill_steps:int=0 # steps of self-distillation after the fit, see `distill`
     augment:object=None # for these, see `distill`
     seed:int=0 # of all random draws
+    progress:object=field(default=None, compare=False) # wraps each long iteration, like `fastprogress.progress_bar`
 
     def __post_init__(self):
         check_kind(self.metric)
+        check_progress(self.progress)
         _check_augment(self.augment)
         self._set(loss=as_loss(self.loss), schemes=_check_schemes(self.schemes),
                   sequential=_check_bool('sequential', self.sequential))
@@ -117,9 +119,13 @@ class Settings:
 
     def plain(self)->dict: # what JSON can hold
         "The settings as plain data, functions by their names; `settings_of` reads it"
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'progress'}
         augment = None if self.augment is None else dict(function=function_name(self.augment))
         return data | dict(loss=self.loss.plain(), schemes=list(self.schemes), augment=augment)
+
+    def progressing(self, steps):
+        "Go through `steps`, with the progress shown that was asked for"
+        return (self.progress or iter)(steps)
 
     def check_functions(self):
         "Raise a `ValueError` for a function that is only known by its name"
@@ -141,7 +147,7 @@ def _augment_of(data):
 def settings_of(data:dict)->Settings: # `data`: what `Settings.plain` returns
     "The settings that a file describes"
     if not isinstance(data, Mapping): raise ValueError(f"settings: {data!r} is not a dict")
-    known = [f.name for f in fields(Settings)]
+    known = [f.name for f in fields(Settings) if f.name != 'progress']
     for name in data:
         if name not in known: raise ValueError(f"settings: {name!r} is not known here{did_you_mean(name, known)}")
     values = dict(data)

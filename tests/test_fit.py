@@ -1,4 +1,5 @@
 "The fit of a decomposed model to what the dense one computes: exact at full rank, better than the parts, and without a trace in the model given"
+from dataclasses import replace
 import copy, gc, warnings, weakref
 from collections import Counter
 
@@ -217,7 +218,7 @@ def test_passes_are_bounded(passes, groups):
     net,x = Net(*(m for _ in range(8) for m in (nn.Linear(6, 6), nn.Tanh()))),torch.randn(50, 6)
     bars = []
     known = calibrate(net, list(x.split(25)), regression, passes=passes)
-    known.progress = lambda it: bars.append(len(it)) or it
+    known.settings = replace(known.settings, progress=lambda it: bars.append(len(it)) or it)
     calls.clear()
     fitted(net, {'0': ('svd', 2)}, known)
     assert bars == [groups]
@@ -255,7 +256,7 @@ def test_what_is_kept_of_the_dense_network_is_bounded_and_changes_nothing(n, run
         for g in groups:
             kept.append(bytes_alive() - before)
             yield g
-    known.progress = watched
+    known.settings = replace(known.settings, progress=watched)
     small = fitted(net, {n: ('svd', 8) for n in known}, known)
     assert len(kept) == 6 and len(ran) == 1 + runs*len(data)                       # the first is to trace
     room = 2**28 + 3*sum(p.numel()*p.element_size() for p in net.parameters())     # and a few copies of the weights
