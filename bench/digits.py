@@ -1,4 +1,5 @@
-"Five folds of the README's main job: accuracy dense, right after the decomposition and fine-tuned, with the share of parameters left"
+"""Five folds of the README's main job: accuracy dense, right after the decomposition and fine-tuned, with the
+share of parameters left"""
 import argparse, warnings
 from pathlib import Path
 
@@ -8,13 +9,24 @@ from fasterai_lr.cost import count_params, measure_latency
 from fasterai_lr.digits import train_digits
 
 def fold(k, seed):
+    "The row of one fold"
     r = train_digits(fold=k, seed=seed)
+    dense,small = r.dense.model,r.small.model
     x = r.small.dls.valid.one_batch()[0]
-    ms = measure_latency(dict(dense=r.dense.model, small=r.small.model), x)
-    return dict(fold=k, seed=seed, params_dense=count_params(r.dense.model), params_small=count_params(r.small.model), dense=r.dense_accuracy,
-                after_swap=r.swap_accuracy, fine_tuned=r.accuracy, speed=ms['dense'].ms/ms['small'].ms)
+    times = measure_latency(dict(dense=dense, small=small), x)
+    return dict(fold=k, seed=seed, params_dense=count_params(dense), params_small=count_params(small),
+                dense=r.dense_accuracy, after_swap=r.swap_accuracy, fine_tuned=r.accuracy,
+                speed=times['dense'].ms/times['small'].ms)
 
-if __name__ == '__main__':
+def print_means(table):
+    fewer = (table.params_dense/table.params_small).mean()
+    change = 100*(table.fine_tuned - table.dense)
+    print(f"mean over {len(table)} folds: {fewer:.2f}x fewer parameters, "
+          f"accuracy dense {table.dense.mean():.2%}, right after {table.after_swap.mean():.2%}, "
+          f"fine-tuned {table.fine_tuned.mean():.2%}: "
+          f"{change.mean():+.2f} points (standard error {change.sem():.2f})")
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'digits.csv')
@@ -23,8 +35,7 @@ if __name__ == '__main__':
     table = pd.DataFrame([fold(k, args.seed) for k in range(5)])
     args.out.parent.mkdir(exist_ok=True)
     table.to_csv(args.out, index=False)
-    table['drop'] = table.dense - table.fine_tuned
-    print(table.to_string(index=False))
-    change = -table['drop']
-    print(f"mean over five folds: {(table.params_dense/table.params_small).mean():.2f}x fewer parameters, accuracy dense {table.dense.mean():.2%}, right after "
-          f"{table.after_swap.mean():.2%}, fine-tuned {table.fine_tuned.mean():.2%}: {100*change.mean():+.2f} points (standard error {100*change.sem():.2f})")
+    print(table.assign(drop=table.dense - table.fine_tuned).to_string(index=False))
+    print_means(table)
+
+if __name__ == '__main__': main()

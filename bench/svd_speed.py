@@ -3,10 +3,11 @@
     pip install --no-deps --target peer fasterai==0.4.1 torch-pruning
     PYTHONPATH=peer python bench/svd_speed.py
 
-Prints the time of both and of the limit, one product `W @ W.T` of the largest layer (on a busy machine compare the processors' time, on
-one thread: OMP_NUM_THREADS=1), the relative error of every layer's
-weight beside that of LAPACK's exact truncated SVD (which is what fasterai computes), and the peak of memory beyond the two models.
-`--trained` gives the layers weights with the spectrum that training leaves: a noise bulk under a few hundred larger singular values.
+Prints the time of both and of the limit, one product `W @ W.T` of the largest layer (on a busy machine
+compare the processors' time, on one thread: OMP_NUM_THREADS=1), the relative error of every layer's weight
+beside that of LAPACK's exact truncated SVD (which is what fasterai computes), and the peak of memory beyond
+the two models. `--trained` gives the layers weights with the spectrum that training leaves: a noise bulk
+under a few hundred larger singular values.
 """
 import argparse, gc, threading, time
 from pathlib import Path
@@ -19,87 +20,118 @@ from fasterai_lr.decomposer import FC_Decomposer
 
 MB = 2**20
 
-def model(trained):
+# The model
+
+def build(trained):
     torch.manual_seed(0)
-    m = vgg16_bn(num_classes=2)
+    model = vgg16_bn(num_classes=2)
     if trained:
-        for l in m.modules():
-            if isinstance(l, nn.Linear) and min(l.weight.shape)>300: add_signal(l.weight.data)
-    return m.eval()
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and min(layer.weight.shape) > 300: add_signal(layer.weight.data)
+    return model.eval()
 
 def add_signal(W, k=300, top=20.):
-    "Add `k` directions, the first with `top` times the largest singular value of the noise, falling as a power to about its size"
+    """Add `k` directions, the first with `top` times the largest singular value of the noise, falling as a
+    power to about its size"""
     o,i = W.shape
     edge = W.std()*(o**.5 + i**.5)
-    W.addmm_(torch.randn(o, k)/o**.5 * (edge*top*torch.arange(1, k+1)**-.5), torch.randn(k, i)/i**.5)
+    sizes = edge*top*torch.arange(1, k+1)**-.5
+    W.addmm_(torch.randn(o, k)/o**.5 * sizes, torch.randn(k, i)/i**.5)
+
+def linears(model):
+    return {n:l for n,l in model.named_modules() if isinstance(l, nn.Linear) and '.' in n}
+
+def n_bytes(tensors): return sum(t.numel()*t.element_size() for t in tensors)
+
+# What is measured
 
 def timed(f, repeat=1):
     "Seconds by the clock and of the processors (the least of `repeat` runs), and the result"
-    best = (float('inf'),)*2
+    walls,cpus = [],[]
     for _ in range(repeat):
         gc.collect()
         wall,cpu = time.perf_counter(),time.process_time()
         res = f()
-        best = min(best[0], time.perf_counter()-wall),min(best[1], time.process_time()-cpu)
-    return *best,res
+        walls.append(time.perf_counter()-wall)
+        cpus.append(time.process_time()-cpu)
+    return min(walls),min(cpus),res
 
 def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*4096
 
 class Peak(threading.Thread):
     "The most memory resident while the `with` block runs, sampled a hundred times a second"
-    def __enter__(self): 
+    def __enter__(self):
         gc.collect()
-        self.on,self.before,self.most = True,resident(),0
+        self.on = True
+        self.before = self.most = resident()
         self.start()
         return self
+
     def run(self):
-        while self.on: 
+        while self.on:
             self.most = max(self.most, resident())
             time.sleep(.01)
-    def __exit__(self, *args): 
+
+    def __exit__(self, *args):
         self.on = False
         self.join()
 
-def n_bytes(tensors): return sum(t.numel()*t.element_size() for t in tensors)
-
-def linears(m): return {n:l for n,l in m.named_modules() if isinstance(l, nn.Linear) and '.' in n}
+def energy(blocks): return sum(float(b.double().square().sum()) for b in blocks)
 
 @torch.no_grad()
-def weight_error(W, first, last):
+def weight_error(W, factors):
     "Relative Frobenius error of the product of two factors, by rows"
-    energy = lambda blocks: sum(float(b.double().square().sum()) for b in blocks)
-    return (energy(w - u@first for w,u in zip(W.split(512), last.split(512))) / energy(W.split(512)))**.5
+    first,last = factors[0].weight,factors[1].weight
+    errors = (w - u@first for w,u in zip(W.split(512), last.split(512)))
+    return (energy(errors)/energy(W.split(512)))**.5
+
+def compared(dense, ours, peer=None):
+    "One row a layer: shape, rank and errors"
+    rows = {}
+    for name,layer in linears(dense).items():
+        factors = ours.get_submodule(name)
+        row = dict(shape='×'.join(map(str, layer.weight.shape)), rank=len(factors[0].weight),
+                   ours=weight_error(layer.weight, factors))
+        if peer is not None:
+            row['exact'] = weight_error(layer.weight, peer.get_submodule(name))
+            row['difference'] = row['ours'] - row['exact']
+        rows[name] = row
+    return pd.DataFrame(rows).T
+
+def time_table(times): # {name: (seconds by the clock, of the processors)}
+    table = pd.DataFrame(times, index=['clock s', 'processor s']).T
+    for kind in ('clock', 'processor'):
+        seconds = table[f'{kind} s']
+        table[f'{kind}, ours=1'] = seconds/seconds['ours']
+    return table.round(2)
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    ap.add_argument('--trained', action='store_true', help='weights with a spectrum as training leaves it')
-    ap.add_argument('--repeat', type=int, default=1, help='time ours this often and take the best')
-    ap.add_argument('--no-peer', action='store_true', help='without fasterai')
-    args = ap.parse_args()
-    dense = model(args.trained)
-    torch.randn(500, 500)@torch.randn(500, 500)
-    largest = max((l.weight for l in linears(dense).values()), key=torch.numel).detach()
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--trained', action='store_true', help='weights with the spectrum of trained ones')
+    parser.add_argument('--repeat', type=int, default=1, help='time ours this often and take the best')
+    parser.add_argument('--no-peer', action='store_true', help='without fasterai')
+    args = parser.parse_args()
+    dense = build(args.trained)
+    torch.randn(500, 500)@torch.randn(500, 500) # the first product takes longer
+    largest = max((l.weight.detach() for l in linears(dense).values()), key=torch.numel)
 
-    with Peak() as peak: *ours_time,ours = timed(lambda: FC_Decomposer().decompose(dense))
+    def decomposed(): return FC_Decomposer().decompose(dense)
+    with Peak() as peak: wall,cpu,ours = timed(decomposed)
     beyond = peak.most - peak.before - n_bytes(ours.state_dict().values())
-    if args.repeat>1: ours_time = [min(a, b) for a,b in zip(ours_time, timed(lambda: FC_Decomposer().decompose(dense), args.repeat-1))]
-    *gemm,_ = timed(lambda: largest@largest.T, 3)
-    times = {'ours':ours_time, 'one W @ W.T':gemm}
+    if args.repeat > 1:
+        more_wall,more_cpu,_ = timed(decomposed, args.repeat-1)
+        wall,cpu = min(wall, more_wall),min(cpu, more_cpu)
+    times = {'ours': (wall, cpu)}
+    *times['one W @ W.T'],_ = timed(lambda: largest@largest.T, 3)
+    peer = None
     if not args.no_peer:
         from fasterai.misc.fc_decomposer import FC_Decomposer as Peer
         *times['fasterai'],peer = timed(lambda: Peer().decompose(dense))
-    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, ' + ('trained-like' if args.trained else 'initial') + ' weights')
-    times = pd.DataFrame(times, index=['clock s','processor s']).T
-    times['clock, ours=1'],times['processor, ours=1'] = times['clock s']/ours_time[0],times['processor s']/ours_time[1]
-    print(times.round(2).to_string())
-    print(f'Memory at the peak beyond the two models: {beyond/MB:.0f} MB; the largest layer has {n_bytes([largest])/MB:.0f} MB')
-    rows = {n:dict(shape='×'.join(map(str, l.weight.shape)), rank=len(ours.get_submodule(n)[0].weight), 
-        ours=weight_error(l.weight, ours.get_submodule(n)[0].weight, ours.get_submodule(n)[1].weight)) for n,l in linears(dense).items()}
-    if not args.no_peer:
-        for n,r in rows.items():
-            l = peer.get_submodule(n)
-            r['exact'] = weight_error(dense.get_submodule(n).weight, l[0].weight, l[1].weight)
-            r['difference'] = r['ours'] - r['exact']
-    print(pd.DataFrame(rows).T.to_string())
+    weights = 'trained-like' if args.trained else 'initial'
+    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {weights} weights')
+    print(time_table(times).to_string())
+    print(f'Memory at the peak beyond the two models: {beyond/MB:.0f} MB; '
+          f'the largest layer has {n_bytes([largest])/MB:.0f} MB')
+    print(compared(dense, ours, peer).to_string())
 
-if __name__=='__main__': main()
+if __name__ == '__main__': main()

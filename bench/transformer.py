@@ -1,16 +1,24 @@
-"""Decomposition of a vision transformer without training: accuracy against the share of the parameters of its linear layers, with unlabelled images only.
+"""Decomposition of a vision transformer without training: accuracy against the share of the parameters of its
+linear layers, with unlabelled images only.
 
     python bench/transformer.py
 
-The network is trained on CIFAR-10 at the first run and kept in fastai's folder of models. Every method may touch the same layers, all linear ones of the blocks, and sees the same images.
-Peers are SVDs of a weight whose inputs are scaled: by nothing; by ASVD (Yuan et al. 2023); by the whitening of SVD-LLM (Wang et al. 2024). Each is given the ranks
-of its paper, one share for every layer, and also ranks that minimise the summed relative error in its own metric. The network's attention is in plain matrix products and linear layers, so that all
-multiply-accumulates are counted. Differences are over the same test images: `drop` is to the dense network with its standard error `se`, `behind` to fasterai_lr with its 95 % interval `low` to `high`;
-`divergence` is the mean Kullback-Leibler divergence from the dense network's predictions; `seconds` are of the processor, without those of `calibrate`; latency is the shortest of 11 times for 64 images and wants an idle
-machine. Shares and seeds that are in the file of results are not computed again.
+The network is trained on CIFAR-10 at the first run and kept in fastai's folder of models. Every method may
+touch the same layers, all linear ones of the blocks, and sees the same images. Peers are SVDs of a weight
+whose inputs are scaled: by nothing; by ASVD (Yuan et al. 2023); by the whitening of SVD-LLM (Wang et al.
+2024). Each is given the ranks of its paper, one share for every layer, and also ranks that minimise the
+summed relative error in its own metric. The network's attention is in plain matrix products and linear
+layers, so that all multiply-accumulates are counted.
+
+Differences are over the same test images: `drop` is to the dense network with its standard error `se`,
+`behind` to fasterai_lr with its 95 % interval `low` to `high`; `divergence` is the mean Kullback-Leibler
+divergence from the dense network's predictions; `seconds` are of the processor, without those of `calibrate`;
+latency is the shortest of 11 times for 64 images and wants an idle machine. Shares and seeds that are in the
+file of results are not computed again.
 """
 import argparse, time, warnings
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd, torch
@@ -19,18 +27,24 @@ from torch import nn
 from fastai.data.external import fastai_path
 
 from cifar import images
+from fasterai_lr.budget import Budget
+from fasterai_lr.calibrate import calibrate, calibrated
 from fasterai_lr.cost import count_macs, count_params, measure_latency
 from fasterai_lr.distill import flip_and_crop
 from fasterai_lr.fit import fit
 from fasterai_lr.layers import replace_layers
-from fasterai_lr.budget import Budget
-from fasterai_lr.planner import Option, Planner, choose
-from one_shot import mean_and_se
+from fasterai_lr.loss import classification
+from fasterai_lr.planner import Option, Options, Planner, choose, plan_within
+from one_shot import mean_and_se, rounded
+
+# The network
 
 class Attention(nn.Module):
     def __init__(self, d, heads):
         super().__init__()
-        self.heads,self.qkv,self.proj = heads,nn.Linear(d, 3*d),nn.Linear(d, d)
+        self.heads = heads
+        self.qkv = nn.Linear(d, 3*d)
+        self.proj = nn.Linear(d, d)
 
     def forward(self, x):
         q,k,v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -40,22 +54,27 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, d, heads):
         super().__init__()
-        self.norm1,self.attn,self.norm2 = nn.LayerNorm(d),Attention(d, heads),nn.LayerNorm(d)
+        self.norm1 = nn.LayerNorm(d)
+        self.attn = Attention(d, heads)
+        self.norm2 = nn.LayerNorm(d)
         self.mlp = nn.Sequential(nn.Linear(d, 4*d), nn.GELU(), nn.Linear(4*d, d))
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-def _conv(i, o): return nn.Conv2d(i, o, 3, 2, 1, bias=False),nn.BatchNorm2d(o),nn.GELU()
+def conv(i, o): return nn.Conv2d(i, o, 3, 2, 1, bias=False),nn.BatchNorm2d(o),nn.GELU()
 
 class ViT(nn.Module):
-    "A vision transformer (Dosovitskiy et al. 2021) whose 16 tokens of 32×32 pixels come from strided convolutions (Xiao et al. 2021)"
+    """A vision transformer (Dosovitskiy et al. 2021) whose 16 tokens of 32×32 pixels come from strided
+    convolutions (Xiao et al. 2021)"""
     def __init__(self, d=128, depth=6, heads=4, classes=10):
         super().__init__()
-        self.stem = nn.Sequential(*_conv(3, d//4), *_conv(d//4, d//2), nn.Conv2d(d//2, d, 3, 2, 1))
+        self.stem = nn.Sequential(*conv(3, d//4), *conv(d//4, d//2), nn.Conv2d(d//2, d, 3, 2, 1))
         self.pos = nn.Parameter(.02*torch.randn(16, d))
-        self.blocks,self.norm,self.head = nn.Sequential(*(Block(d, heads) for _ in range(depth))),nn.LayerNorm(d),nn.Linear(d, classes)
+        self.blocks = nn.Sequential(*[Block(d, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, classes)
 
     def forward(self, x):
         x = self.stem(x).flatten(2).transpose(1, 2) + self.pos
@@ -64,10 +83,12 @@ class ViT(nn.Module):
 def train(model, epochs, bs=128, lr=1.5e-3, wd=.05):
     "AdamW on one cycle with flips and shifts, in bfloat16 where that is safe"
     x,y = images('train')
-    x,model = x.contiguous(memory_format=torch.channels_last),model.to(memory_format=torch.channels_last)
-    gen,steps = torch.Generator().manual_seed(0),len(x)//bs
+    x = x.contiguous(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)
+    gen = torch.Generator().manual_seed(0)
+    steps = len(x)//bs
     opt = torch.optim.AdamW(model.parameters(), weight_decay=wd, fused=True)
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=epochs*steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=epochs*steps)
     for epoch in range(epochs):
         model.train()
         start,total = time.perf_counter(),0.
@@ -77,20 +98,20 @@ def train(model, epochs, bs=128, lr=1.5e-3, wd=.05):
             opt.zero_grad()
             loss.backward()
             opt.step()
-            sched.step()
+            schedule.step()
             total += loss.item()
         print(f'epoch {epoch}: loss {total/steps:.3f}, {time.perf_counter()-start:.0f} s', flush=True)
     return model.eval()
 
 def trained(epochs):
     "The network, from fastai's folder of models, or trained and put there"
-    path,model = fastai_path('model')/f'fasterai_lr_vit_cifar10_{epochs}.pth',ViT()
-    if path.exists(): model.load_state_dict(torch.load(path, weights_only=True))
-    else:
+    path = fastai_path('model')/f'fasterai_lr_vit_cifar10_{epochs}.pth'
+    if not path.exists():
         torch.manual_seed(0)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(train(ViT(), epochs).state_dict(), path)
-        return trained(epochs)
+    model = ViT()
+    model.load_state_dict(torch.load(path, weights_only=True))
     return model.eval()
 
 class Apart(nn.Module):
@@ -98,150 +119,242 @@ class Apart(nn.Module):
     def __init__(self, qkv):
         super().__init__()
         self.parts = nn.ModuleList(nn.Linear(qkv.in_features, qkv.out_features//3) for _ in range(3))
-        for p,w,b in zip(self.parts, qkv.weight.detach().chunk(3), qkv.bias.detach().chunk(3)): p.weight.data,p.bias.data = w.clone(),b.clone()
-    def forward(self, x): return torch.cat([p(x) for p in self.parts], -1)
+        for part,w,b in zip(self.parts, qkv.weight.detach().chunk(3), qkv.bias.detach().chunk(3)):
+            part.weight.data = w.clone()
+            part.bias.data = b.clone()
+
+    def forward(self, x): return torch.cat([part(x) for part in self.parts], -1)
 
 def split_qkv(model):
     "A copy of `model` with q, k and v apart"
-    return replace_layers(model, {n: Apart(m) for n,m in model.named_modules() if n.endswith('qkv')}).eval()
+    apart = {n: Apart(m) for n,m in model.named_modules() if n.endswith('qkv')}
+    return replace_layers(model, apart).eval()
 
 def linears(model):
     "{name: layer} of those that may be touched"
     return {n:m for n,m in model.named_modules() if n.startswith('blocks') and isinstance(m, nn.Linear)}
 
-def n_linear(model): return sum(p.numel() for n,p in model.named_parameters() if n.startswith('blocks') and 'norm' not in n)
+def n_linear(model):
+    "The number of parameters of the layers that may be touched, factored or not"
+    named = model.named_parameters()
+    return sum(p.numel() for n,p in named if n.startswith('blocks') and 'norm' not in n)
+
+def factored_size(layer, rank):
+    "The number of parameters of `layer` as two factors"
+    return rank*(layer.in_features + layer.out_features) + layer.out_features
 
 def one_share(model, share):
     "{name: rank} with at most this share of the parameters of every layer"
-    return {n: max(1, int((share*count_params(l) - l.out_features)/(l.in_features + l.out_features))) for n,l in linears(model).items()}
+    ranks = {}
+    for name,layer in linears(model).items():
+        room = share*count_params(layer) - layer.out_features
+        ranks[name] = max(1, int(room/(layer.in_features + layer.out_features)))
+    return ranks
+
+@torch.no_grad()
+def scores(model, x, bs=250):
+    model.eval()
+    return torch.cat([model(b) for b in x.split(bs)])
+
+# Peers
 
 def input_sizes(model, batches):
-    "{name: mean absolute value of each input}"
-    sums,hooks = {n:0. for n in linears(model)},[]
-    for n,l in linears(model).items():
-        def hook(m, x, n=n): sums[n] = sums[n] + x[0].double().abs().flatten(0, -2).sum(0)
-        hooks.append(l.register_forward_pre_hook(hook))
+    "{name: mean absolute value of each input, relative to that of all}"
+    sums,hooks = {},[]
+    for name,layer in linears(model).items():
+        def hook(m, x, name=name): sums[name] = sums.get(name, 0.) + x[0].double().abs().flatten(0, -2).sum(0)
+        hooks.append(layer.register_forward_pre_hook(hook))
     for b in batches: scores(model, b)
     for h in hooks: h.remove()
     return {n: s/s.mean() for n,s in sums.items()}
 
-def scalings(model, batches, moments):
+def whitening(A):
+    "A Cholesky factor of the moment `A` of inputs, slightly damped"
+    damping = 1e-6*A.diagonal().mean()*torch.eye(len(A)).double()
+    return torch.linalg.cholesky(A + damping)
+
+def scalings(model, batches, calibration):
     "{peer: {name: the matrix that scales the inputs of a layer}}"
-    def whitening(A): return torch.linalg.cholesky(A + 1e-6*A.diagonal().mean()*torch.eye(len(A)).double())
-    return {'plain SVD': {n: torch.eye(l.in_features).double() for n,l in linears(model).items()},
-            'ASVD': {n: s.sqrt().diag() for n,s in input_sizes(model, batches).items()},
-            'SVD-LLM whitening': {n: whitening(moments[n].inputs[0]) for n in linears(model)}}
+    layers = linears(model)
+    plain = {n: torch.eye(l.in_features).double() for n,l in layers.items()}
+    asvd = {n: s.sqrt().diag() for n,s in input_sizes(model, batches).items()}
+    svd_llm = {n: whitening(calibration[n].inputs[0]) for n in layers}
+    return {'plain SVD': plain, 'ASVD': asvd, 'SVD-LLM whitening': svd_llm}
 
-def scaled_svds(model, scales): return {n: torch.linalg.svd(l.weight.detach().double()@scales[n], full_matrices=False) for n,l in linears(model).items()}
+class Peer:
+    "SVDs of all weights with scaled inputs"
+    def __init__(self, model, scales):
+        self.model,self.scales,self.svds = model,scales,{}
+        for name,layer in linears(model).items():
+            scaled = layer.weight.detach().double()@scales[name]
+            self.svds[name] = torch.linalg.svd(scaled, full_matrices=False)
 
-def truncated(model, scales, svds, ranks):
-    "A copy of `model` with layers whose scaled weight is truncated"
-    new = {}
-    for n,r in ranks.items():
-        layer,(U,S,Vh) = model.get_submodule(n),svds[n]
-        first,last = nn.Linear(layer.in_features, r, bias=False),nn.Linear(r, layer.out_features)
-        first.weight.data = torch.linalg.solve(scales[n].T, (S[:r,None].sqrt()*Vh[:r]).T).T.float()
-        last.weight.data,last.bias.data = (U[:,:r]*S[:r].sqrt()).float(),layer.bias.detach().clone()
-        new[n] = nn.Sequential(first, last)
-    return replace_layers(model, new)
+    def truncated(self, ranks): # {name: rank}
+        "A copy of the model with factors of these ranks"
+        return replace_layers(self.model, {n: self._factors(n, r) for n,r in ranks.items()})
 
-def ranks_by_error(model, svds, share):
-    "{name: rank} of least summed relative error, which serves the peers better than the absolute one; a layer that is best left dense is absent"
-    options = {}
-    for n,l in linears(model).items():
-        S2 = svds[n][1].square()
-        loss = lambda r, S2=S2: float(S2[r:].sum()/S2.sum())
-        size = lambda r, l=l: r*(l.in_features + l.out_features) + l.out_features
-        options[n] = [Option(None, None, 0., count_params(l), 0)] + [Option('svd', r, loss(r), size(r), 0) for r in range(1, len(S2)) if size(r) < count_params(l)]
-    return {n:o.rank for n,o in choose(options, share*n_linear(model), 'params').items() if o.rank}
+    def _factors(self, name, rank):
+        layer = self.model.get_submodule(name)
+        U,S,Vh = self.svds[name]
+        root = S[:rank].sqrt()
+        first = nn.Linear(layer.in_features, rank, bias=False)
+        last = nn.Linear(rank, layer.out_features)
+        first.weight.data = torch.linalg.solve(self.scales[name].T, (root[:,None]*Vh[:rank]).T).T.float()
+        last.weight.data = (U[:,:rank]*root).float()
+        last.bias.data = layer.bias.detach().clone()
+        return nn.Sequential(first, last)
 
-def peers(dense, batches, moments, share):
-    for name,scales in scalings(dense, batches, moments).items():
-        svds = scaled_svds(dense, scales)
-        yield f'{name}, one share', lambda scales=scales, svds=svds: truncated(dense, scales, svds, one_share(dense, share))
-        yield f'{name}, ranks by error', lambda scales=scales, svds=svds: truncated(dense, scales, svds, ranks_by_error(dense, svds, share))
+    def ranks_by_error(self, share):
+        """{name: rank} of least summed relative error, which serves the peers better than the absolute one; a
+        layer that is best left dense is absent"""
+        options = {n: self._options(n, l) for n,l in linears(self.model).items()}
+        chosen = choose(options, share*n_linear(self.model), 'params')
+        return {n: o.rank for n,o in chosen.items() if o.rank}
 
-def planned(planner, share, sequential=True, ranks=None, seed=0):
-    "The network by this library, with `ranks` or those of a plan"
-    args = dict(moments=planner.moments, metric=planner.metric, sequential=sequential, seed=seed)
-    if ranks: return fit(planner.model, {n: ('svd', r) for n,r in ranks.items()}, planner.batches, **args)
-    options = {n:o for n,o in planner.all_options().items() if n in linears(planner.model)}
-    return planner.plan(Budget(params=share), options, sum(o[0].params for o in options.values())).apply(planner.model, planner.batches, **args)
+    def _options(self, name, layer):
+        S2 = self.svds[name][1].square()
+        dense = count_params(layer)
+        options = [Option(None, None, 0., dense, 0)]
+        for rank in range(1, len(S2)):
+            size,loss = factored_size(layer, rank),float(S2[rank:].sum()/S2.sum())
+            if size < dense: options.append(Option('svd', rank, loss, size, 0))
+        return options
+
+    def by_share(self, share): return self.truncated(one_share(self.model, share))
+    def by_error(self, share): return self.truncated(self.ranks_by_error(share))
+
+# This library
+
+def planned(planner, share, **settings):
+    "The network with ranks by a plan in which all layers but those of the blocks are dense"
+    calibration,names = planner.calibration,linears(planner.model)
+    options = {n:o for n,o in planner.options.items() if n in names}
+    total = sum(o[0].params for o in options.values())
+    plan = plan_within(planner, Options(options, dict(params=total)), Budget(params=share))
+    return plan.apply(planner.model, calibration, **settings)
+
+def with_ranks(calibration, ranks, **settings):
+    "The network with given ranks"
+    changed = calibrated(calibration.model, calibration, replace(calibration.settings, **settings))
+    return fit(changed, {n: ('svd', r) for n,r in ranks.items()}).model
 
 class Methods:
-    "What is compared, on one draw of unlabelled images; everything yields (name, function that makes the model)"
+    "What is compared, on one draw of unlabelled images; all return {name: function that makes the model}"
     def __init__(self, dense, batches, seed):
-        self.dense,self.batches,self.seed,self.fisher = dense,batches,seed,Planner(dense, batches, seed=seed)
+        self.dense,self.batches,self.seed = dense,batches,seed
+        self.calibration = calibrate(dense, batches, seed=seed)
+        self.fisher = Planner(self.calibration)
 
     @cached_property
-    def activation(self): return Planner(self.dense, self.batches, metric='activation', moments=self.fisher.moments)
-    @cached_property
-    def split(self): return Planner(split_qkv(self.dense), self.batches, seed=self.seed)
+    def activation(self):
+        settings = replace(self.calibration.settings, metric='activation')
+        return Planner(calibrated(self.dense, self.calibration, settings))
 
-    def ingredients(self, share):
-        same = one_share(self.dense, share)
-        yield 'activations, ranks by budget', lambda: planned(self.activation, share, False)
-        yield 'Fisher, one share', lambda: planned(self.fisher, share, False, same)
-        yield 'Fisher, ranks by budget', lambda: planned(self.fisher, share, False)
-        yield 'Fisher, one share, sequential fit', lambda: planned(self.fisher, share, ranks=same, seed=self.seed)
-        yield 'activations, ranks by budget, sequential fit', lambda: planned(self.activation, share, seed=self.seed)
-        yield 'Fisher, ranks by budget, q, k and v apart', lambda: planned(self.split, share, False)
+    @cached_property
+    def split(self): return Planner(calibrate(split_qkv(self.dense), self.batches, seed=self.seed))
+
+    @cached_property
+    def peers(self):
+        found = scalings(self.dense, self.batches, self.calibration)
+        return {name: Peer(self.dense, scales) for name,scales in found.items()}
 
     def beside_peers(self, share):
-        yield 'fasterai_lr', lambda: planned(self.fisher, share, seed=self.seed)
-        yield from peers(self.dense, self.batches, self.fisher.moments, share)
+        makes = {'fasterai_lr': partial(planned, self.fisher, share)}
+        for name,peer in self.peers.items():
+            makes[f'{name}, one share'] = partial(peer.by_share, share)
+            makes[f'{name}, ranks by error'] = partial(peer.by_error, share)
+        return makes
 
-    def all(self, share):
-        yield from self.beside_peers(share)
-        yield from self.ingredients(share)
+    def ingredients(self, share):
+        same,closed = one_share(self.dense, share),dict(sequential=False)
+        return {
+            'activations, ranks by budget': partial(planned, self.activation, share, **closed),
+            'Fisher, one share': partial(with_ranks, self.calibration, same, **closed),
+            'Fisher, ranks by budget': partial(planned, self.fisher, share, **closed),
+            'Fisher, one share, sequential fit': partial(with_ranks, self.calibration, same),
+            'activations, ranks by budget, sequential fit': partial(planned, self.activation, share),
+            'Fisher, ranks by budget, q, k and v apart': partial(planned, self.split, share, **closed)}
 
-@torch.no_grad()
-def scores(model, x, bs=250): return torch.cat([model.eval()(b) for b in x.split(bs)])
+    def all(self, share): return self.beside_peers(share) | self.ingredients(share)
 
-def divergence(out, want): return F.kl_div(out.log_softmax(1), want.log_softmax(1), log_target=True, reduction='batchmean').item()
+# What is measured
 
-def row(model, dense, x, out, want, labels):
-    "What is measured of one model: its class scores `out` beside the dense network's, `want`"
-    right = out.argmax(1) == labels
-    drop,se = mean_and_se(want.argmax(1) == labels, right)
-    return dict(linear=n_linear(model)/n_linear(dense), params=count_params(model)/count_params(dense), macs=count_macs(model, x)/count_macs(dense, x),
-                accuracy=100*right.float().mean().item(), drop=drop, se=se, divergence=divergence(out, want))
+class Test:
+    "The test images, and what the dense network makes of them"
+    def __init__(self, dense, n=None):
+        self.dense = dense
+        self.x,self.labels = images('test', n)
+        self.want = scores(dense, self.x)
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    def right(self, out): return out.argmax(1) == self.labels
+
+    def measured(self, model, out): # `out`: class scores
+        "How large a model is, and how good"
+        drop,se = mean_and_se(self.right(self.want), self.right(out))
+        x = self.x[:1]
+        return dict(linear=n_linear(model)/n_linear(self.dense),
+                    params=count_params(model)/count_params(self.dense),
+                    macs=count_macs(model, x)/count_macs(self.dense, x),
+                    accuracy=100*self.right(out).float().mean().item(), drop=drop, se=se,
+                    divergence=classification.increase(self.want, out)/len(out))
+
+def compared(methods, test, share, seed, ingredients):
+    "Yield a row for each method, and the model; ours comes first"
+    makes = methods.all(share) if ingredients else methods.beside_peers(share)
+    right_ours = None
+    for name,make in makes.items():
+        start = time.process_time()
+        model = make()
+        seconds = time.process_time()-start
+        out = scores(model, test.x)
+        right = test.right(out)
+        if right_ours is None: right_ours = right
+        behind,se = mean_and_se(right_ours, right)
+        row = dict(method=name, budget=share, seed=seed, **test.measured(model, out), behind=behind,
+                   low=behind-1.96*se, high=behind+1.96*se, seconds=seconds)
+        print(rounded(row), flush=True)
+        yield row,model
+
+def add_latency(rows, models, dense, x):
+    "Put the time of each model, as a fraction of that of the dense one, into its row"
+    times = measure_latency(dict(dense=dense) | models, x, 11)
+    for row in rows: row['latency'] = times[row['method']].least/times['dense'].least
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--shares', type=float, nargs='+', default=[.7, .5, .35, .2])
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the draw of unlabelled images; the ingredients one by one with the first alone')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2],
+                        help='of the draw of unlabelled images; the ingredients one by one with the first')
     parser.add_argument('--images', type=int, default=1000, help='unlabelled training images')
     parser.add_argument('--test', type=int, default=None, help='test images; all of them by default')
     parser.add_argument('--epochs', type=int, default=10, help='of the training of the dense network')
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'transformer.csv')
-    args = parser.parse_args()
+    return parser.parse_args()
+
+def main():
+    args = arguments()
     warnings.filterwarnings('ignore', category=FutureWarning)
-    dense,(test,labels) = trained(args.epochs),images('test', args.test)
+    dense = trained(args.epochs)
+    test = Test(dense, args.test)
     rows = pd.read_csv(args.out).to_dict('records') if args.out.exists() else []
-    want = scores(dense, test)
-    print(f'dense: {(want.argmax(1) == labels).float().mean():.2%} of {len(test):,} images')
+    done = {(row['budget'], row['seed']) for row in rows}
+    print(f'dense: {test.right(test.want).float().mean():.2%} of {len(test.x):,} images')
     for seed in args.seeds:
-        shares = [s for s in args.shares if (s, seed) not in {(r['budget'], r['seed']) for r in rows}]
+        shares = [share for share in args.shares if (share, seed) not in done]
         if not shares: continue
         x,_ = images('train', args.images, seed)
-        methods = Methods(dense, list(x.split(128)), seed)
+        methods,first = Methods(dense, list(x.split(128)), seed),seed == args.seeds[0]
         for share in shares:
-            models,right,here = {'dense': dense},{},[]
-            for name,make in (methods.all if seed == args.seeds[0] else methods.beside_peers)(share):
-                start = time.process_time()
-                models[name] = model = make()
-                seconds,out = time.process_time()-start,scores(model, test)
-                right[name] = out.argmax(1) == labels
-                behind,se = mean_and_se(right['fasterai_lr'], right[name])
-                here.append(dict(method=name, budget=share, seed=seed, **row(model, dense, x[:1], out, want, labels), behind=behind, low=behind-1.96*se, high=behind+1.96*se, seconds=seconds))
-                print({k: round(v, 3) if isinstance(v, float) else v for k,v in here[-1].items()}, flush=True)
-            if seed == args.seeds[0]:
-                ms = measure_latency(models, x[:64], 11)
-                for r in here: r['latency'] = ms[r['method']].least/ms['dense'].least
+            here,models = [],{}
+            for row,model in compared(methods, test, share, seed, ingredients=first):
+                here.append(row)
+                models[row['method']] = model
+            if first: add_latency(here, models, dense, test.x[:64])
             rows += here
             args.out.parent.mkdir(exist_ok=True)
             pd.DataFrame(rows).to_csv(args.out, index=False)
-    print(pd.DataFrame(rows).groupby(['method', 'budget'], sort=False)[['linear', 'macs', 'latency', 'drop', 'divergence', 'behind', 'low', 'high']].mean().round(3).to_string())
+    groups = pd.DataFrame(rows).groupby(['method', 'budget'], sort=False)
+    columns = ['linear', 'macs', 'latency', 'drop', 'divergence', 'behind', 'low', 'high']
+    print(groups[columns].mean().round(3).to_string())
 
 if __name__ == '__main__': main()

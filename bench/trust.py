@@ -1,14 +1,19 @@
-"""Can the estimated increase of the loss be trusted? Predicted and measured side by side, layer by layer and for whole models, of three networks.
+"""Can the estimated increase of the loss be trusted? Predicted and measured side by side, layer by layer and
+for whole models, of three networks.
 
     python bench/trust.py WEIGHTS
 
-WEIGHTS is a state dict with the keys of `bench/cifar.py`'s `ResNet20`; a small convolutional network is trained on scikit-learn's digits in seconds, and the vision transformer is that of
-`bench/transformer.py`. Measured is the mean Kullback-Leibler divergence between the predictions of the dense network and of the other, on images that calibration has not seen. Calibration gets images
-that the network was trained on ("seen") or others. In rows of kind "layer" one layer is replaced; in rows "model" all that a budget chooses, each decomposed for itself ("apart") and also fitted one
-after the other ("fitted"). Prints Spearman's rank correlation, the median of measured over predicted, and the factor around it within which nine of ten lie; low ranks are those up to a tenth of the
-ranks that make a layer smaller.
+WEIGHTS is a state dict with the keys of `bench/cifar.py`'s `ResNet20`; a small convolutional network is
+trained on scikit-learn's digits in seconds, and the vision transformer is that of `bench/transformer.py`.
+Measured is the mean Kullback-Leibler divergence between the predictions of the dense network and of the
+other, on images that calibration has not seen. Calibration gets images that the network was trained on
+("seen") or others. In rows of kind "layer" one layer is replaced; in rows "model" all that a budget chooses,
+each decomposed for itself ("apart") and also fitted one after the other ("fitted"). Prints Spearman's rank
+correlation, the median of measured over predicted, and the factor around it within which nine of ten lie; low
+ranks are those up to a tenth of the ranks that make a layer smaller.
 """
 import argparse, warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -18,19 +23,24 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import cifar, transformer
-from fasterai_lr.fit import fit, output_loss
 from fasterai_lr.budget import Budget
+from fasterai_lr.calibrate import calibrate, calibrated
+from fasterai_lr.fit import fit
+from fasterai_lr.loss import classification
 from fasterai_lr.planner import Planner
 
+# The networks: each with images that it was trained on, and others
+
 def digits_cnn():
-    "A trained network, digits that it was trained on, and others"
+    "A small network, trained on 900 digits"
     torch.manual_seed(0)
     data = load_digits()
     x,y = torch.tensor(data.images).float()[:,None]/16,torch.tensor(data.target)
     order = torch.randperm(len(x))
-    (x,other),(y,_) = x[order].split([900, 897]),y[order].split([900, 897])
-    block = lambda i,o,s: [nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-    model = nn.Sequential(*block(1, 16, 1), *block(16, 32, 2), *block(32, 64, 2), nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
+    x,other = x[order].split([900, 897])
+    y = y[order][:900]
+    model = nn.Sequential(*conv(1, 16, 1), *conv(16, 32, 2), *conv(32, 64, 2), nn.Flatten(),
+                          nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
     opt = torch.optim.Adam(model.parameters(), 2e-3)
     for _ in range(8):
         for i in torch.randperm(len(x)).split(50):
@@ -39,50 +49,98 @@ def digits_cnn():
             opt.step()
     return model.eval(),x,other
 
-def networks(args):
-    "{name: function that returns a model, images that it was trained on, others, and the kind of budget}"
-    of_cifar = lambda model: (model, cifar.images('train', args.images)[0], cifar.images('test', 2*args.images)[0])
-    return {'digits CNN': lambda: (*digits_cnn(), 'macs'), 'ResNet-20': lambda: (*of_cifar(cifar.resnet20(args.weights)), 'macs'),
-            'ViT': lambda: (*of_cifar(transformer.trained(args.epochs)), 'params')}
+def conv(i, o, stride): return nn.Conv2d(i, o, 3, stride, 1, bias=False),nn.BatchNorm2d(o),nn.ReLU()
+
+def of_cifar(model, n):
+    seen,_ = cifar.images('train', n)
+    other,_ = cifar.images('test', 2*n)
+    return model,seen,other
+
+def network(name, args):
+    "The model, images that it was trained on, others, and the kind of budget for it"
+    if name == 'digits CNN': return *digits_cnn(),'macs'
+    if name == 'ResNet-20': return *of_cifar(cifar.resnet20(args.weights), args.images),'macs'
+    return *of_cifar(transformer.trained(args.epochs), args.images),'params'
+
+# Predicted and measured
 
 @torch.no_grad()
 def outputs(model, x): return torch.cat([model(b) for b in x.split(250)]).double()
 
 def chosen_options(options, n=4):
     "Of each scheme `n` options from the lowest rank to the highest, evenly on a logarithmic scale"
-    for s in dict.fromkeys(o.scheme for o in options if o.scheme):
-        own = [o for o in options if o.scheme == s]
+    by_scheme = {}
+    for o in options:
+        if o.scheme: by_scheme.setdefault(o.scheme, []).append(o)
+    for own in by_scheme.values():
         for i in sorted({round(i)-1 for i in np.geomspace(1, len(own), n)}): yield own[i]
 
-def rows(model, x, test, kind, shares):
-    "yields a dict for each replacement"
-    batches = list(x.split(100))
-    planner,want = Planner(model, batches),outputs(model, test)
-    def measured(choices, **kw): return output_loss(outputs(fit(model, choices, batches, planner.moments, **kw), test), want, temperature=1.).item()
-    for share in shares:
-        plan = planner.plan(Budget(**{kind: share}))
-        yield dict(kind='model', share=share, predicted=plan.predicted['loss'], apart=measured(plan.choices, sequential=False), fitted=measured(plan.choices))
-    for layer,options in planner.all_options().items():
-        for o in chosen_options(options):
-            most = max(p.rank for p in options if p.scheme == o.scheme)
-            yield dict(kind='layer', layer=layer, scheme=o.scheme, rank=o.rank, share=o.rank/most, predicted=o.loss, apart=measured({layer: (o.scheme, o.rank)}, sequential=False))
+class Trial:
+    "A model and what it does on images that calibration has not seen"
+    def __init__(self, model, x, test):
+        self.calibration = calibrate(model, list(x.split(100)))
+        self.planner = Planner(self.calibration)
+        self.test,self.want = test,outputs(model, test)
+        settings = replace(self.calibration.settings, sequential=False)
+        self.unfitted = calibrated(model, self.calibration, settings)
+
+    def _divergence(self, calibration, choices):
+        out = outputs(fit(calibration, choices).model, self.test)
+        return classification.increase(self.want, out)/len(out)
+
+    def apart(self, choices):
+        "The divergence where each layer is decomposed for itself"
+        return self._divergence(self.unfitted, choices)
+
+    def fitted(self, choices):
+        "The divergence where the layers are fitted one after the other"
+        return self._divergence(self.calibration, choices)
+
+    def rows(self, kind, shares): # `kind`: of the budgets
+        "Yield a dict for each replacement"
+        for share in shares: yield self._of_model(share, self.planner.make(Budget(**{kind: share})))
+        for layer,options in self.planner.options.items():
+            for o in chosen_options(options): yield self._of_layer(layer, o, options)
+
+    def _of_model(self, share, plan):
+        return dict(kind='model', share=share, predicted=plan.predicted['loss'],
+                    apart=self.apart(plan.choices), fitted=self.fitted(plan.choices))
+
+    def _of_layer(self, layer, option, options):
+        most = max(o.rank for o in options if o.scheme == option.scheme)
+        apart = self.apart({layer: (option.scheme, option.rank)})
+        return dict(kind='layer', layer=layer, scheme=option.scheme, rank=option.rank,
+                    share=option.rank/most, predicted=option.loss, apart=apart)
+
+# The summary
 
 def summary(table, column='apart'):
     "Rank correlation, median of measured over predicted, and the factor around it that holds for nine of ten"
     ratio = np.log(table[column]/table.predicted)
-    return pd.Series(dict(n=len(table), correlation=spearmanr(table.predicted, table[column]).statistic, median=np.exp(ratio.median()), factor=np.exp((ratio - ratio.median()).abs().quantile(.9))))
+    factor = np.exp((ratio - ratio.median()).abs().quantile(.9))
+    correlation = spearmanr(table.predicted, table[column]).statistic
+    median = np.exp(ratio.median())
+    return pd.Series(dict(n=len(table), correlation=correlation, median=median, factor=factor))
+
+def parts(table):
+    "{kind of replacement: its summary}"
+    layers,models = table[table.kind=='layer'],table[table.kind=='model']
+    low = layers.share <= .1
+    return {'one layer': summary(layers),
+            'one layer, low ranks': summary(layers[low]),
+            'one layer, others': summary(layers[~low]),
+            'model, apart': summary(models),
+            'model, fitted': summary(models, 'fitted')}
 
 def summaries(table):
     "One row for each network, kind of images and kind of replacement"
-    def parts(t):
-        layers,models = t[t.kind=='layer'],t[t.kind=='model']
-        return {'one layer': summary(layers), 'one layer, low ranks': summary(layers[layers.share <= .1]), 'one layer, others': summary(layers[layers.share > .1]),
-                'model, apart': summary(models), 'model, fitted': summary(models, 'fitted')}
-    res = {(*k, part): s for k,t in table.groupby(['network', 'calibrated'], sort=False) for part,s in parts(t).items()}
+    res = {}
+    for key,rows in table.groupby(['network', 'calibrated'], sort=False):
+        for part,numbers in parts(rows).items(): res[*key,part] = numbers
     return pd.DataFrame(res).T.astype({'n': int}).round(2)
 
-if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('weights')
     parser.add_argument('--networks', nargs='+', default=['digits CNN', 'ResNet-20', 'ViT'])
     parser.add_argument('--shares', type=float, nargs='+', default=[.8, .65, .5, .37, .25])
@@ -94,10 +152,12 @@ if __name__ == '__main__':
     args.out.parent.mkdir(exist_ok=True)
     found = []
     for name in args.networks:
-        model,seen,other,kind = networks(args)[name]()
+        model,seen,other,kind = network(name, args)
         unseen,test = other[:len(other)//2],other[len(other)//2:]
-        for calibrated,x in dict(seen=seen[:len(unseen)], unseen=unseen).items():
-            for r in rows(model, x, test, kind, args.shares):
-                found.append(dict(network=name, calibrated=calibrated, **r))
+        for label,x in dict(seen=seen[:len(unseen)], unseen=unseen).items():
+            for row in Trial(model, x, test).rows(kind, args.shares):
+                found.append(dict(network=name, calibrated=label, **row))
                 pd.DataFrame(found).to_csv(args.out, index=False)
     print(summaries(pd.DataFrame(found)).to_string())
+
+if __name__ == '__main__': main()

@@ -383,9 +383,11 @@ def calibrated(
     for name in ('loss', 'seed', 'max_size'):
         was,now = getattr(data.settings, name),getattr(settings, name)
         if was != now: raise ValueError(f"{name}: {now!r} is not what the calibration was made with, {was!r}")
-    if model is not data.model: _check_same_layers(model, data)
     res = copy.copy(data)
     res.model,res.settings = model,settings
+    if model is data.model: return res
+    _check_same_layers(model, data)
+    vars(res).pop('uses', None) # another model may use its layers otherwise
     return res
 
 def _check_same_layers(model, calibration):

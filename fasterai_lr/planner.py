@@ -43,8 +43,8 @@ def _ranks(full, step=1, most_ranks=128):
         n = min(16, max(full))
         pairs = [tuple(max(1, round(f*i/n)) for f in full) for i in range(1, n+1)]
         return list(dict.fromkeys(pairs))
-    step = max(step, -(-full//most_ranks)//step*step)
-    return list(range(step, full+1, step))
+    distance = max(step, -(-full//most_ranks)//step*step)
+    return list(range(step, full+1, distance))
 
 def _options_of(solver, use, step)->list:
     "The `Option`s of one scheme that make its layer smaller"

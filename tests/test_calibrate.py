@@ -11,12 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from fasterai_lr.calibrate import Centred, Gram, calibrate
-
+from fasterai_lr.calibrate import Centred, Gram, calibrate, calibrated
 from fasterai_lr.loss import classification, regression
-
 from fasterai_lr.metric import DiagonalMetric, Metric, make_metric
-
 from fasterai_lr.running import Batches
 from fasterai_lr.layers import Geometry
 from fasterai_lr.schemes import schemes
@@ -509,3 +506,12 @@ def test_both_gram_matrices_of_svd_say_the_same(layer, x):
     for m,n in zip(a.costs(ranks), b.costs(ranks)): assert abs(m - n) <= 1e-9*narrow.total # outputs have 1e-12 on their diagonal, times their number
     assert apart(a.approximation(2), b.approximation(2)) <= 1e-8                # vectors of a Gram matrix in double precision
     assert apart(a.approximation(ranks[-1]), a.blocks) <= 1e-12
+
+def test_a_calibration_for_another_model_sees_how_that_one_uses_its_layers():
+    x = torch.randn(40, 3, 6, 6)
+    with_norm = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
+    without = nn.Sequential(with_norm[0], nn.ReLU())
+    calibration = calibrate(with_norm, x, regression)
+    assert calibration.uses['0'].norm == '1' # seen before it is given to the other
+    assert calibrated(without, calibration, calibration.settings).uses['0'].norm is None
+    assert calibrated(with_norm, calibration, calibration.settings).uses is calibration.uses

@@ -132,6 +132,11 @@ def test_planned_and_fitted_models_run_and_keep_their_size(name):
     assert small.low_rank_plan['layers'].keys() == {n for n,m in net.named_modules() if isinstance(m, layer_types) and n in plan.layers}
     json.dumps(small.low_rank_plan)
 
+def test_where_there_are_many_ranks_the_lowest_is_looked_at():
+    plans = planner(nn.Sequential(nn.Conv2d(64, 64, 3)), torch.randn(4, 64, 5, 5))
+    ranks = [o.rank for o in plans.options['0'] if o.scheme == 'spatial'] # of a full rank of 192
+    assert ranks[:3] == [1, 3, 5] and max(ranks) < 192
+
 def test_what_stays_dense_is_listed_with_the_reason():
     net = Grouped()
     net.never = nn.Linear(5, 5)
