@@ -82,7 +82,7 @@ def _unknown(argument, f):
     return ValueError(f"{argument}: the plan was made with a function {f.name!r}, which its file names and "
                       f"does not hold; give it again, as {argument}=…")
 
-# %% ../nbs/09_settings.ipynb #f158634e
+# %% ../nbs/09_settings.ipynb #a74b57b8
 _least = dict(passes=1, most=1, max_size=1, distill_steps=0, seed=0)
 
 class _Checked:
@@ -109,12 +109,12 @@ class _Checked:
         if not self.distill_steps: return # nothing is augmented
         if isinstance(self.augment, UserFunction): raise _unknown('augment', self.augment)
 
-# %% ../nbs/09_settings.ipynb #6ca6f6ac
+# %% ../nbs/09_settings.ipynb #da7acd23
 @dataclass(frozen=True)
 class Settings(_Checked):
     "The settings of a calibration, of the choice of ranks and of the fit"
     metric:str='fisher' # what errors are measured by: 'fisher', or 'activation'
-    loss:Loss=classification # or `regression`, `multilabel`, or a function from the model's output to a scalar
+    loss:Loss=classification # `regression`, `multilabel`, or a function from the model's output to a scalar
     schemes:tuple=('svd', 'spatial') # a `Budget` chooses from these
     sequential:bool=True # fit each layer to what those before it have made of the data?
     passes:int=24 # over the data, at most; more layers than that are fitted in groups
