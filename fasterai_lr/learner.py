@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
+import fastai.callback.schedule # a Learner gets `fit_one_cycle` and progress bars with our methods
 from fastai.layers import ToTensorBase
 from fastai.learner import Learner
 from fastai.torch_core import apply, cast, distrib_barrier, get_model, no_random, rank_distrib, to_device
