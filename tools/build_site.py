@@ -44,6 +44,10 @@ def module_of(path):
     for cell in read_nb(path).cells:
         if 'default_exp' in cell.directives: return cell.directives['default_exp']
 
+def _getter(symbol):
+    "The function of a property, and whatever else as it is"
+    return getattr(symbol, 'fget', None) or (symbol.func if isinstance(symbol, cached_property) else symbol)
+
 class Page:
     "A notebook on its way to the site; `nb` is what `proc_nbs` has left of it"
     def __init__(self, path): # below the root
@@ -82,7 +86,7 @@ class Page:
     def symbol(self, name): return reduce(getattr, name.split('.'), import_module(self.module))
     def line(self, cell):
         "The line that defines what `cell` shows: `proc_nbs` reverses the names of one cell"
-        return inspect.getsourcelines(self.symbol(shown(cell)))[1]
+        return inspect.getsourcelines(_getter(self.symbol(shown(cell))))[1]
 
 # Links
 
@@ -141,7 +145,8 @@ def _default(o): return o if o is _empty else _Verbatim(getattr(o, '__name__', N
 
 def signature(sym):
     "What a caller gives to `sym`, and what comes back"
-    sig = inspect.signature(sym)
+    try: sig = inspect.signature(sym)
+    except ValueError: sig = inspect.Signature() # that of an exception is built in
     params = []
     for p in sig.parameters.values():
         if p.name in ('self', 'cls'): continue
@@ -196,7 +201,7 @@ class Documenter:
         if isinstance(raw, (classmethod, staticmethod)):
             return self.directive('method', name, getattr(cls, name), option=f':{type(raw).__name__}:')
         if inspect.isfunction(raw): return self.directive('method', name, raw)
-        return self.directive('property', name, getattr(raw, 'fget', None) or raw.func)
+        return self.directive('property', name, _getter(raw))
 
     def data(self, name):
         "A name that stands for neither a class nor a function, with the comment beside it"
@@ -208,7 +213,8 @@ class Documenter:
         """Signature, docstring and parameters of `name`; for a class also those of its public methods with a
         docstring, unless the page shows them elsewhere"""
         sym = self.page.symbol(name)
-        if not callable(sym): return self.data(name)
+        if isinstance(sym, (property, cached_property)): return self.directive('property', name, _getter(sym))
+        if not isinstance(sym, type) and not inspect.isroutine(sym): return self.data(name)
         if not isinstance(sym, type):
             return self.directive('method' if '.' in name else 'function', name, sym)
         methods = []
