@@ -30,7 +30,8 @@ from .layers import FactoredLayer, factored_layers, find_layers, layer_types
 from .optimizer import check_opt, swap_layers
 from .plan import Plan
 from .learned import check_arguments, check_data, check_max_drop, decompose_learner, goes_by_metric
-from .learned import learner_metric, measure_metric, output_kind, reset_model, sample_of, signed_value
+from .learned import (learner_metric, measure_metric, output_kind, reset_model, sample_of,
+                                 signed_value)
 
 # %% ../nbs/19_callback.ipynb #f620afe6
 def _is_finite(v): return isinstance(v, Real) and not isinstance(v, bool) and v < math.inf

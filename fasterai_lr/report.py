@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .layers import FactoredLayer, Geometry, factored_layers, find_layers, layer_types, recompose, select
+from .layers import (FactoredLayer, Geometry, factored_layers, find_layers, layer_types, recompose,
+                                select)
 from .schemes import schemes as known_schemes
 from .running import evaluating, n_items
 from .loss import classification
