@@ -21,8 +21,8 @@ from .plan import Plan
 from .planner import make_plan
 from .decomposer import FC_Decomposer, ConvDecomposer, decompose, project_
 from .callback import DecomposeCallback
-from .report import (compare, format_summary, plot_layers, plot_spectra, plot_tradeoff, plot_training,
-                                summarize, tradeoff)
+from .report import (compare, format_summary, plot_layers, plot_spectra, plot_tradeoff,
+                                plot_training, summarize, tradeoff)
 from .export import save_low_rank, load_low_rank, export_onnx
 import fasterai_lr.learner
 

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from .linalg import full_precision, lower_gram, symmetric
 from .layers import Geometry, find_layers
-from .running import (Batches, blaming_data, evaluating, first_output, frozen, hooked, n_items, run_model,
-                                 trace, undisturbed, unfused)
+from .running import (Batches, blaming_data, evaluating, first_output, frozen, hooked, n_items,
+                                 run_model, trace, undisturbed, unfused)
 from .loss import classification
 from .metric import Moments, add_diagonal, diagonal_of, make_metric
 from .settings import Settings, takes_settings

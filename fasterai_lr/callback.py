@@ -30,7 +30,8 @@ from .layers import FactoredLayer, factored_layers, find_layers, layer_types
 from .optimizer import check_opt, swap_layers
 from .plan import Plan
 from .learned import check_arguments, check_data, check_max_drop, decompose_learner, goes_by_metric
-from .learned import learner_metric, measure_metric, output_kind, reset_model, sample_of, signed_value
+from .learned import (learner_metric, measure_metric, output_kind, reset_model, sample_of,
+                                 signed_value)
 
 # %% ../nbs/19_callback.ipynb #f620afe6
 def _is_finite(v): return isinstance(v, Real) and not isinstance(v, bool) and v < math.inf
@@ -222,7 +223,7 @@ def _line(record, max_drop):
 
 # %% ../nbs/19_callback.ipynb #3a0fa88b
 class _Records(list):
-    "What was decomposed during the fit whose recorder has the list `losses`"
+    "The records of decompositions during the fit whose recorder has the list `losses`"
     def __init__(self, losses): self.losses = losses
 
 class DecomposeCallback(Callback):
@@ -344,7 +345,7 @@ def _decompose(self:DecomposeCallback, what):
     change.finish(decompose_learner(self.learn, what, self.data, mbar, **self._arguments_for(what)))
     if mbar is not None: mbar.add_child(self.progress.pbar)     # the epoch's bar again
     reset_model(get_model(self.model))
-    self._note(change)
+    self._put_on_record(change)
     if not change.record['decomposed']: return
     self.opt.zero_grad()
     self._start = self.epoch/self.n_epoch
@@ -353,7 +354,7 @@ def _decompose(self:DecomposeCallback, what):
 
 # %% ../nbs/19_callback.ipynb #b4752f6d
 @patch
-def _note(self:DecomposeCallback, change):
+def _put_on_record(self:DecomposeCallback, change):
     "Put a change on record and in the log"
     self.history.append(change.record)
     if hasattr(self, 'recorder'): self.recorder.decomposed.append(change.record)

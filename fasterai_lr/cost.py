@@ -185,8 +185,11 @@ def measure_latency(
 ): # A `Latency`, or a dict or list of them like `models`
     "Measure the time that one call of each of `models` takes, in turns"
     if isinstance(models, nn.Module): return measure_latency([models], sample, repeats, warmup, min_ms)[0]
+    if isinstance(models, dict):
+        found = measure_latency(list(models.values()), sample, repeats, warmup, min_ms)
+        return dict(zip(models, found))
     if repeats<1: raise ValueError(f"repeats={repeats}: expected an int >= 1")
-    nets = list(models.values() if isinstance(models, dict) else models)
+    nets = list(models)
     devices = devices_of(*nets)
     ms = [[] for _ in nets]
     with evaluating(*nets), torch.no_grad():
@@ -196,8 +199,7 @@ def measure_latency(
         for _ in range(repeats):
             for net,n,measured in turns: measured.append(_time(net, sample, n, devices))
             turns.reverse()
-    res = [_latency(o) for o in ms]
-    return dict(zip(models, res)) if isinstance(models, dict) else res
+    return [_latency(o) for o in ms]
 
 # %% ../nbs/06_cost.ipynb #6d3c78b8
 def _calls_for(min_ms, model, sample, devices):

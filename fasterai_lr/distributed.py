@@ -45,12 +45,12 @@ def check_wrapper(
                            "cannot take new parameters; decompose the model before it is wrapped")
 
 # %% ../nbs/16_distributed.ipynb #03b36f72
-def _tensors(module): return chain(module.parameters(), module.buffers())
+def _state_tensors(module): return chain(module.parameters(), module.buffers())
 
 def _without_values(module):
     "Copy `module` to the meta device, without the values of its tensors"
     memo = {}
-    for t in _tensors(module):
+    for t in _state_tensors(module):
         empty = t.detach().to('meta')
         if isinstance(t, nn.Parameter): empty = nn.Parameter(empty, t.requires_grad)
         memo[id(t)] = empty
@@ -88,9 +88,9 @@ def on_first_rank(
         layers = structure
         for name,layer in layers.items():
             replaced = model.module.get_submodule(name)
-            layer.to_empty(device=next(_tensors(replaced)).device)
+            layer.to_empty(device=next(_state_tensors(replaced)).device)
     for layer in layers.values():
-        for t in _tensors(layer): _send(t)
+        for t in _state_tensors(layer): _send(t)
     return layers,data
 
 # %% ../nbs/16_distributed.ipynb #b4c8db34
@@ -119,7 +119,7 @@ def in_all(
 # %% ../nbs/16_distributed.ipynb #286e45c5
 @undisturbed()
 def _gathered_here(model, batches, settings):
-    "What `gather_moments` returns for this process's share of `batches`; the first always has some"
+    "Call `gather_moments` with this process's share of `batches`; the first process always has some"
     process = dist.get_rank()
     share = Inputs(islice(batches.data, process, None, dist.get_world_size()))
     share.n_inp = getattr(batches.data, 'n_inp', None)
@@ -127,9 +127,9 @@ def _gathered_here(model, batches, settings):
     own = replace(settings, seed=settings.seed+process) # or all would draw the same signs and positions
     return gather_moments(model, Batches(share, batches.device), own)
 
-def _outline(moments):
-    "The fields of one layer's `Moments`, with the shape of each tensor in its place"
-    return {field: getattr(value, 'shape', value) for field,value in vars(moments).items()}
+def _outline(m): # a `Moments`
+    "The fields of one layer's moments, with the shape of each tensor in its place"
+    return {field: getattr(value, 'shape', value) for field,value in vars(m).items()}
 
 def _mean_of_all(here, outline, share, device):
     "Average one layer's `Moments` over all processes; `share`: of all items, those that are seen here"
@@ -144,9 +144,9 @@ def _mean_of_all(here, outline, share, device):
         res[field] = mean
     return Moments(**res)
 
-def _added(moments, samples, device):
-    "Add up the `moments` of all processes; those given here are of `samples` items"
-    parts = _exchange((samples, {name: _outline(m) for name,m in moments.items()}), device)
+def _added(by_layer, samples, device): # `by_layer`: {layer name: `Moments`}
+    "Add up the moments of all processes; those given here are of `samples` items"
+    parts = _exchange((samples, {name: _outline(m) for name,m in by_layer.items()}), device)
     outlines,total = {},0
     for n,layers in parts:
         total += n
@@ -154,7 +154,7 @@ def _added(moments, samples, device):
             if name in outlines: outline['positions'] += outlines[name]['positions']
             outlines[name] = outline
     share = samples/total
-    return {name: _mean_of_all(moments.get(name), o, share, device) for name,o in outlines.items()},total
+    return {name: _mean_of_all(by_layer.get(name), o, share, device) for name,o in outlines.items()},total
 
 # %% ../nbs/16_distributed.ipynb #d96c5e3e
 @takes_settings()

@@ -124,7 +124,7 @@ def _first_three(names):
 
 def _shape(value):
     "The shape of a tensor as a list, `None` for anything else that a state dict may hold"
-    return list(value.shape) if isinstance(value, Tensor) else None
+    if isinstance(value, Tensor): return list(value.shape)
 
 def _mismatch(here, there):
     "How the state dict `there` differs from `here` in names and shapes; nothing if it does not"
@@ -178,7 +178,7 @@ def load_low_rank(
 
 # %% ../nbs/21_export.ipynb #ffc7c4b7
 def _structure(layer):
-    "What two layers of the same structure have in common: class, scheme and shapes"
+    "The structure of a layer: class, scheme and shapes"
     shapes = {key: value.shape for key,value in layer.state_dict().items()}
     return type(layer),getattr(layer, 'scheme', None),shapes
 

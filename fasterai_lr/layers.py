@@ -29,7 +29,7 @@ layer_types = linear_types + conv_types + transposed_types
 # %% ../nbs/02_layers.ipynb #3c684201
 @dataclass(frozen=True)
 class Geometry:
-    "What a linear layer or a convolution does to shapes, whatever its weights are"
+    "The shape of a linear layer or a convolution, whatever its weights are"
     inp:int # input channels or features
     out:int # output channels or features
     kernel:tuple = () # kernel size, one entry a spatial axis
@@ -295,7 +295,7 @@ class Found:
 
     @property
     def label(self)->str:
-        "What error messages call it"
+        "The name of the layer in error messages"
         if not self.name: return 'the root'
         return f'layer {self.name!r}'
 
@@ -392,7 +392,7 @@ def matches(found:Found, pattern:str)->bool: # exact name or glob
     return any(n == pattern or fnmatch.fnmatchcase(n, pattern) for n in found.names)
 
 def _matching(found, patterns):
-    "Those of `found` that match one of `patterns`"
+    "Return the entries of `found` that match one of `patterns`"
     return [f for f in found if any(matches(f, p) for p in patterns)]
 
 def check_patterns(found:list, patterns, arg:str)->list: # `arg`: the argument's name, for the error

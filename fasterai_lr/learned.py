@@ -111,7 +111,7 @@ def _given_loss(learn):
 def output_kind(
     learn # a `Learner`
    )->Loss: # for the `loss` of `calibrate`; of several outputs it reads the first
-    "The loss of the model's own predictions: class scores along the axis of `loss_func`, labels, or other numbers"
+    "Choose the loss for the outputs: class scores along the axis of `loss_func`, labels, or other numbers"
     loss = _given_loss(learn)
     func = getattr(loss, 'func', loss)
     if isinstance(func, _classifying) or func is F.cross_entropy:
@@ -131,7 +131,7 @@ def reset_model(model:nn.Module):
     if hasattr(model, 'reset'): model.reset()
 
 def _validated(learn, model, batch, n_inp):
-    "What a metric reads of a learner that has validated `model` on one batch"
+    "Return what a metric reads of a learner, after `model` has seen one batch"
     xb,yb = batch[:n_inp],batch[n_inp:]
     pred = model(*xb)
     if hasattr(learn, 'rnn'): pred = pred[0]        # as `RNNCallback` does
@@ -268,11 +268,12 @@ def _calibrated_by_all(learn, what, data, kwargs):
     if alone or data is None or isinstance(data, Calibration): return data
     model = get_model(learn.model)
     if needs_data(what): model = dense_model(model)
-    settings = {name: value for name,value in kwargs.items() if name not in ('evaluate', 'sample', 'progress')}
+    unused = {'evaluate', 'sample', 'progress'}
+    settings = {name: value for name,value in kwargs.items() if name not in unused}
     return shared_calibration(learn.model, model, data, **settings)
 
 def _new_layers(learn, what, data, kwargs):
-    "The modules to put in place of those of the learner's model, and the plan as data; the same in all processes"
+    "Make the modules that replace those of the learner's model, and the plan as data; equal in all processes"
     def compute():
         change = factorize(get_model(learn.model), what, data, **kwargs)
         warn_if_unchanged(change)

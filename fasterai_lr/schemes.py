@@ -331,7 +331,7 @@ class _MatrixSolver(Solver):
 
 # %% ../nbs/04_schemes.ipynb #28ea1df3
 def _balanced(F, L):
-    "The same product of `L` `[g,p,r]` and `F` `[g,r,q]` with the roots of its singular values in each"
+    "Balance `F` `[g,r,q]` and `L` `[g,p,r]`: keep `L F`, with the roots of its singular values in each"
     Qf,Rf = qr(F.mT)
     Ql,Rl = qr(L)
     svds = [SVD(core, exact=False).truncate(len(core)) for core in Rl@Rf.mT]
@@ -554,7 +554,7 @@ def exceeds(rank, limit)->bool: # both ints, or both pairs
     return any(r > bound for r,bound in zip(rank, limit))
 
 def _equal_norms(tensors): # `[groups, ...]`
-    "The same chain with factors of one norm, block by block: a step of training changes all of them alike"
+    "Give the factors of a chain one norm, block by block: a step of training changes all of them alike"
     norms = torch.stack([t.double().flatten(1).norm(dim=1) for t in tensors])
     mean = norms.log().mean(0).exp()
     scales = torch.where((norms > 0).all(0), mean/norms, 1.)
