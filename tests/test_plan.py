@@ -593,11 +593,11 @@ def test_layers_with_too_many_outputs_are_decomposed_by_diagonals_and_listed(max
 @pytest.mark.parametrize('layer,fmt', [(nn.Conv2d(8, 12, 3), torch.channels_last), (nn.Conv3d(8, 12, 3), torch.channels_last_3d), (nn.Conv2d(8, 12, 3), torch.contiguous_format)])
 def test_a_skeleton_lies_in_memory_like_its_layer(layer, fmt):
     net = nn.Sequential(layer).to(memory_format=fmt)
-    plan = Plan({'0': dict(type=type(layer).__name__, scheme='spatial', rank=2)})
+    plan = Plan({'0': Record(type(layer).__name__, scheme='spatial', rank=2)})
     for small in (plan.skeleton(net), plan.apply(net)):
         assert [f.weight.is_contiguous(memory_format=fmt) for f in small[0]] == [True]*2 and len(factored_layers(small)) == 1
         assert any(f.weight.is_contiguous() for f in small[0]) == (fmt == torch.contiguous_format)
 
 def test_arguments_of_the_fit_need_data():
     net = nn.Sequential(nn.Linear(16, 16))
-    with pytest.raises(TypeError, match='seed: only with data'): Plan({'0': dict(type='Linear', scheme='svd', rank=2)}).apply(net, seed=1)
+    with pytest.raises(TypeError, match='seed: only with data'): Plan({'0': Record('Linear', scheme='svd', rank=2)}).apply(net, seed=1)
