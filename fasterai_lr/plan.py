@@ -14,7 +14,6 @@ from numbers import Integral
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -173,8 +172,9 @@ def _checked_rank(plan, name, scheme, rank):
 
 _columns = 'type','scheme','rank','full_rank','params_before','params_after','error','status','reason'
 
-def _summary(plan)->pd.DataFrame:
-    "One row a layer"
+def _summary(plan):
+    "One row a layer, as a `DataFrame`"
+    import pandas as pd # not above, or everything would wait for it
     rows = {n: r.plain() for n,r in plan.layers.items()}
     table = pd.DataFrame.from_dict(rows, orient='index', columns=_columns)
     for name in ('rank', 'full_rank', 'params_after'): # ints where some are missing, not floats
@@ -253,8 +253,8 @@ class Plan(PlanData):
         "The plan that plain data describes"
         return _plan_of(data, label)
 
-    def summary(self)->pd.DataFrame: # one row a layer
-        "The plan as a table"
+    def summary(self): # one row a layer
+        "The plan as a `DataFrame`"
         return _summary(self)
 
     def __str__(self): return _text(self)
