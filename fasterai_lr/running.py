@@ -73,7 +73,7 @@ def frozen(model:nn.Module):
     "Let no parameter of `model` require a gradient"
     return _switched_off(list(model.parameters()), 'requires_grad')
 
-# %% ../nbs/05_running.ipynb #ff04f145
+# %% ../nbs/05_running.ipynb #c415e600
 @contextmanager
 def undisturbed():
     "Restore the random states of torch's CPU generator, Python and NumPy; leave inference mode meanwhile"
@@ -144,7 +144,7 @@ def numel(batch)->int:
     "Count the numbers in all tensors of a batch"
     return sum(t.numel() for t in _tensors_in(batch))
 
-# %% ../nbs/05_running.ipynb #5ecfe0cd
+# %% ../nbs/05_running.ipynb #fd72bb3d
 def _plain_tensor(x):
     "Return `x` without its history and fastai's types, as a tensor that autograd can use"
     x = x.detach().as_subclass(Tensor)
@@ -188,7 +188,7 @@ def _check_list(data):
         raise ValueError("data: a list holds batches, but its tensors look like inputs and targets; "
                          "give a tuple for one batch")
 
-# %% ../nbs/05_running.ipynb #7f57df0a
+# %% ../nbs/05_running.ipynb #b326ae83
 class Inputs(list): "Batches of inputs alone, of which each has `n_inp`"
 
 _most_items = 2000 # that are taken of a loader
@@ -218,7 +218,7 @@ class _Taken:
             if n >= _most_items: break
         self.kept = kept
 
-# %% ../nbs/05_running.ipynb #192aafee
+# %% ../nbs/05_running.ipynb #028068b3
 def _batches_in(data, bs):
     "Return the batches in `data` as a list, a loader of whatever kind as `_Taken`"
     if isinstance(data, Mapping) and hasattr(data, 'batches'): data = data.batches # of a `Calibration`
@@ -286,7 +286,7 @@ def blaming_data(batch):
         raise ValueError(f"data: the model cannot be called with inputs {_shapes(batch)}: "
                          f"{lines[0]}{hint}") from e
 
-# %% ../nbs/05_running.ipynb #30319110
+# %% ../nbs/05_running.ipynb #8e07069c
 def check_callable(
     name:str, # of the argument
     value,
@@ -355,7 +355,7 @@ class _Origins:
             if out() is tensor and tensor._version == version: return name,own
         return None,False
 
-# %% ../nbs/05_running.ipynb #83bfd629
+# %% ../nbs/05_running.ipynb #30f6141a
 class _Tracer:
     "Finds the `Use` of layers while their model runs"
     def __init__(self, modules): # {name: module}, all of the model
@@ -385,7 +385,7 @@ class _Tracer:
             self.uses[name].add = i
             if own: self.uses[name].norm = None # a mean corrected there would be wrong here
 
-# %% ../nbs/05_running.ipynb #ff6bf6fb
+# %% ../nbs/05_running.ipynb #e7771be7
 def trace(
     model:nn.Module,
     names, # of layers
