@@ -20,20 +20,20 @@ from .layers import did_you_mean
 # %% ../nbs/08_metric.ipynb #558b5bf2
 @dataclass
 class Moments:
-    "Second moments of one layer, `[groups, n, n]`, or `[groups, n]` where only the diagonal is kept; and means, `[groups, n]`"
-    grads:Tensor|None = None # of the loss's gradient at the output: summed over positions, averaged over samples
-    outputs:Tensor|None = None # of the output without its bias, averaged over positions; `None` where `inputs` has to say it
+    "Second moments of one layer, `[groups, n, n]` or, as a diagonal, `[groups, n]`; and means, `[groups, n]`"
+    grads:Tensor|None = None # of the loss's gradient at the output: a sum over positions, a mean over samples
+    outputs:Tensor|None = None # of the output without bias, a mean over positions; `None` beside `inputs`
     output_mean:Tensor|None = None
-    inputs:Tensor|None = None # of patches, averaged over positions; `None` where `outputs` stands for it
+    inputs:Tensor|None = None # of patches, a mean over positions; `None` where `outputs` stands for it
     input_mean:Tensor|None = None
-    positions:int = 0 # that the averages are over
+    positions:int = 0 # that the means are over
 
 def diagonal_of(M:Tensor)->Tensor: # `[groups, n]`
-    "The diagonal of a moment; of a moment that is only a diagonal, itself"
+    "Return the diagonal of a moment; a moment that is only a diagonal is returned as it is"
     return M if M.dim() == 2 else M.diagonal(dim1=-2, dim2=-1)
 
 def add_diagonal(M:Tensor, d)->Tensor:
-    "`M` with `d` added to its diagonal"
+    "Return `M` with `d` added to its diagonal"
     if M.dim() == 2: return M + d
     res = M.clone()
     res.diagonal(dim1=-2, dim2=-1).add_(d)
@@ -49,36 +49,37 @@ def ridge(M:Tensor)->Tensor: # `[groups, n]`, for `M` `[groups, n, n]` or its di
     "The damping of a moment of inputs, to add to its diagonal"
     return 1e-3*diagonal_of(M) + 1e-5*_mean_diagonal(M)
 
+# %% ../nbs/08_metric.ipynb #c845ab1e
 def covariance(
     M:Tensor, # `[groups, n, n]`, or the diagonal
     m:Tensor # `[groups, n]`
    )->Tensor:
     "The moment `M` about the mean `m`"
-    square = m.square() if M.dim() == 2 else m[...,None]*m[...,None,:]
-    return M - square
+    if M.dim() == 2: return M - m.square()
+    return M - m[...,None]*m[...,None,:]
 
 def lacking(m:Tensor)->Tensor: # `[groups, n]`
-    "The most that rounding takes from the diagonal of a `covariance` about the mean `m`, as it comes from float32 products"
+    "The most that a `covariance` about the mean `m` lacks on its diagonal, if it comes from float32 products"
     m2 = m.square()
     return 1e-6*(m2 + m2.mean(-1, keepdim=True))
 
 def _about(M, m):
-    "The covariance of a moment that may be `None`, safe from rounding"
-    return None if M is None else add_diagonal(covariance(M, m), lacking(m))
+    "The covariance of a moment, safe from rounding"
+    return add_diagonal(covariance(M, m), lacking(m))
 
+# %% ../nbs/08_metric.ipynb #41c30e64
 kinds = 'fisher','activation'
 
 def check_kind(kind):
     "Raise a `ValueError` where there is no such metric"
     if kind in kinds: return
-    raise ValueError(f"metric: {kind!r} is not one of {', '.join(map(repr, kinds))}{did_you_mean(kind, kinds)}; "
+    known = ', '.join(map(repr, kinds))
+    raise ValueError(f"metric: {kind!r} is not one of {known}{did_you_mean(kind, kinds)}; "
                      "without data, errors are plain ones of the weight")
 
-# %% ../nbs/08_metric.ipynb #0eaf5705
-class Metric:
+# %% ../nbs/08_metric.ipynb #1e8abfe1
+class _Price:
     "The price of an error in one layer's weight"
-    diagonal = False # are the moments, or some, only diagonals?
-
     def __init__(self,
         geometry, # a `Geometry`
         moments:Moments,
@@ -86,90 +87,118 @@ class Metric:
         kind:str='fisher', # or 'activation', which takes all outputs to be equally important
         centre:bool=True): # is the mean of an error corrected?
         check_kind(kind)
-        g,o,self.i,*self.k = geometry.block_shape
-        self.weight = weight.flatten(2)
-        self.inputs,self._seen = moments.inputs,moments.outputs
-        if centre:
-            self.inputs = _about(moments.inputs, moments.input_mean)
-            self._seen = _about(moments.outputs, moments.output_mean)
-        if self.inputs is not None: self.inputs = add_diagonal(self.inputs, ridge(self.inputs))
-        self.narrow = self.inputs is not None and self.inputs.shape[-1] < o # fewer inputs than outputs?
-        G = moments.grads
-        if kind == 'activation': G = torch.eye(o, dtype=torch.float64).to(G).expand(g, o, o)
+        self.shape,self.weight = geometry.block_shape,weight.flatten(2)
+        self.moments,self.centre = moments,centre
+        A,G = moments.inputs,moments.grads
+        if A is not None and centre: A = _about(A, moments.input_mean)
+        if A is not None: A = add_diagonal(A, ridge(A))
+        if kind == 'activation': G = add_diagonal(torch.zeros_like(G), 1.)
+        self.A = A
         self.G = add_diagonal(.99*G, .01*_mean_diagonal(G))
-        self.Lo = torch.linalg.cholesky(self.G)
-        self._sides = {}
 
-    @cached_property
-    def outputs(self): # `[groups, o, o]`
-        "The moment of the outputs"
-        if self.inputs is not None:
-            W = self.weight.double()
-            return self._above_rounding(W@self.inputs@W.mT, 1e-12)
-        W = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        WW = symmetric(torch.stack([lower_gram(w) for w in W])).double()
-        share = 1e-3*(_mean_diagonal(self._seen)/_mean_diagonal(WW))
-        return self._above_rounding(self._seen + share[...,None]*WW, 1e-6)
-
-    @staticmethod
-    def _above_rounding(C, part):
-        "`C`, whose rank may be low, with a diagonal above the rounding in it"
-        return add_diagonal(C, part*C.shape[-1]*_mean_diagonal(C))
+    def cost(self, error)->float: # of the weight, `[groups, o, i, *k]`
+        "The estimated increase of the loss"
+        raise NotImplementedError
 
     @cached_property
     def total(self):
         "The cost of doing without the layer"
-        cost = self.cost(self.weight) if self.narrow else .5*float((self.G*self.outputs).sum())
-        return max(cost, 1e-300)
+        return max(self.cost(self.weight), 1e-300)
+
+    def relative(self, cost:float)->float:
+        "The relative error of a weight whose approximation costs so much"
+        return (max(cost, 0.)/self.total)**.5
+
+# %% ../nbs/08_metric.ipynb #06bf1af9
+class _Whitening(_Price):
+    "Coordinates for a weight in which its plain error is the cost"
+    @cached_property
+    def Lo(self): return torch.linalg.cholesky(self.G)
+
+    @cached_property
+    def _sides(self): return {} # {joined: `side`}, as they are asked for
 
     def side(self, joined:int): # kernel axes joined with the input channels
         "Cholesky factor of the moment of the columns"
         if joined not in self._sides:
-            p = self.i*prod(self.k[:joined])
-            A = self.inputs.unflatten(1, (p, -1)).unflatten(3, (p, -1))
+            p = prod(self.shape[2:3+joined])
+            A = self.A.unflatten(1, (p, -1)).unflatten(3, (p, -1))
             columns = torch.einsum('gpqrq->gpr', A)/A.shape[2]
             self._sides[joined] = torch.linalg.cholesky(columns)
         return self._sides[joined]
 
     def whiten(self, blocks, joined:int): # `[groups, o, i, *k]`
-        "`blocks` in coordinates in which the plain error is the cost"
+        "Take `blocks` to the coordinates"
         Li = self.side(joined)
         W = self.Lo.mT @ blocks.double().flatten(2)
         columns = W.unflatten(2, (Li.shape[1], -1)).mT # outputs | rest | columns
         whitened = (columns.flatten(1, 2) @ Li).reshape(columns.shape)
         return whitened.mT.reshape(blocks.shape)
 
-    def unwhiten(self, tensors, joined:int): # of a chain: the first takes the input channels, the last gives the outputs
-        "Factors of a whitened weight as factors of the weight"
+    def unwhiten(self, tensors, joined:int): # a chain, which begins at the input channels
+        "Take factors of a whitened weight back to factors of the weight"
         first,*between,last = (t.double() for t in tensors)
         Li = self.side(joined)
         start = torch.linalg.solve_triangular(Li, first.flatten(2), upper=False, left=False)
         end = torch.linalg.solve_triangular(self.Lo.mT, last.flatten(2), upper=True)
         return [start.reshape(first.shape), *between, end.reshape(last.shape)]
 
-    def cost(self, error): # of the weight, `[groups, o, i, *k]`
+# %% ../nbs/08_metric.ipynb #0eaf5705
+def _above_rounding(C, part):
+    "`C`, whose rank may be low, with a diagonal above the rounding in it"
+    return add_diagonal(C, part*C.shape[-1]*_mean_diagonal(C))
+
+class Metric(_Whitening):
+    "The price of an error in one layer's weight, and coordinates in which it is the plain error"
+    diagonal = False # are the moments, or some, only diagonals?
+
+    @property
+    def inputs(self): return self.A # `[groups, d, d]`, or `None`
+
+    @cached_property
+    def narrow(self): # fewer inputs than outputs?
+        return self.A is not None and self.A.shape[-1] < self.G.shape[-1]
+
+    @cached_property
+    def outputs(self): # `[groups, o, o]`
+        "The moment of the outputs"
+        if self.A is not None:
+            W = self.weight.double()
+            return _above_rounding(W@self.A@W.mT, 1e-12)
+        C = self.moments.outputs
+        if self.centre: C = _about(C, self.moments.output_mean)
+        W = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        WW = symmetric(torch.stack([lower_gram(w) for w in W])).double()
+        share = 1e-3*(_mean_diagonal(C)/_mean_diagonal(WW))
+        return _above_rounding(C + share[...,None]*WW, 1e-6)
+
+    @cached_property
+    def total(self):
+        "The cost of doing without the layer"
+        if self.narrow: return super().total
+        return max(.5*float((self.G*self.outputs).sum()), 1e-300)
+
+    def cost(self, error)->float: # of the weight, `[groups, o, i, *k]`
         "The estimated increase of the loss"
         D = error.double().flatten(2)
-        return .5*float(((self.G@D@self.inputs)*D).sum())
+        return .5*float(((self.G@D@self.A)*D).sum())
 
 # %% ../nbs/08_metric.ipynb #76f5689a
-class DiagonalMetric:
+class DiagonalMetric(_Price):
     "`Metric` of a layer with more outputs than moments are kept for; its arguments"
     diagonal = True
     inputs = None
 
-    def __init__(self, geometry, moments, weight, kind='fisher', centre=True):
-        check_kind(kind)
-        A = _about(moments.inputs, moments.input_mean) if centre else moments.inputs
-        A = add_diagonal(A, ridge(A))
-        G = diagonal_of(moments.grads)
-        if kind == 'activation': G = torch.ones_like(G)
-        self.left = (.99*G + .01*_mean_diagonal(G)).sqrt()[...,None]
-        self.right = A.sqrt()[:,None] if A.dim() == 2 else torch.linalg.cholesky(A)
-        self.total = max(self.cost(weight), 1e-300)
+    @cached_property
+    def left(self): return diagonal_of(self.G).sqrt()[...,None]
+
+    @cached_property
+    def right(self): # a row for each group, or a matrix
+        A = self.A
+        return A.sqrt()[:,None] if self._scales_columns else torch.linalg.cholesky(A)
 
     @property
-    def _scales_columns(self): return self.right.shape[1] == 1
+    def _scales_columns(self): return self.A.dim() == 2
 
     def scaled(self, W): # `[groups, o, d]`
         "`W` in coordinates in which the plain error is the cost"
@@ -177,16 +206,16 @@ class DiagonalMetric:
         return W*self.right if self._scales_columns else W@self.right
 
     def unscaled(self, first, last): # `[groups, r, d]` and `[groups, o, r]`
-        "Factors of a scaled weight as factors of the weight"
+        "Take factors of a scaled weight back to factors of the weight"
         if self._scales_columns: start = first/self.right
         else: start = torch.linalg.solve_triangular(self.right, first, upper=False, left=False)
         return start, last/self.left
 
-    def cost(self, error): # of the weight, `[groups, o, i, *k]`
+    def cost(self, error)->float: # of the weight, `[groups, o, i, *k]`
         "The estimated increase of the loss"
         return .5*float(self.scaled(error.flatten(2)).square().sum())
 
 def make_metric(geometry, moments, weight, kind='fisher', centre=True):
-    "The metric that the moments of a layer have enough for, from the arguments of `Metric`"
+    "Return the metric that the moments of a layer have enough for, from the arguments of `Metric`"
     full = moments.grads.dim() == 3 and (moments.inputs is None or moments.inputs.dim() == 3)
     return (Metric if full else DiagonalMetric)(geometry, moments, weight, kind, centre)
