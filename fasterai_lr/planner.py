@@ -8,22 +8,24 @@ __all__ = ['Option', 'layer_options', 'choose', 'Options', 'Planner', 'plan_with
 
 # %% ../nbs/14_planner.ipynb #534b8f79
 import math, re, warnings
+from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from operator import attrgetter
 
 import numpy as np
 import torch
 from torch import nn
 
 from .layers import Geometry, find_layers, layer_types
-from .running import Batches, check_callable, devices_of, trace, undisturbed
+from .running import Batches, check_callable, device_of, trace, undisturbed
 from .schemes import schemes as known_schemes
-from .cost import count_params, latency_per_layer, macs_per_layer, measure_latency
+from .cost import count_macs, count_params, latency_per_layer, measure_latency
 from .settings import takes_settings
 from .calibrate import Calibration, calibrated, settings_for
 from .budget import Budget, cannot_reach, check_budget, dense_model, own_amounts, too_loose
 from .fit import Change
-from .plan import Plan, carry_out, dense_record, fresh_layer, relative_error_of
+from .plan import Plan, carry_out, dense_record, fresh_layer
 
 # %% ../nbs/14_planner.ipynb #92641a63
 @dataclass
@@ -37,24 +39,33 @@ class Option:
     latency:float = 0. # milliseconds
     error:float|None = None # relative, of the weight in the metric
 
+    @property
+    def choice(self): return self.scheme,self.rank
+
+# %% ../nbs/14_planner.ipynb #e3ac6a7c
 def _ranks(full, step=1, most_ranks=128):
     "Ranks to look at: all of them, or so many at equal distances"
     if isinstance(full, tuple):
         n = min(16, max(full))
-        pairs = [tuple(max(1, round(f*i/n)) for f in full) for i in range(1, n+1)]
-        return list(dict.fromkeys(pairs))
+        out,inp = full
+        pairs = []
+        for i in range(1, n+1):
+            pair = max(1, round(out*i/n)),max(1, round(inp*i/n))
+            if pair not in pairs: pairs.append(pair)
+        return pairs
     distance = max(step, -(-full//most_ranks)//step*step)
     return list(range(step, full+1, distance))
 
 def _options_of(solver, use, step)->list:
     "The `Option`s of one scheme that make its layer smaller"
-    scheme,metric,res = solver.scheme,solver.metric,[]
-    if solver.misfit(): return res
-    ranks = [r for r in _ranks(scheme.full(), step) if scheme.n_params(r) < scheme.geom.n_params]
+    if solver.misfit(): return []
+    scheme,res = solver.scheme,[]
+    dense_params,dense_macs = scheme.geom.n_params,scheme.geom.macs(use)
+    ranks = [r for r in _ranks(scheme.full(), step) if scheme.n_params(r) < dense_params]
     for rank,loss in zip(ranks, solver.costs(ranks)):
         option = Option(scheme.name, rank, loss, scheme.n_params(rank), scheme.macs(rank, use))
-        option.error = relative_error_of(loss, metric)
-        if option.macs < scheme.geom.macs(use): res.append(option)
+        option.error = solver.metric.relative(loss)
+        if option.macs < dense_macs: res.append(option)
     return res
 
 def layer_options(
@@ -67,8 +78,9 @@ def layer_options(
     layer = calibration.model.get_submodule(name)
     geom,metric = Geometry.of(layer),calibration.metric(name)
     res = [Option(None, None, 0., geom.n_params, geom.macs(use))]
-    pointwise = math.prod(geom.kernel) == 1
-    for scheme in ['svd'] if pointwise else calibration.settings.schemes:
+    schemes = calibration.settings.schemes
+    if math.prod(geom.kernel) == 1: schemes = ['svd']
+    for scheme in schemes:
         solver = known_schemes[scheme](geom, name).solver(layer.weight, metric)
         res += _options_of(solver, use, step)
     return res
@@ -77,11 +89,18 @@ def layer_options(
 class _Chooser:
     "Costs and losses of the options of all layers, and the choice of one for each"
     def __init__(self, options, kind):
-        self.costs = {n: np.array([getattr(o, kind) for o in os], float) for n,os in options.items()}
-        self.losses = {n: np.array([o.loss for o in os]) for n,os in options.items()}
+        self.costs,self.losses = {},{}
+        for name,os in options.items():
+            self.costs[name] = np.array([getattr(o, kind) for o in os], float)
+            self.losses[name] = np.array([o.loss for o in os])
 
-    def cost(self, chosen)->float: return sum(self.costs[n][i] for n,i in chosen.items())
-    def cheapest(self)->dict: return {n: int(c.argmin()) for n,c in self.costs.items()}
+    def cost(self, chosen)->float:
+        "The cost of a choice"
+        return sum(self.costs[name][i] for name,i in chosen.items())
+
+    def cheapest(self)->dict:
+        "The choice that costs least"
+        return {name: int(c.argmin()) for name,c in self.costs.items()}
 
     def at_price(self, price)->dict: # {layer name: index}
         "The option of each layer that is best where cost has a price"
@@ -104,25 +123,34 @@ class _Chooser:
     def best_step(self, chosen, left)->tuple|None: # (layer name, index)
         "The other option of one layer that gains most for what it costs, of those that `left` can pay"
         best,best_gain = None,-math.inf
-        for n,i in chosen.items():
-            more_cost,less_loss = self.costs[n]-self.costs[n][i],self.losses[n][i]-self.losses[n]
+        for name,i in chosen.items():
+            costs,losses = self.costs[name],self.losses[name]
+            more_cost = costs - costs[i]
+            less_loss = losses[i] - losses
             allowed = (more_cost <= left) & (less_loss > 0)
             if not allowed.any(): continue
             gain = np.where(allowed, less_loss/np.maximum(more_cost, 1e-12), -1)
-            if gain.max() > best_gain: best,best_gain = (n, int(gain.argmax())),gain.max()
+            if gain.max() <= best_gain: continue
+            best_gain = gain.max()
+            best = name,int(gain.argmax())
         return best
 
+# %% ../nbs/14_planner.ipynb #f74ebb7a
 def choose(
     options:dict, # {layer name: list of `Option`s, the dense one among them}
     limit:float, # the most that the chosen options may cost together
     kind:str # 'params', 'macs' or 'latency'
    )->dict: # {layer name: `Option`}
     "The options of least loss within the limit, as far as a Lagrangian and a greedy rest find them"
-    chooser,allowed = _Chooser(options, kind),limit*(1 + 1e-14) # it was computed in float64, costs are counted
+    chooser = _Chooser(options, kind)
+    allowed = limit*(1 + 1e-14) # it was computed in float64, costs are counted
     least = chooser.cost(chooser.cheapest())
-    if least > allowed: raise ValueError(f"limit: {limit} cannot be kept to; the cheapest options cost {least}")
+    if least > allowed:
+        raise ValueError(f"limit: {limit} cannot be kept to; the cheapest options cost {least}")
     chosen = chooser.within(allowed)
-    while step := chooser.best_step(chosen, allowed - chooser.cost(chosen)): chosen[step[0]] = step[1]
+    while step := chooser.best_step(chosen, allowed - chooser.cost(chosen)):
+        name,index = step
+        chosen[name] = index
     return {n:options[n][i] for n,i in chosen.items()}
 
 # %% ../nbs/14_planner.ipynb #0a0e78eb
@@ -138,11 +166,14 @@ class Options(dict):
 
     def cheapest(self, kind)->dict: # {layer name: `Option`}
         "The option of each layer that costs least"
-        return {n: min(os, key=lambda o: getattr(o, kind)) for n,os in self.items()}
+        return {n: min(os, key=attrgetter(kind)) for n,os in self.items()}
 
     def left(self, chosen, kind)->float: # `chosen`: {layer name: `Option`}
         "The fraction of the dense model's cost that a choice leaves"
-        saved = sum(getattr(self[n][0], kind) - getattr(o, kind) for n,o in chosen.items())
+        cost,saved = attrgetter(kind),0
+        for name,option in chosen.items():
+            dense = self[name][0]
+            saved += cost(dense) - cost(option)
         return 1 - saved/(self.totals[kind] or 1)
 
     def least(self, kind)->float:
@@ -152,8 +183,8 @@ class Options(dict):
     def choose(self, budget)->dict: # {layer name: `Option`}
         "The options of least loss within a `Budget`; a `ValueError` where it is too small"
         kind = budget.kind
-        limit = self.dense(kind) - (1-budget.value)*self.totals[kind] # all of it for a budget of 1, without rounding
-        return choose(self, limit, kind)
+        saving = (1-budget.value)*self.totals[kind] # nothing for a budget of 1, without rounding
+        return choose(self, self.dense(kind) - saving, kind)
 
 # %% ../nbs/14_planner.ipynb #fb927855
 class Planner:
@@ -167,18 +198,21 @@ class Planner:
             self.sample = Batches([sample], calibration.batches.device).first
             self.uses = trace(self.model, calibration, self.sample)
         self.found = find_layers(self.model, layer_types)
-        self.totals = dict(params=count_params(self.model), macs=macs_per_layer(self.model, self.sample)[''])
+        self.totals = dict(params=count_params(self.model), macs=count_macs(self.model, self.sample))
 
     @cached_property
     def options(self)->Options:
-        "What each layer may become"
-        names = [f.name for f in self.found if not self.why_not(f)]
-        options = {n: layer_options(self.calibration, n, self.uses[n]) for n in names}
+        "The options of all layers"
+        options = {}
+        for found in self.found:
+            name = found.name
+            if self.why_not(found): continue
+            options[name] = layer_options(self.calibration, name, self.uses[name])
         return Options(options, self.totals)
 
     @cached_property
     def timed_options(self)->Options:
-        "What each layer may become, with milliseconds, without what is not faster"
+        "The options of all layers with milliseconds, without those that are not faster"
         return _timed_options(self)
 
     def why_not(self, found)->str|None: # `found`: a `Found`
@@ -208,8 +242,9 @@ def plan_within(
         raise ValueError(f"{kind}: {budget.value} of nothing; the model has no {kind} to save on")
     try: chosen = options.choose(budget)
     except ValueError: raise _unreachable(planner, options, budget) from None
-    layers = {f.name: _record(planner, f, chosen.get(f.name)) for f in planner.found}
-    calibration = planner.calibration
+    calibration,layers = planner.calibration,{}
+    for found in planner.found:
+        layers[found.name] = _record(planner, found, chosen.get(found.name))
     data = dict(items=calibration.n_items, enough=calibration.enough)
     predicted = predicted_loss(calibration, [o.loss for o in chosen.values()])
     predicted |= {k: options.left(chosen, k) for k in options.totals}
@@ -217,13 +252,16 @@ def plan_within(
 
 def _unreachable(planner, options, budget):
     "The error for a budget below what the cheapest options cost"
-    cheapest = {n: getattr(o, budget.kind) for n,o in options.cheapest(budget.kind).items()}
-    if budget.kind != 'latency': cheapest = own_amounts(planner.model, budget.kind, planner.sample) | cheapest
-    return cannot_reach(planner.model, budget, options.least(budget.kind), cheapest)
+    kind,left = budget.kind,{}
+    if kind != 'latency': left = own_amounts(planner.model, kind, planner.sample)
+    for name,option in options.cheapest(kind).items():
+        left[name] = getattr(option, kind)
+    return cannot_reach(planner.model, budget, options.least(kind), left)
 
 def predicted_loss(calibration, losses)->dict: # like {'loss': .1}
     "The sum of the losses of all layers, where the metric is one of the loss"
-    return dict(loss=sum(losses)) if calibration.settings.metric == 'fisher' else {}
+    if calibration.settings.metric != 'fisher': return {}
+    return dict(loss=sum(losses))
 
 def _record(planner, found, option):
     "The record of a layer that becomes `option`"
@@ -238,8 +276,10 @@ def _record(planner, found, option):
 
 # %% ../nbs/14_planner.ipynb #f2fdc54b
 def _timed(models, sample, seconds, least=2, once=None):
-    "`measure_latency` of a dict of models, repeated as the seconds allow; `once`: milliseconds of the first, if known"
-    if not once: once = measure_latency(next(iter(models.values())), sample, 1, 1).ms
+    "`measure_latency` of a dict of models, repeated as the seconds allow; `once`: milliseconds of the first"
+    if not once:
+        first = next(iter(models.values()))
+        once = measure_latency(first, sample, 1, 1).ms
     repeats = max(least, seconds*1e3/len(models)/once)
     warmup = 0 if once > 40 else 2 # long calls need none
     return measure_latency(models, sample, int(min(15, repeats)), warmup, 2)
@@ -248,19 +288,24 @@ def _input_kind(x): return tuple(x.shape),x.stride(),x.dtype
 
 def _time_all(models, inputs, once):
     "Milliseconds of each of `models` for all of the `inputs`, which are on the meta device"
-    device,total = next(iter(devices_of(models['dense']))),dict.fromkeys(models, 0.)
-    kinds = {_input_kind(x): x for x in inputs}
-    for kind,x in kinds.items():
-        times = sum(_input_kind(o) == kind for o in inputs)
-        sample = torch.empty_like(x, device=device).normal_(generator=torch.Generator(device).manual_seed(0))
+    device = device_of(models['dense'])
+    total = dict.fromkeys(models, 0.)
+    kinds = Counter(map(_input_kind, inputs))
+    examples = {_input_kind(x): x for x in inputs}
+    for kind,times in kinds.items():
+        gen = torch.Generator(device).manual_seed(0)
+        sample = torch.empty_like(examples[kind], device=device).normal_(generator=gen)
         measured = _timed(models, sample, 1., once=once)
-        for key,latency in measured.items(): total[key] += times*latency.least
+        for key,latency in measured.items():
+            total[key] += times*latency.least
     return total
 
 def _knots(n, most_knots=4):
     "The indices of options that are timed"
-    return sorted({round(i) for i in np.linspace(0, n-1, min(n, most_knots))})
+    places = np.linspace(0, n-1, min(n, most_knots))
+    return sorted(set(map(round, places)))
 
+# %% ../nbs/14_planner.ipynb #4797df96
 def time_options(
     layer:nn.Module,
     options:list, # of `Option`s, dense first
@@ -273,14 +318,17 @@ def time_options(
     for o in rest: by_scheme.setdefault(o.scheme, []).append(o)
     models = {'dense': layer}
     for scheme,os in by_scheme.items():
-        models |= {(scheme, i): fresh_layer(layer, scheme, os[i].rank) for i in _knots(len(os))}
+        for i in _knots(len(os)):
+            models[scheme,i] = fresh_layer(layer, scheme, os[i].rank)
     ms = _time_all(models, inputs, once)
     res = [replace(dense, latency=ms['dense'])]
     for scheme,os in by_scheme.items():
         knots = _knots(len(os))
         times = np.interp(range(len(os)), knots, [ms[scheme,i] for i in knots])
-        for o,t in zip(os, np.maximum.accumulate(times)):
-            if t < .95*ms['dense']: res.append(replace(o, latency=float(t)))
+        times = np.maximum.accumulate(times) # a higher rank is no faster
+        for option,time in zip(os, times):
+            if time >= .95*ms['dense']: continue
+            res.append(replace(option, latency=float(time)))
     return res
 
 # %% ../nbs/14_planner.ipynb #bb0b80ee
@@ -288,26 +336,31 @@ def _rank_step(geom):
     "The step between ranks: multiples of 8, or in thin layers of 4"
     narrow = min(geom.out, geom.inp)
     if narrow >= 64: return 8
-    return 4 if narrow >= 16 else 1
+    if narrow >= 16: return 4
+    return 1
 
 def _timed_options(planner)->Options:
     "The `Options` of all layers with milliseconds"
+    calibration,known,res = planner.calibration,{},{}
     inside = latency_per_layer(planner.model, planner.sample)
-    found,known,res = {f.name:f.layer for f in planner.found},{},{}
-    settings = planner.calibration.settings
-    for name in settings.progressing(list(planner.uses)):
-        layer,inputs = found[name],planner.uses[name].inputs
+    for name in calibration.settings.progressing(list(planner.uses)):
+        layer = planner.model.get_submodule(name)
+        use = planner.uses[name]
         geom = Geometry.of(layer)
-        options = layer_options(planner.calibration, name, planner.uses[name], _rank_step(geom))
-        choices = tuple((o.scheme, o.rank) for o in options)
-        shape = geom,layer.weight.stride(),tuple(map(_input_kind, inputs)),choices
+        options = layer_options(calibration, name, use, _rank_step(geom))
+        kinds = tuple(map(_input_kind, use.inputs))
+        choices = tuple(o.choice for o in options)
+        shape = geom,layer.weight.stride(),kinds,choices
         if shape not in known:
-            timed = time_options(layer, options, inputs, once=inside[name]/len(inputs))
-            known[shape] = {(o.scheme, o.rank): o.latency for o in timed}
-        times = known[shape]
-        scale = inside[name]/times[None,None]
-        res[name] = [replace(o, latency=scale*times[c]) for c,o in zip(choices, options) if c in times]
+            timed = time_options(layer, options, use.inputs, inside[name]/use.calls)
+            known[shape] = {o.choice: o.latency for o in timed}
+        res[name] = _scaled_to(options, known[shape], inside[name])
     return Options(res, planner.totals | dict(latency=inside['']))
+
+def _scaled_to(options, times, whole)->list: # `times`: {choice: milliseconds}
+    "`options` with their times, so that the dense layer takes the time `whole`"
+    scale = whole/times[None,None]
+    return [replace(o, latency=scale*times[o.choice]) for o in options if o.choice in times]
 
 # %% ../nbs/14_planner.ipynb #b7109822
 def measured_ratio(
@@ -324,13 +377,15 @@ def measured_ratio(
 def _plan_of_latency(planner, aim):
     "The plan for a fraction of the time of all layers, with the time that the whole model takes"
     options = planner.timed_options
-    plan,ratio = plan_within(planner, options, Budget(latency=aim)),1.
+    plan = plan_within(planner, options, Budget(latency=aim))
+    ratio = 1.
     if plan.choices:
         planned = plan.skeleton(planner.model)
         ratio = measured_ratio(planner.model, planned, planner.sample, once=options.totals['latency'])
     plan.measured['latency'] = ratio
     return plan
 
+# %% ../nbs/14_planner.ipynb #fdd1cae2
 @undisturbed()
 def latency_plan(planner, budget)->Plan:
     "The plan for a budget of milliseconds, measured"
@@ -342,16 +397,19 @@ def latency_plan(planner, budget)->Plan:
         got = plan.measured['latency']
         if got <= value and (got >= .9*value or len(tried) > 1): break
         aim = min(1., max(least, aim*value/got*.95))
-    best = max(tried.values(), key=lambda p: _nearness(p.measured['latency'], value))
+    best = max(tried.values(), key=partial(_nearness, value=value))
     if (got := best.measured['latency']) > 1.01*value:
+        smallest = min(1., math.ceil(got*100)/100)
         if least in tried or got >= 1:
-            raise ValueError(f"latency: {value} cannot be reached; the smallest is {min(1., math.ceil(got*100)/100)}")
-        warnings.warn(f"latency: {value} was asked for, and the nearest of {len(tried)} plans measures {got:.3}")
+            raise ValueError(f"latency: {value} cannot be reached; the smallest is {smallest}")
+        warnings.warn(f"latency: {value} was asked for, "
+                      f"and the nearest of {len(tried)} plans measures {got:.3}")
     best.budget = {'latency': value}
     return best
 
-def _nearness(got, value):
+def _nearness(plan, value):
     "A key by which a plan is the better, the nearer it comes to `value` from below"
+    got = plan.measured['latency']
     return got <= value, -abs(got-value)
 
 # %% ../nbs/14_planner.ipynb #0a750fc5
@@ -369,15 +427,18 @@ def check_evaluate(
     budget:Budget,
     evaluate # a function from a model to a number, larger is better; or `None`
    )->float|None: # the value of the dense model; `None` for other budgets than `max_drop`
-    "Raise a `ValueError` where `evaluate` is missing, is of no use, or returns nothing that the metric could be kept near to"
+    "Raise an error where `evaluate` is missing, is of no use, or returns nothing to keep near to"
     expected = 'a function from a model to a number, larger is better'
-    if evaluate is not None: check_callable('evaluate', evaluate, f"{expected}; metric, loss and the like are given by name")
+    if evaluate is not None:
+        check_callable('evaluate', evaluate, f"{expected}; metric, loss and the like are given by name")
     if budget.kind != 'max_drop':
         if evaluate is None: return None
         raise ValueError(f"evaluate: {budget} makes no use of it; a budget of max_drop does")
     if evaluate is None: raise ValueError(f"evaluate: none given; a budget of max_drop needs {expected}")
-    dense,name = evaluation(evaluate, model),getattr(evaluate, '__name__', 'evaluate')
-    if not math.isfinite(dense): raise ValueError(f"evaluate: it returns {dense} for the dense model")
+    dense = evaluation(evaluate, model)
+    name = getattr(evaluate, '__name__', 'evaluate')
+    if not math.isfinite(dense):
+        raise ValueError(f"evaluate: it returns {dense} for the dense model")
     everything = budget.value >= 1 and 0 < dense <= 1 and not _unbounded.search(name)
     if everything: raise too_loose(budget.value, dense, name)
     return dense
@@ -398,7 +459,7 @@ def search_drop(
     given:nn.Module|None=None, # a decomposed model that the planner's stands for; what comes out is no larger
     steps:int=6 # of the search
    )->Change:
-    "Decompose for the least MACs at which `evaluate` returns at most `budget.max_drop` less than for the dense model"
+    "Decompose for the least MACs at which `evaluate` falls by at most `budget.max_drop`"
     calibration = planner.calibration
     if dense is None: dense = check_evaluate(planner.model, budget, evaluate)
     if given is None: given = planner.model
@@ -406,7 +467,8 @@ def search_drop(
         plan = planner.make(Budget(macs=share))
         change = carry_out(plan, given, calibration, plan.settings)
         return _Tried(share, change, evaluation(evaluate, change.finished()))
-    allowed,low,high,best = dense - budget.value,planner.options.least('macs'),1.,None
+    allowed,best = dense - budget.value,None
+    low,high = planner.options.least('macs'),1.
     for _ in calibration.settings.progressing(range(steps)):
         found = tried((low*high)**.5)
         if found.value >= allowed: high,best = found.share,found
@@ -418,10 +480,11 @@ def search_drop(
     plan.measured |= dict(metric=best.value, dense_metric=dense)
     return best.change
 
+# %% ../nbs/14_planner.ipynb #a0dd1d96
 def _left_dense(least, given, budget, dense):
     "The model as it was, where even the one decomposed `least` loses too much"
-    warnings.warn(f"max_drop: {budget.value} cannot be kept to, so the model stays dense: `evaluate` gives {dense:.4g} "
-                  f"for it, {least.value:.4g} for the one decomposed least")
+    warnings.warn(f"max_drop: {budget.value} cannot be kept to, so the model stays dense: `evaluate` "
+                  f"gives {dense:.4g} for it, {least.value:.4g} for the one decomposed least")
     plan = least.change.plan
     for name in plan.choices:
         plan.set(name)
@@ -435,7 +498,7 @@ def make_plan(
     data, # a little of what it is used on, without labels, see `calibrate`; or a `Calibration`
     budget:Budget, # what the model may have of the dense one
     evaluate=None, # for `max_drop`: a function from a model to a number, larger is better
-    sample=None, # a batch to count and to time with, in the memory format that counts; `None`: the first of `data`
+    sample=None, # a batch to count and to time with, in the right memory format; `None`: the first of `data`
     **kwargs
    )->Plan:
     "Choose scheme and rank of every layer, for the least estimated loss within the budget"
