@@ -21,7 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from .linalg import full_precision, lower_gram, symmetric
-from .layers import Geometry, find_layers
+from .layers import moved, Geometry, find_layers
 from .running import (Batches, blaming_data, evaluating, first_output, frozen, hooked, n_items,
                                  run_model, trace, undisturbed, unfused)
 from .loss import classification
@@ -437,3 +437,8 @@ def settings_for(
     "Return the settings that a call asks for; what it does not say is taken from a `Calibration` as data"
     base = data.settings if isinstance(data, Calibration) else None
     return Settings.of(kwargs, caller, base)
+
+# %% ../nbs/10_calibrate.ipynb #6c0f92ac
+__getattr__ = moved(__name__,
+    now=dict(regression='loss', Inputs='running', Metric='metric'),
+    gone=dict(OwnLoss='Classification(axis=…, first=True) or Regression(first=True) of fasterai_lr.loss'))

@@ -18,7 +18,7 @@ import torch
 from fastcore.meta import delegates
 from torch import nn
 
-from .layers import (FactoredLayer, Geometry, check_loaded, check_module, check_patterns, conv_types,
+from .layers import (moved, FactoredLayer, Geometry, check_loaded, check_module, check_patterns, conv_types,
                                 find_layers, layer_types, linear_types, matches, replace_layers_, select,
                                 transposed_types)
 from .rank import check_rank
@@ -470,3 +470,8 @@ def _projected(found, wish, asked_for):
     if rank > scheme.full() and (wish.named or asked_for):
         raise ValueError(f"rank: {found.name!r}: rank {rank} is above its full rank {scheme.full()}")
     return solver.nearest(rank) if 0 < rank < scheme.full() else None
+
+# %% ../nbs/15_decomposer.ipynb #24298d76
+__getattr__ = moved(__name__,
+    now=dict(smallest='budget'),
+    gone=dict(changed_modules='the `modules` of the Change that `factorize` returns'))

@@ -15,6 +15,7 @@ from torch import nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from .layers import moved
 from .running import Batches, Inputs, undisturbed
 from .metric import Moments
 from .calibrate import Calibration, enough_items, gather_moments, warn_if_too_few
@@ -188,3 +189,8 @@ def rewrap_(
     for name,p in ddp.module.named_parameters():
         if name not in ddp.parameters_to_ignore: ddp._module_parameters.append(p)
     return ddp
+
+# %% ../nbs/16_distributed.ipynb #77d7db25
+__getattr__ = moved(__name__,
+    now={},
+    gone=dict(shared_moments='shared_calibration'))

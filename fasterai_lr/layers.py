@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['linear_types', 'conv_types', 'transposed_types', 'layer_types', 'Geometry', 'ChannelShuffle', 'product',
            'FactoredLayer', 'memory_format', 'fill', 'FactoredTranspose', 'Found', 'check_module', 'find_layers',
-           'check_loaded', 'did_you_mean', 'matches', 'check_patterns', 'select', 'replace_layers_', 'replace_layers',
-           'factored_layers', 'recompose']
+           'check_loaded', 'did_you_mean', 'moved', 'matches', 'check_patterns', 'select', 'replace_layers_',
+           'replace_layers', 'factored_layers', 'recompose']
 
 # %% ../nbs/02_layers.ipynb #cb2d4141
 import copy, difflib, fnmatch
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, replace
+from importlib import import_module
 from math import prod
 
 import torch
@@ -386,6 +387,20 @@ def did_you_mean(name:str, known)->str: # `known`: the names that there are
     if not near: return ''
     return f"; did you mean {near[0]!r}?"
 
+# %% ../nbs/02_layers.ipynb #53ec7f09
+def moved(
+    module:str, # that the names were in
+    now:dict, # {name: module of the package where it is now}
+    gone:dict|None=None # {name: what to take instead}
+   ):
+    "A `__getattr__` for `module`, which finds names that have moved and refuses those that are gone"
+    def find(name):
+        if name in now: return getattr(import_module(f'fasterai_lr.{now[name]}'), name)
+        if gone and name in gone:
+            raise ImportError(f"{module}.{name} is gone since version 0.2; take {gone[name]}")
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return find
+
 # %% ../nbs/02_layers.ipynb #62bd66c3
 def matches(found:Found, pattern:str)->bool: # exact name or glob
     "Tell whether one of the layer's names is `pattern` or matches it"
@@ -506,3 +521,7 @@ def recompose(model:nn.Module # left untouched
     res = replace_layers(model, dense)
     if hasattr(res, 'low_rank_plan'): del res.low_rank_plan
     return res
+
+# %% ../nbs/02_layers.ipynb #c66e9f71
+__getattr__ = moved(__name__,
+    now=dict(run_model='running', evaluating='running', devices_of='running'))

@@ -175,11 +175,11 @@ def _split(batch, bs):
         raise ValueError("data: a tuple is one batch, inputs and targets, but its tensors have "
                          f"{counts} items; give a list for several batches")
     if differ or not lengths: return [batch]
-    parts = []
-    for i in range(0, max(lengths[0], 1), bs):
-        def part(t): return t[i:i+bs] if t.dim() else t
-        parts.append(tree_map_only(Tensor, part, batch))
-    return parts
+    return [_items(batch, i, bs) for i in range(0, max(lengths[0], 1), bs)]
+
+def _items(batch, start, n):
+    "The `n` items of `batch` from `start`"
+    return tree_map_only(Tensor, lambda t: t[start:start+n] if t.dim() else t, batch)
 
 def _check_list(data):
     "Raise a `ValueError` for a list that must be one batch, as its tensors differ in their number of axes"
