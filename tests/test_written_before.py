@@ -4,6 +4,7 @@
 """
 import json
 from functools import lru_cache
+from importlib import import_module
 
 import numpy as np, pytest, torch
 from fastai.learner import load_learner
@@ -177,3 +178,20 @@ def test_an_exported_learner(tmp_path):
     same_outputs(load_low_rank(mlp(), save_low_rank(learn.model, tmp_path/'m')), mlp_inputs, 'exported')
     learn.model.low_rank_plan |= dict(budget=None, predicted={}, measured={})  # not there without a budget
     assert_plan_is_kept(learn.model, 'exported')
+
+# --- names
+
+where_they_were = dict(
+    layers=['run_model', 'evaluating', 'devices_of'], calibrate=['classification', 'regression', 'Batches', 'Inputs', 'n_items', 'Moments', 'Metric', 'make_metric'],
+    fit=['distill', 'flip_and_crop', 'mix', 'flip_crop_and_mix', 'trace', 'loss_increase'], plan=['Budget', 'Plan', 'make_plan', 'Planner', 'Option', 'choose', 'layer_types'],
+    decomposer=['smallest', 'half_saved', 'decompose', 'project_'], callback=['calibration_batches', 'decompose_learner', 'measure_metric', 'metric_value', 'output_kind', 'DecomposeCallback'])
+
+@pytest.mark.parametrize('module, name', [(m, n) for m,ns in where_they_were.items() for n in ns])
+def test_names_are_found_where_they_were(module, name):
+    assert getattr(import_module(f'fasterai_lr.{module}'), name) is not None
+
+@pytest.mark.parametrize('module, name, instead', [('calibrate', 'OwnLoss', r'Classification\(axis=…, first=True\)'), ('fit', 'output_loss', '`distance` of a Loss'), ('plan', 'chain_macs', '`macs` of a Scheme'),
+                                                   ('decomposer', 'changed_modules', '`modules` of the Change'), ('distributed', 'shared_moments', 'shared_calibration')])
+def test_names_that_are_gone_say_what_to_take_instead(module, name, instead):
+    with pytest.raises(ImportError, match=f'fasterai_lr.{module}.{name} is gone since version 0.2; take .*{instead}'): exec(f'from fasterai_lr.{module} import {name}')
+    with pytest.raises(AttributeError, match='has no attribute'): import_module(f'fasterai_lr.{module}').no_such_name
