@@ -46,7 +46,7 @@ def flip_crop_and_mix(x:Tensor, gen:torch.Generator)->Tensor:
     "Apply `flip_and_crop`, then `mix`"
     return mix(flip_and_crop(x, gen), gen)
 
-# %% ../nbs/11_distill.ipynb #357a9846
+# %% ../nbs/11_distill.ipynb #9d67f975
 def _forever(batches):
     "Go through `batches` again and again"
     while True: yield from batches
@@ -60,7 +60,7 @@ def _augmented(batch, augment, gen):
     first,*others = batch
     return augment(first, gen),*others
 
-# %% ../nbs/11_distill.ipynb #5a044c04
+# %% ../nbs/11_distill.ipynb #56ee897e
 def _feature_loss(student, teacher): # {module name: output}
     "The mean `relative_error` of the outputs of some modules"
     errors = []
@@ -70,7 +70,7 @@ def _feature_loss(student, teacher): # {module name: output}
         errors.append(relative_error(out, want.to(out.dtype)))
     return sum(errors)/max(1, len(errors))
 
-# %% ../nbs/11_distill.ipynb #0d641db7
+# %% ../nbs/11_distill.ipynb #bce91afc
 def _is_half(x): return x.dtype in (torch.float16, torch.bfloat16)
 
 def _widened(model):
@@ -129,7 +129,7 @@ class _Student:
         for t,dtype in self.dtypes.items(): t.data = t.data.to(dtype)
         return self.model
 
-# %% ../nbs/11_distill.ipynb #23a3030a
+# %% ../nbs/11_distill.ipynb #5cf82d80
 def _trained(student, batches, steps, lr):
     "Train `student` with some steps of Adam in one cycle; return its model"
     settings = student.settings
@@ -169,7 +169,7 @@ def distill(
     lr:float=1e-3, # the peak of a one-cycle schedule for Adam; if that does not help, a tenth of it is tried
     **kwargs
    )->nn.Module:
-    "Train a copy of `model` to do what `teacher` does on `data`; it never ends further from it than `model` is"
+    "Train a copy of `model` to do what `teacher` does on `data`; it never ends further from it than before"
     settings = Settings.of(kwargs, distill)
     batches = Batches.of(data, model)
     before = None
