@@ -11,7 +11,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from .layers import factored_layers, replace_layers
 from .running import Batches, evaluated, evaluating, first_output, hooked, run_model, undisturbed
@@ -24,7 +24,7 @@ def flip_and_crop(
     gen:torch.Generator, # for the draws
     pad:int=4
    )->Tensor:
-    "Images flipped at random and shifted by up to `pad` pixels, one shift for the batch"
+    "Flip images at random, and shift them by up to `pad` pixels, one shift for the batch"
     flip = torch.rand(len(x), 1, 1, 1, generator=gen).to(x.device) < .5
     i,j = torch.randint(2*pad+1, (2,), generator=gen).tolist()
     h,w = x.shape[2:]
@@ -36,30 +36,31 @@ def mix(
     gen:torch.Generator, # for the draws
     share:float=.5 # of the images that are mixed
    )->Tensor:
-    "Images of which some hold up to a half of another"
+    "Mix some of the images with up to a half of another"
     amount = .5*torch.rand(len(x), 1, 1, 1, generator=gen)
     mixed = torch.rand(len(x), 1, 1, 1, generator=gen) < share
     others = x[torch.randperm(len(x), generator=gen).to(x.device)]
     return x.lerp(others, (amount*mixed).to(x))
 
 def flip_crop_and_mix(x:Tensor, gen:torch.Generator)->Tensor:
-    "`flip_and_crop`, then `mix`"
+    "Apply `flip_and_crop`, then `mix`"
     return mix(flip_and_crop(x, gen), gen)
 
+# %% ../nbs/11_distill.ipynb #9d67f975
 def _forever(batches):
     "Go through `batches` again and again"
     while True: yield from batches
 
-def _augmented(batches, augment, gen):
-    "`batches` with the first of their inputs augmented"
-    for b in batches:
-        if not augment: yield b
-        elif isinstance(b, dict):
-            raise TypeError("augment: it takes the first of a tuple of inputs, but the batches are dicts; "
-                            "augment them beforehand")
-        else: yield augment(b[0], gen), *b[1:]
+def _augmented(batch, augment, gen):
+    "Return `batch` with the first of its inputs augmented"
+    if not augment: return batch
+    if isinstance(batch, dict):
+        raise TypeError("augment: it takes the first of a tuple of inputs, but the batches are dicts; "
+                        "augment them beforehand")
+    first,*others = batch
+    return augment(first, gen),*others
 
-# %% ../nbs/11_distill.ipynb #83bb2293
+# %% ../nbs/11_distill.ipynb #56ee897e
 def _feature_loss(student, teacher): # {module name: output}
     "The mean `relative_error` of the outputs of some modules"
     errors = []
@@ -69,76 +70,90 @@ def _feature_loss(student, teacher): # {module name: output}
         errors.append(relative_error(out, want.to(out.dtype)))
     return sum(errors)/max(1, len(errors))
 
-_halves = torch.float16,torch.bfloat16
+# %% ../nbs/11_distill.ipynb #bce91afc
+def _is_half(x): return x.dtype in (torch.float16, torch.bfloat16)
 
 def _widened(model):
     "Turn half-precision tensors of `model` into float32 ones; return their dtypes"
-    was = {t:t.dtype for t in (*model.parameters(), *model.buffers()) if t.dtype in _halves}
+    was = {}
+    for t in (*model.parameters(), *model.buffers()):
+        if _is_half(t): was[t] = t.dtype
     for t in was: t.data = t.data.float()
     return was
 
 def _wide(batch):
-    "`batch` with its half-precision tensors in float32"
-    return tree_map(lambda t: t.float() if isinstance(t, Tensor) and t.dtype in _halves else t, batch)
+    "Return `batch` with its half-precision tensors in float32"
+    def widen(t): return t.float() if _is_half(t) else t
+    return tree_map_only(Tensor, widen, batch)
 
 def _trainable(model):
-    "The parameters of all modules without children, each once"
-    leaves = [m for m in model.modules() if not list(m.children())]
-    return list(dict.fromkeys(p for m in leaves for p in m.parameters()))
+    "Return the parameters of all modules without children, each once"
+    params = {}
+    for m in model.modules():
+        if not list(m.children()): params |= dict.fromkeys(m.parameters())
+    return list(params)
 
+# %% ../nbs/11_distill.ipynb #83bb2293
 class _Student:
     "A copy of `model` in training, beside its teacher"
     def __init__(self, model, teacher, settings):
-        self.model,self.teacher,self.settings = replace_layers(model, {}),teacher,settings
+        self.model = replace_layers(model, {})
+        self.teacher,self.settings = teacher,settings
         self.dtypes = _widened(self.model)
-        self.params = _trainable(self.model)
-        self.flags = [p.requires_grad for p in self.params]
-        for p in self.params: p.requires_grad_(True)
+        self.flags = {p: p.requires_grad for p in _trainable(self.model)}
+        for p in self.flags: p.requires_grad_(True)
+        holders = {n.rpartition('.')[0] for n in factored_layers(self.model)}
+        self.holders = sorted(holders - {''})
 
-    def watched(self, model, outputs):
-        "Put into `outputs` what the modules that hold factored layers return"
-        holders = {n.rpartition('.')[0] for n in factored_layers(self.model)} - {''}
-        def seen(name, module, x, out): outputs[name] = out
-        return hooked({n: model.get_submodule(n) for n in sorted(holders)}, seen)
+    def _run(self, run, model, batch):
+        "Return the output of `model`, and those of its modules that hold factored layers in the student"
+        inside = {}
+        def see(name, module, x, out): inside[name] = out
+        holders = {n: model.get_submodule(n) for n in self.holders}
+        with hooked(holders, see): out = run(model, batch)
+        return first_output(out),inside
 
     def distance(self, batch)->Tensor: # scalar
         "How far the student is from its teacher on `batch`"
-        mine,wanted = {},{}
-        with self.watched(self.teacher, wanted): want = first_output(evaluated(self.teacher, batch))
+        want,wanted = self._run(evaluated, self.teacher, batch)
         if not isinstance(want, Tensor):
             raise TypeError(f"distill: the model returns {type(want).__name__}; "
                             "only a tensor, or the first of a tuple, can be learned from")
-        with self.watched(self.model, mine): out = first_output(run_model(self.model, self._own(batch)))
+        if self.dtypes: batch = _wide(batch)
+        out,mine = self._run(run_model, self.model, batch)
         return self.settings.loss.distance(out, want.to(out.dtype)) + _feature_loss(mine, wanted)
 
-    def _own(self, batch): return _wide(batch) if self.dtypes else batch
-
     def finished(self)->nn.Module:
-        "The trained model, with the dtypes and flags that it had"
-        for p,flag in zip(self.params, self.flags): p.requires_grad_(flag).grad = None
+        "Return the trained model, with the dtypes and flags that it had"
+        for p,flag in self.flags.items(): p.requires_grad_(flag).grad = None
         for t,dtype in self.dtypes.items(): t.data = t.data.to(dtype)
         return self.model
 
-# %% ../nbs/11_distill.ipynb #7fcc4b99
+# %% ../nbs/11_distill.ipynb #5cf82d80
 def _trained(student, batches, steps, lr):
-    "The model of `student` after some steps of Adam in one cycle"
-    opt = torch.optim.Adam(student.params, lr=lr)
+    "Train `student` with some steps of Adam in one cycle; return its model"
+    settings = student.settings
+    gen = torch.Generator().manual_seed(settings.seed)
+    opt = torch.optim.Adam(list(student.flags), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     with evaluating(student.model, student.teacher), torch.enable_grad():
-        for _,batch in zip(student.settings.progressing(range(steps)), batches):
-            distance = student.distance(batch)
+        for _,batch in zip(settings.progressing(range(steps)), _forever(batches)):
+            distance = student.distance(_augmented(batch, settings.augment, gen))
             opt.zero_grad()
             distance.backward()
             opt.step()
             schedule.step()
     return student.finished()
 
+# %% ../nbs/11_distill.ipynb #7fcc4b99
 def _apart(model, teacher, batches, settings):
     "The `distance` of the outputs of the two, the mean over batches"
     gen = torch.Generator().manual_seed(settings.seed+1)
     distances = []
-    for batch in _augmented(batches, settings.augment, gen):
-        out,want = (first_output(evaluated(m, batch)).float() for m in (model, teacher))
+    for batch in batches:
+        batch = _augmented(batch, settings.augment, gen)
+        out = first_output(evaluated(model, batch)).float()
+        want = first_output(evaluated(teacher, batch)).float()
         distances.append(settings.loss.distance(out, want))
     return float(torch.stack(distances).mean())
 
@@ -154,15 +169,14 @@ def distill(
     lr:float=1e-3, # the peak of a one-cycle schedule for Adam; if that does not help, a tenth of it is tried
     **kwargs
    )->nn.Module:
-    "Train a copy of `model` to do on `data` what `teacher` does; it never ends further from it there than `model` is"
+    "Train a copy of `model` to do what `teacher` does on `data`; it never ends further from it than before"
     settings = Settings.of(kwargs, distill)
-    batches,before = Batches.of(data, model),None
+    batches = Batches.of(data, model)
+    before = None
     for rate in (lr, .1*lr):
-        gen = torch.Generator().manual_seed(settings.seed)
-        student = _Student(model, teacher, settings)
-        res = _trained(student, _augmented(_forever(batches), settings.augment, gen), steps, rate)
+        res = _trained(_Student(model, teacher, settings), batches, steps, rate)
         if before is None: before = _apart(model, teacher, batches, settings)
         if _apart(res, teacher, batches, settings) <= before: return res
-    warnings.warn(f"distill: {steps} steps took the model further from its teacher, with a learning rate of {lr:g} "
-                  f"and of {.1*lr:g}; it is returned as it was")
+    warnings.warn(f"distill: {steps} steps took the model further from its teacher, with a learning rate of "
+                  f"{lr:g} and of {.1*lr:g}; it is returned as it was")
     return replace_layers(model, {})

@@ -6,9 +6,7 @@
 __all__ = ['Stats', 'flat_blocks', 'Change', 'fit', 'loss_increase']
 
 # %% ../nbs/12_fit.ipynb #ced1ca30
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import accumulate, dropwhile
 from math import ceil, inf
 
 import torch
@@ -16,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import FactoredLayer, Geometry, replace_layers, replace_layers_
-from .running import Additions, Batches, evaluated, first_output, hooked, n_items, trace, undisturbed
+from .layers import FactoredLayer, Geometry, factored_layers, replace_layers, replace_layers_
+from .running import (Additions, Batches, evaluated, first_output, hooked, n_items, trace,
+                                 undisturbed)
 from .loss import as_loss, classification
 from .metric import Moments, covariance, lacking, make_metric, ridge
 from .calibrate import (Centred, Gram, InputMoments, Squares, draw, n_positions, output_rows,
@@ -29,47 +28,53 @@ from .distill import distill
 class _Stop(Exception): "All that was to be seen in a run was seen"
 
 class _Watch:
-    "Runs a model and shows calls of some layers, and the sums that their outputs go into, until all were seen"
+    "Runs a model and shows calls of some layers, and the sums that they go into, until all were seen"
     def __init__(self,
         uses, # {name: `Use`} of the layers
-        called, # called with (name, layer, input, output) after each call
-        added): # called with (name, layer, a, b) before the sum `a+b` that a layer's output goes into
-        self.uses,self.called,self.added = uses,called,added
+        watchers): # {name: object}: `called(x, out)` after a call, `added(a, b)` before the sum with `out`
+        self.uses,self.watchers = uses,watchers
 
     def run(self, model, batch):
-        self.layers = {n: model.get_submodule(n) for n in self.uses}
+        layers = {n: model.get_submodule(n) for n in self.uses}
         self.left = self._expected()
         self.additions = Additions(self._see_sum)
-        sums = any(u.add is not None for u in self.uses.values())
         try:
-            with hooked(self.layers, self._see_call), self.additions if sums else nullcontext():
-                evaluated(model, batch)
+            with hooked(layers, self._see_call), self.additions: evaluated(model, batch)
         except _Stop: pass
         finally: self.additions.see = None # or what was seen would live until the garbage is collected
 
     def _expected(self):
-        "The number of things to see; no end where a layer is called several times: in another batch it may be more"
-        if any(u.calls > 1 for u in self.uses.values()): return inf
-        return sum(1 + (u.add is not None) for u in self.uses.values())
+        "Count the things to see; no end where a layer is called several times, which may be more elsewhere"
+        n = 0
+        for use in self.uses.values():
+            if use.calls > 1: return inf
+            n += 1 if use.add is None else 2
+        return n
 
-    def _see_call(self, name, layer, x, out): self._see(self.called, name, x, out)
+    def _see_call(self, name, layer, x, out):
+        self._see(self.watchers[name].called, x, out)
 
     def _see_sum(self, i, a, b):
         for name,use in self.uses.items():
-            if use.add == i: self._see(self.added, name, a, b)
+            if use.add == i:
+                self._see(self.watchers[name].added, a, b)
 
-    def _see(self, show, name, *tensors):
+    def _see(self, show, *tensors):
         self.additions.counts = False # not the additions that `show` makes
-        show(name, self.layers[name], *tensors)
+        show(*tensors)
         self.additions.counts = True
         self.left -= 1
         if not self.left: raise _Stop
 
 # %% ../nbs/12_fit.ipynb #73e5d19f
-def _copied(layer, out, idx=None):
-    "`output_rows` without the layer's bias, which what comes after cannot change in place"
+def _copied(layer, out, idx):
+    "Return `output_rows` without the layer's bias, which what comes after cannot change in place"
     rows = unbiased(layer, output_rows(layer, out, idx))
-    return rows.clone() if rows.data_ptr() == out.data_ptr() else rows
+    if rows.data_ptr() == out.data_ptr(): return rows.clone()
+    return rows
+
+def _sum_rows(layer, a, b, idx):
+    return output_rows(layer, a, idx) + output_rows(layer, b, idx)
 
 @dataclass
 class _Call:
@@ -79,60 +84,86 @@ class _Call:
     out:Tensor # `[positions, groups, out/groups]`, without bias
     sum:Tensor|None = None # that it goes into
 
-class _Wanted:
-    "For groups of layers in turn, the calls in the dense network; one run serves as many groups as `room` bytes hold"
-    def __init__(self, model, uses, batches, settings, room=2**28):
-        self.model,self.uses,self.batches,self.room = model,uses,batches,room
+# %% ../nbs/12_fit.ipynb #497558f8
+class _Recorder:
+    "Records the calls of a layer of the dense network"
+    def __init__(self, layer, use, settings):
+        self.layer,self.use = layer,use
         self.most = settings.most
-        self.gens = {n: torch.Generator().manual_seed(settings.seed) for n in uses}
+        self.gen = torch.Generator().manual_seed(settings.seed)
+        self.calls = []
 
-    def calls(self, names, batch)->dict: # {name: its `_Call`s}
-        "The calls of the layers `names` for one batch"
-        res = {n:[] for n in names}
-        def called(name, layer, x, out):
-            idx = draw(n_positions(layer, out), self.most, self.gens[name])
-            res[name].append(_Call(out.shape, idx, _copied(layer, out, idx)))
-        def added(name, layer, a, b):
-            call = res[name][-1]
-            call.sum = output_rows(layer, a, call.idx) + output_rows(layer, b, call.idx)
-        _Watch({n:self.uses[n] for n in names}, called, added).run(self.model, batch)
-        return res
+    def called(self, x, out):
+        idx = draw(n_positions(self.layer, out), self.most, self.gen)
+        rows = _copied(self.layer, out, idx)
+        self.calls.append(_Call(out.shape, idx, rows))
 
-    def by_group(self, groups):
-        "Yield for each group an iterator over the batches, of {name: its `_Call`s}"
-        while groups:
-            now,*rest = groups
-            sizes = accumulate(map(self._bytes_of_group, rest))
-            later = [g for g,size in zip(rest, sizes) if size <= self.room]
-            groups,kept = rest[len(later):],[]
-            yield self._first(now, [n for g in later for n in g], kept)
-            for group in later: yield ({n: calls.pop(n) for n in group} for calls in kept)
+    def added(self, a, b):
+        call = self.calls[-1]
+        call.sum = _sum_rows(self.layer, a, b, call.idx)
 
-    def _first(self, now, later, kept):
-        "Yield the calls of `now` batch by batch, and put those of `later` into `kept`"
-        for batch in self.batches:
-            calls = self.calls((*now, *later), batch)
-            kept.append({n: calls.pop(n) for n in later})
-            yield calls
+    def take(self):
+        "Return the calls since this was asked last"
+        calls,self.calls = self.calls,[]
+        return calls
 
-    def _bytes_of_group(self, group):
-        "What the calls of a group take, for all batches"
-        return sum(self._bytes(n) for n in group)*len(self.batches)
-
-    def _bytes(self, name):
-        "What the calls of a layer take, for one batch"
-        layer,use,total = self.model.get_submodule(name),self.uses[name],0
-        for out in use.outputs:
-            row = Geometry.of(layer).out*max(4, out.element_size())
-            if use.add is not None: row *= 2
-            total += min(n_positions(layer, out), self.most)*(row + 8) # 8 for the index
+    @property
+    def size(self):
+        "The bytes that the calls for one batch take"
+        numbers = Geometry.of(self.layer).out
+        if self.use.add is not None: numbers *= 2
+        total = 0
+        for out in self.use.outputs:
+            positions = min(n_positions(self.layer, out), self.most)
+            row = numbers*max(4, out.element_size())
+            total += positions*(row + 8) # 8 for the index
         return total
+
+# %% ../nbs/12_fit.ipynb #864f4d01
+_room = 2**28 # bytes for the calls that are kept
+
+def _pop(calls, names):
+    "Take those of the layers `names` out of `calls`, {name: its `_Call`s}"
+    return {n: calls.pop(n) for n in names}
+
+def _recorded(model, recorders, batches, kept): # `recorders`: {layer name: `_Recorder`}
+    "Yield the calls {name: its `_Call`s} batch by batch, and put them into `kept`"
+    uses = {n: recorder.use for n,recorder in recorders.items()}
+    watch = _Watch(uses, recorders)
+    for batch in batches:
+        watch.run(model, batch)
+        calls = {n: recorder.take() for n,recorder in recorders.items()}
+        kept.append(calls)
+        yield calls
+
+def _with_room(groups, n_batches): # `groups`: {layer name: `_Recorder`} for each
+    "Return the first of `groups`, as many as there is room for"
+    size = 0 # for one batch
+    for i,group in enumerate(groups):
+        for recorder in group.values(): size += recorder.size
+        if size*n_batches > _room: return groups[:i]
+    return groups
+
+def _wanted(model, groups, batches, settings): # `groups`: {layer name: `Use`} for each
+    "Yield for each group an iterator over the batches, of {name: its `_Call`s} in the dense `model`"
+    ahead = []
+    for group in groups:
+        ahead.append({n: _Recorder(model.get_submodule(n), use, settings) for n,use in group.items()})
+    while ahead:
+        now,*ahead = ahead
+        later = _with_room(ahead, len(batches))
+        ahead = ahead[len(later):]
+        kept,recorders = [],dict(now)
+        for group in later: recorders |= group
+        yield (_pop(calls, now) for calls in _recorded(model, recorders, batches, kept))
+        for group in later:
+            yield (_pop(calls, group) for calls in kept)
 
 # %% ../nbs/12_fit.ipynb #d2f80f07
 @dataclass
 class Stats:
     "Moments `[groups, n, n]` and means that a layer is fitted to"
-    xx:Tensor # of its input as it is now, as patches; or as the output that it makes of them, where those are too large
+    xx:Tensor # of its input as it is now: of patches or, where those are too large, of the output made of it
     yx:Tensor|None # of the wanted output, without bias, with that input; `None` where `xx` is only a diagonal
     z:Tensor # mean of what `xx` is the moment of
     x:Tensor # mean of the patches, `[groups, d]`
@@ -140,213 +171,305 @@ class Stats:
 
     @classmethod
     def of(cls, m:Moments, W:Tensor): # `[groups, o, d]`
-        "Those of a layer that is to stay as it is"
-        if m.inputs is None: return cls(m.outputs, m.outputs, m.output_mean, m.input_mean, m.output_mean)
+        "Return the statistics of a layer that is to do what it does"
+        x,y = m.input_mean,m.output_mean
+        if m.inputs is None: return cls(m.outputs, m.outputs, y, x, y)
         yx = W@m.inputs if m.inputs.dim() == 3 else None
-        return cls(m.inputs, yx, m.input_mean, m.input_mean, m.output_mean)
+        return cls(m.inputs, yx, x, x, y)
 
-def _scale(norm, groups):
-    "The factor by which a BatchNorm multiplies its input, `[groups, channels/groups]`"
-    if norm is None: return torch.ones(1)
-    s = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None: s = s*norm.weight.detach()
-    return s.view(groups, -1)
+# %% ../nbs/12_fit.ipynb #83ffa009
+def _scale(norm, rows):
+    "The factor by which a BatchNorm multiplies `rows` `[positions, groups, channels/groups]`"
+    if norm is None: return rows.new_ones(1)
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None: scale = scale*norm.weight.detach()
+    return scale.view(rows.shape[1:]).to(rows)
 
 def _lost(want, out, total, scale):
-    "What the output of a layer has to make up for: what the sum that it goes into lacks, less its own part"
+    "The output that a layer has to make up for: what the sum that it goes into lacks, less its own part"
     seen = scale.abs() > 1e-2*scale.abs().max()
-    missing = (want.sum - total)*torch.where(seen, 1/scale, 0.)
-    return missing - (want.out - out)*seen
+    inverse = torch.where(seen, 1/scale, 0.)
+    own = (want.out - out)*seen
+    return (want.sum - total)*inverse - own
 
+# %% ../nbs/12_fit.ipynb #6fb52d14
+class _PairMoments:
+    "Adds up the moments of a layer's input, with itself and with the wanted output"
+    def __init__(self, layer, settings):
+        self.layer = layer
+        self.inputs = InputMoments(layer, settings.max_size)
+        self.yx = Gram()
+
+    def rows(self, x, out, want):
+        "Add the input of a call; return the rows that go with the wanted output"
+        rows = self.inputs.add(self.layer, x, out, want.idx)
+        if rows is not None: return rows
+        ones = torch.ones_like(want.out[...,:1]) # for the mean of the wanted output alone
+        return Centred(ones)
+
+    def add(self, rows, y): self.yx.add(Centred(y), rows)
+
+    def stats(self):
+        inputs = self.inputs
+        yx = self.yx.mean if inputs.second.n else None
+        return Stats(inputs.moment, yx, inputs.row_mean, inputs.mean, self.yx.row_mean)
+
+# %% ../nbs/12_fit.ipynb #5be95a71
 class _Pair:
-    "Moments between what a layer gets now and what is wanted of it"
-    def __init__(self, layer, norm, max_size):
-        self.layer,self.norm = layer,norm
-        self.inputs,self.yx = InputMoments(layer, max_size),Gram()
+    "Pairs the calls of a layer with those in the dense network"
+    def __init__(self, model, name, use, settings):
+        layer = model.get_submodule(name)
+        self.norm = use.norm and model.get_submodule(use.norm)
+        self.moments = _PairMoments(layer, settings)
         self.same = True # is the layer called as in the dense network?
 
-    def start(self, calls, with_sum):
-        self.calls,self.with_sum,self.waits = iter(calls),with_sum,None
+    def start(self, calls):
+        self.calls = iter(calls)
+        self.waits = None # for the sum that the last call goes into
 
     def called(self, x, out):
         want = next(self.calls, None)
-        if want is None or want.shape != out.shape: self.same = False
-        elif out.numel(): self._compare(want, x, out)
+        if want is None or want.shape != out.shape:
+            self.same = False
+        elif out.numel():
+            self._compare(want, x, out)
 
     def _compare(self, want, x, out):
-        rows = self.inputs.add(self.layer, x, out, want.idx)
-        if rows is None: rows = Centred(want.out.new_ones(*want.out.shape[:2], 1)) # for the mean of the others, if nothing else
-        if self.with_sum and want.sum is not None: self.waits = want,rows,_copied(self.layer, out, want.idx)
-        else: self.yx.add(Centred(want.out), rows)
+        rows = self.moments.rows(x, out, want)
+        if want.sum is None:
+            self.moments.add(rows, want.out)
+        else:
+            self.waits = want,rows,_copied(self.moments.layer, out, want.idx)
 
     def added(self, a, b):
-        if self.waits is None or a.shape != self.waits[0].shape: return
+        if self.waits is None: return
         want,rows,out = self.waits
+        if a.shape != want.shape: return
         self.waits = None
-        total = output_rows(self.layer, a, want.idx) + output_rows(self.layer, b, want.idx)
-        scale = _scale(self.norm, want.out.shape[1]).to(want.out)
-        self.yx.add(Centred(want.out + _lost(want, out, total, scale)), rows)
+        total = _sum_rows(self.moments.layer, a, b, want.idx)
+        lost = _lost(want, out, total, _scale(self.norm, out))
+        self.moments.add(rows, want.out + lost)
 
-    def end(self): self.same = self.same and self.waits is None and next(self.calls, None) is None
-
-    def stats(self):
-        yx = self.yx.mean if self.inputs.second.n else None
-        return Stats(self.inputs.moment, yx, self.inputs.row_mean, self.inputs.mean, self.yx.row_mean)
+    def end(self):
+        missed = next(self.calls, None)
+        if missed or self.waits: self.same = False
 
 # %% ../nbs/12_fit.ipynb #1b7e223b
 def _each_sum_once(uses):
-    "`uses`, each addition with the last layer only"
-    last = {u.add: n for n,u in uses.items()}
-    return {n: u if last[u.add] == n else replace(u, add=None) for n,u in uses.items()}
-
-def _gather(model, uses, batches, wanted, max_size):
-    "`Stats` of the layers `uses`, without those that are not called as in the dense network, as an expert that is sent other things now"
-    uses,pairs = _each_sum_once(uses),{}
+    "Return `uses`, each addition with the last layer only"
+    last = {use.add: name for name,use in uses.items()}
+    res = {}
     for name,use in uses.items():
-        norm = use.norm and model.get_submodule(use.norm)
-        pairs[name] = _Pair(model.get_submodule(name), norm, max_size)
-    def called(name, layer, x, out): pairs[name].called(x, out)
-    def added(name, layer, a, b): pairs[name].added(a, b)
-    watch = _Watch(uses, called, added)
+        is_last = last[use.add] == name
+        res[name] = use if is_last else replace(use, add=None)
+    return res
+
+def _gather(model, uses, batches, wanted, settings)->dict: # {name: its `Stats`}
+    "Compare the layers `uses` of `model` with what is `wanted` of them"
+    pairs = {}
+    for name,use in uses.items():
+        pairs[name] = _Pair(model, name, use, settings)
+    watch = _Watch(uses, pairs)
     for batch,calls in zip(batches, wanted):
-        for name,pair in pairs.items(): pair.start(calls[name], uses[name].add is not None)
+        for name,pair in pairs.items():
+            pair.start(calls[name])
         watch.run(model, batch)
         for pair in pairs.values(): pair.end()
-    return {n:p.stats() for n,p in pairs.items() if p.same}
+    return {n: pair.moments.stats() for n,pair in pairs.items() if pair.same}
 
 # %% ../nbs/12_fit.ipynb #e4bcb4f5
-def _regress(start, s, centre):
+def flat_blocks(layer:nn.Module)->Tensor: # `[groups, o, d]`
+    "The weight of `layer` as one matrix a block, in float64"
+    return Geometry.of(layer).to_blocks(layer.weight.detach()).double().flatten(2)
+
+def _times(M, v): # `[groups, o, n]` and `[groups, n]`
+    return (M@v[...,None])[...,0]
+
+def _regress(start, s, centre): # `start` `[groups, o, n]`, `s`: `Stats`
     "The matrix near `start` that makes the wanted output of the input as it is, after the means if `centre`"
     xx,yx,R = s.xx,s.yx,0.
     if centre:
-        xx,R = covariance(s.xx, s.z),lacking(s.z)
+        xx = covariance(s.xx, s.z)
         yx = s.yx - s.y[...,None]*s.z[...,None,:]
+        R = lacking(s.z)
     R = R + ridge(xx)
     L = torch.linalg.cholesky(xx + torch.diag_embed(R))
-    return torch.cholesky_solve((yx + start*R[:,None]).mT, L).mT
+    pulled = yx + start*R[:,None]
+    return torch.cholesky_solve(pulled.mT, L).mT
 
 def _fitted(W, s, centre): # `W` `[groups, o, d]`
     "The best weight for the input as it is, and the moments for its metric"
     moments = Moments(inputs=s.xx, input_mean=s.x)
     if s.yx is None: return W,moments
-    if s.xx.shape[-1] == W.shape[-1]: return _regress(W, s, centre),moments
-    M = _regress(torch.eye(W.shape[1]).to(W).expand_as(s.xx), s, centre)
-    output_mean = (M@s.z[...,None])[...,0]
-    return M@W, Moments(outputs=M@s.xx@M.mT, output_mean=output_mean, input_mean=s.x)
+    if s.xx.shape[-1] == W.shape[-1]: # patches
+        return _regress(W, s, centre),moments
+    unchanged = torch.eye(W.shape[1]).to(W).expand_as(s.xx)
+    M = _regress(unchanged, s, centre)
+    moments = Moments(outputs=M@s.xx@M.mT, output_mean=_times(M, s.z), input_mean=s.x)
+    return M@W,moments
 
-def flat_blocks(layer:nn.Module)->Tensor: # `[groups, o, d]`
-    "The weight of `layer` as one matrix a block, in float64"
-    return Geometry.of(layer).to_blocks(layer.weight.detach()).double().flatten(2)
+# %% ../nbs/12_fit.ipynb #ee794d50
+class _LayerFit:
+    "The best weight for one layer, and the layers that can be made of it"
+    def __init__(self, layer, stats, centre): # `centre`: is the mean of an error corrected?
+        self.layer,self.centre = layer,centre
+        self.geom = Geometry.of(layer)
+        best,self.moments = _fitted(flat_blocks(layer), stats, centre)
+        self.best = best.reshape(self.geom.block_shape)
+        self.weight = self.geom.from_blocks(self.best)
+
+    def dense(self):
+        "Return the layer with its best weight"
+        self.layer.weight.copy_(self.weight)
+        return self.layer
+
+    def factored(self, name, calibration, choice): # `choice`: (scheme, rank)
+        "Return the factored layer that takes the place of the layer `name`"
+        scheme,rank = choice
+        self.moments.grads = calibration[name].grads
+        kind = calibration.settings.metric
+        metric = make_metric(self.geom, self.moments, self.best, kind, self.centre)
+        solver = schemes[scheme](self.geom, name).solver(self.weight, metric)
+        why = solver.misfit(rank)
+        if why: raise ValueError(f"choices: layer {name!r}: {why}")
+        return solver.build(rank, self.layer, solver.refined(rank))
 
 # %% ../nbs/12_fit.ipynb #a871bff5
-def _normalises(m): return isinstance(m, _BatchNorm) and m.running_mean is not None
-
-def _norm_statistics(model, batches):
-    "Mean and variance of what each BatchNorm of `model` gets, behind others that normalise by the batch's own"
-    norms = {n:m for n,m in model.named_modules() if _normalises(m)}
-    sums = {n:Squares() for n in norms}
+def _norm_statistics(model, batches)->dict: # {name: (mean, variance)}
+    "The statistics of what each BatchNorm of `model` gets, behind others that normalise by the batch's own"
+    norms,sums = {},{}
+    for name,m in model.named_modules():
+        if not isinstance(m, _BatchNorm) or m.running_mean is None: continue
+        norms[name],sums[name] = m,Squares()
+    if not norms: return {}
     def see(name, norm, x, out):
         rows = x.transpose(0, 1).flatten(1).T.double()
         if not len(rows): return
         sums[name].add(rows, rows)
-        if len(rows) > 1: return F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0., norm.eps)
+        if len(rows) == 1: return
+        return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
     with hooked(norms, see):
-        for batch in batches if norms else (): evaluated(model, batch)
-    return {n: (s.row_mean, (s.mean - s.row_mean.square()).clamp_min(0.)) for n,s in sums.items() if s.n}
+        for batch in batches: evaluated(model, batch)
+    found = {}
+    for name,s in sums.items():
+        if not s.n: continue
+        variance = s.mean - s.row_mean.square()
+        found[name] = s.row_mean,variance.clamp_min(0.)
+    return found
 
-def _renormalise(dense, model, batches)->list: # names of those that changed
+def _renormalise(dense, model, batches)->dict: # {name: module}, those that changed
     "Fit the statistics of every BatchNorm of `model` to what has changed since `dense`"
-    was,now,changed = _norm_statistics(dense, batches),_norm_statistics(model, batches),[]
-    for name,(mean,var) in now.items():
+    was = _norm_statistics(dense, batches)
+    changed = {}
+    for name,(mean,var) in _norm_statistics(model, batches).items():
         old_mean,old_var = was[name]
         if torch.equal(mean, old_mean) and torch.equal(var, old_var): continue
         old,new = dense.get_submodule(name),model.get_submodule(name)
         ratio = torch.where(old_var > 0, var/old_var, 1.).clamp(.1, 10.)
         new.running_mean.copy_(old.running_mean + mean - old_mean)
         new.running_var.copy_(old.running_var*ratio)
-        changed.append(name)
+        changed[name] = new
     return changed
 
-# %% ../nbs/12_fit.ipynb #629c7388
+# %% ../nbs/12_fit.ipynb #75f52b8b
 @dataclass
 class Change:
-    "What a decomposition makes of a model"
+    "The changes that a decomposition makes to a model"
     base:nn.Module # the model that is decomposed, left untouched
-    modules:dict # {name: module} to put in place of those of `base`: factored layers, and others that were fitted
+    modules:dict # {name: module} to put in place of those of `base`: factored layers, others that were fitted
     plan:object = None # the `Plan` that was carried out
     model:nn.Module|None = None # the decomposed copy, made where it is not given
 
     def finished(self)->nn.Module:
-        "The decomposed copy, which holds the plan"
+        "Return the decomposed copy, which holds the plan"
         if self.model is None: self.model = replace_layers(self.base, self.modules)
         self.model.low_rank_plan = self.plan.plain()
         return self.model
 
+# %% ../nbs/12_fit.ipynb #629c7388
+def _groups(uses, choices, passes)->list: # of {name: `Use`}
+    "The layers to fit, in the order of the data, in as many groups as there may be passes"
+    names = []
+    for name,use in uses.items():
+        # the layers before the first chosen one see what they always have
+        if names or name in choices or use.calls > 1: names.append(name)
+    size = max(1, ceil(len(names)/passes))
+    groups = []
+    for i in range(0, len(names), size):
+        group = {n: uses[n] for n in names[i:i+size]}
+        groups.append(_each_sum_once(group))
+    return groups
+
+# %% ../nbs/12_fit.ipynb #3722383d
 class _Fit:
     "A copy of the model of `calibration`, whose layers are fitted one after the other"
     def __init__(self, calibration, choices):
-        self.calibration,self.choices,self.settings = calibration,choices,calibration.settings
-        self.dense,self.batches = calibration.model,calibration.batches
-        self.uses = trace(self.dense, calibration, self.batches.longest) # where lengths differ
-        if missed := [n for n in choices if n not in self.uses]:
-            raise ValueError(f"choices: no data reaches {', '.join(map(repr, missed))}")
-        self.model,self.modules = replace_layers(self.dense, {}),{}
+        self.calibration,self.choices = calibration,choices
+        self.dense = calibration.model
+        longest = calibration.batches.longest # where lengths differ
+        self.uses = trace(self.dense, calibration, longest)
+        missed = ', '.join(repr(n) for n in choices if n not in self.uses)
+        if missed: raise ValueError(f"choices: no data reaches {missed}")
+        self.model = replace_layers(self.dense, {})
+        self.modules = {} # {name: module}, those that were fitted
 
-    def groups(self)->list: # of lists of names
-        "The layers to fit, in the order of the data, in as many groups as there may be passes"
-        before = lambda n: n not in self.choices and self.uses[n].calls == 1 # it sees what it always has
-        names = list(dropwhile(before, self.uses))
-        size = max(1, ceil(len(names)/self.settings.passes))
-        return [names[i:i+size] for i in range(0, len(names), size)]
-
-    def fit_group(self, group, wanted):
-        "Fit the layers of `group` to what the dense network computes"
-        uses = {n:self.uses[n] for n in group}
-        stats = {}
-        if self.settings.sequential: stats = _gather(self.model, uses, self.batches, wanted, self.settings.max_size)
-        for name in group:
-            if name in stats: self._fit(name, stats[name])
-            elif name in self.choices: self._fit(name, self._stats_of_dense(name))
-
-    def _stats_of_dense(self, name): return Stats.of(self.calibration[name], flat_blocks(self.dense.get_submodule(name)))
-
-    def _fit(self, name, stats):
+    def fit_layer(self, name, stats):
         "Put the fitted layer in the place of the layer `name`"
-        layer,norm = self.model.get_submodule(name),self.uses[name].norm
+        layer = self.model.get_submodule(name)
+        norm = self.uses[name].norm
         centre = layer.bias is not None or norm is not None
-        best,moments = _fitted(flat_blocks(layer), stats, centre)
-        new = self._factored(name, best, moments, centre) if name in self.choices else self._dense(layer, best)
-        missing = stats.y.flatten() - (flat_blocks(new)@stats.x[...,None]).flatten()
-        self._correct_mean(new, norm, missing)
+        best = _LayerFit(layer, stats, centre)
+        choice = self.choices.get(name)
+        new = best.factored(name, self.calibration, choice) if choice else best.dense()
+        self._correct_mean(new, norm, stats)
         self.model = replace_layers_(self.model, {name: new})
         self.modules[name] = new
 
-    def _dense(self, layer, best):
-        "`layer` with its best weight"
-        geom = Geometry.of(layer)
-        layer.weight.copy_(geom.from_blocks(best.reshape(geom.block_shape)))
-        return layer
-
-    def _factored(self, name, best, moments, centre):
-        "The layer that takes the place of `name`, factored as it was chosen"
-        layer,(scheme,rank) = self.model.get_submodule(name),self.choices[name]
-        geom = Geometry.of(layer)
-        best = best.reshape(geom.block_shape)
-        moments.grads = self.calibration[name].grads
-        metric = make_metric(geom, moments, best, self.settings.metric, centre)
-        solver = schemes[scheme](geom, name).solver(geom.from_blocks(best), metric)
-        if why := solver.misfit(rank): raise ValueError(f"choices: layer {name!r}: {why}")
-        return solver.build(rank, layer, solver.refined(rank))
-
-    def _correct_mean(self, layer, norm, missing):
+    def _correct_mean(self, layer, norm, stats):
         "Put what the output's mean lacks where it costs nothing: into the bias, or the BatchNorm's mean"
+        missing = (stats.y - _times(flat_blocks(layer), stats.x)).flatten()
         holder = layer[-1] if isinstance(layer, FactoredLayer) else layer
-        if holder.bias is not None: holder.bias += missing.to(holder.bias)
+        if holder.bias is not None:
+            holder.bias += missing.to(holder.bias)
         elif norm is not None:
-            module = self.modules[norm] = self.model.get_submodule(norm)
+            module = self.model.get_submodule(norm)
             module.running_mean -= missing.to(module.running_mean)
+            self.modules[norm] = module
+
+    def stats_of_dense(self, name):
+        "The statistics that a layer is fitted to where those before it are as they were"
+        layer = self.dense.get_submodule(name)
+        return Stats.of(self.calibration[name], flat_blocks(layer))
+
+# %% ../nbs/12_fit.ipynb #10963a4d
+def _fit_layers(fitting): # a `_Fit`
+    "Fit all layers, group by group"
+    calibration,choices = fitting.calibration,fitting.choices
+    settings,batches = calibration.settings,calibration.batches
+    groups = _groups(fitting.uses, choices, settings.passes)
+    wanted = _wanted(fitting.dense, groups, batches, settings)
+    for group,calls in zip(settings.progressing(groups), wanted):
+        stats = {}
+        if settings.sequential:
+            stats = _gather(fitting.model, group, batches, calls, settings)
+        for name in group:
+            if name in stats:
+                fitting.fit_layer(name, stats[name])
+            elif name in choices:
+                fitting.fit_layer(name, fitting.stats_of_dense(name))
 
 # %% ../nbs/12_fit.ipynb #9a9c47bd
+def _with_tensors(model)->dict: # {name: module}
+    "The modules of `model` that hold parameters or buffers, factored layers as a whole"
+    factored = factored_layers(model)
+    inside = tuple(f'{name}.' for name in factored)
+    res = {}
+    for name,m in model.named_modules():
+        if name.startswith(inside): continue
+        own = (*m.parameters(recurse=False), *m.buffers(recurse=False))
+        if name in factored or own: res[name] = m
+    return res
+
 @undisturbed()
 @torch.no_grad()
 def fit(
@@ -354,29 +477,18 @@ def fit(
     choices:dict # {layer name: (scheme, rank)}
    )->Change:
     "Factor the layers of `choices` and fit all layers to what the dense model computes"
-    for name,(scheme,_) in choices.items(): check_scheme(scheme, f'choices: layer {name!r}')
-    settings,batches = calibration.settings,calibration.batches
+    for name,(scheme,_) in choices.items():
+        check_scheme(scheme, f'choices: layer {name!r}')
+    settings,dense,batches = calibration.settings,calibration.model,calibration.batches
     fitting = _Fit(calibration, choices)
-    wanted = _Wanted(fitting.dense, fitting.uses, batches, settings)
-    groups = fitting.groups()
-    for group,calls in zip(settings.progressing(groups), wanted.by_group(groups)): fitting.fit_group(group, calls)
+    _fit_layers(fitting)
     model,modules = fitting.model,fitting.modules
-    if not settings.sequential:
-        changed = _renormalise(fitting.dense, model, batches)
-        modules |= {n: model.get_submodule(n) for n in changed}
-    if not settings.distill_steps: return Change(fitting.dense, modules, model=model)
-    model = distill(model, fitting.dense, batches, settings.distill_steps, progress=settings.progress,
-                    loss=settings.loss, augment=settings.augment, seed=settings.seed)
-    return Change(fitting.dense, _with_tensors(model), model=model)
-
-def _with_tensors(model)->dict: # {name: module}
-    "The modules of `model` that hold parameters or buffers, factored layers as a whole"
-    res = {}
-    for name,m in model.named_modules():
-        if any(name.startswith(f'{f}.') for f,module in res.items() if isinstance(module, FactoredLayer)): continue
-        own = (*m.parameters(recurse=False), *m.buffers(recurse=False))
-        if isinstance(m, FactoredLayer) or own: res[name] = m
-    return res
+    if not settings.sequential: modules |= _renormalise(dense, model, batches)
+    if settings.distill_steps:
+        model = distill(model, dense, batches, settings.distill_steps, progress=settings.progress,
+                        loss=settings.loss, augment=settings.augment, seed=settings.seed)
+        modules = _with_tensors(model)
+    return Change(dense, modules, model=model)
 
 # %% ../nbs/12_fit.ipynb #a5a9434f
 @undisturbed()
@@ -386,10 +498,12 @@ def loss_increase(
     data, # as `calibrate` takes it
     loss=classification # a `Loss`, or a function
    )->float|None: # mean over the samples; `None` for a function, of which nothing is known
-    "How far the loss of `model` is above that of `dense` on `data`"
-    loss,total,samples = as_loss(loss),0.,0
+    "Measure how far the loss of `model` is above that of `dense` on `data`"
+    loss = as_loss(loss)
+    total,samples = 0.,0
     for batch in Batches.of(data, dense):
-        want,out = (first_output(evaluated(m, batch)).double() for m in (dense, model))
+        want = first_output(evaluated(dense, batch)).double()
+        out = first_output(evaluated(model, batch)).double()
         increase = loss.increase(want, out)
         if increase is None: return
         total += increase
