@@ -255,7 +255,7 @@ def _by_data(decomposers, calibration, selection):
     change.model,change.modules = replace_layers_(change.model, alone),change.modules | alone
     plan = Plan(shared.records, predicted=predicted_loss(calibration, losses), settings=settings)
     plan.data = dict(items=calibration.n_items, enough=calibration.enough)
-    plan.measured = measured(dense_model(model), change.model, calibration.batches, settings.loss)
+    plan.measured = measured(dense_model(model), change.model, calibration.batches, settings)
     change.plan = recorded(plan, model, change.modules)
     return change
 
