@@ -123,20 +123,25 @@ class Choice:
         self.record.error_of = self.record.scheme,self.rank,measured_in
 
 # %% ../nbs/15_decomposer.ipynb #48f99d26
+def _check_no_pair(rank):
+    "Raise a `ValueError` where a wish is a pair"
+    for wish in rank.values() if isinstance(rank, dict) else [rank]:
+        if not isinstance(wish, tuple): continue
+        raise ValueError(f"rank: {wish!r} is a pair, but one rank is needed here; "
+                         "give a fraction, an int, Energy or EVBMF")
+
+# %% ../nbs/15_decomposer.ipynb #1ee29a8e
 class Decomposer:
     "The way from a wish for a rank to factored layers, for the layers of some types"
     types = () # classes of layers it decomposes
     takes_pairs = False # may a rank be a pair (out, in)?
+    same_size = False # may a fraction of the rank make a layer with the same number of parameters?
 
     def __init__(self,
         rank=0.5, # fraction of the full rank, int, `Energy`, `EVBMF`, or a dict {name or glob: rank}
         force:bool=False): # replace a layer even where that makes it larger
         self.rank,self.force = check_rank(rank),force
-        ranks = self.rank.values() if isinstance(self.rank, dict) else [self.rank]
-        for r in ranks:
-            if isinstance(r, tuple) and not self.takes_pairs:
-                raise ValueError(f"rank: {r!r} is a pair, but one rank is needed here; "
-                                 "give a fraction, an int, Energy or EVBMF")
+        if not self.takes_pairs: _check_no_pair(self.rank)
 
     def _arguments(self): return f'rank={self.rank!r}' + ', force=True'*self.force
     def __repr__(self): return f'{type(self).__name__}({self._arguments()})'
@@ -144,10 +149,6 @@ class Decomposer:
     def scheme(self, found): # `found`: a `Found`
         "The scheme for a layer"
         return Svd(Geometry.of(found.layer), found.name)
-
-    def same_size_ok(self, wish:Wish)->bool:
-        "May a layer be replaced by one with the same number of parameters?"
-        return False
 
     def check(self, model:nn.Module):
         "Raise what `decompose` would for wrong names and ranks, without computing any factors"
@@ -201,7 +202,8 @@ def _chosen(decomposer, found, wish, metric_of)->Choice:
     record = dense_record(found, reason or '')
     if reason: return Choice(found, record)
     solver = _solver(decomposer.scheme(found), found.layer, metric_of(found.name))
-    try: rank = _resolved(solver, wish, decomposer.force, decomposer.same_size_ok(wish))
+    same_size_ok = decomposer.same_size and isinstance(wish.rank, float)
+    try: rank = _resolved(solver, wish, decomposer.force, same_size_ok)
     except _Refused as e:
         record.reason = str(e)
         return Choice(found, record)
@@ -268,7 +270,7 @@ def _by_data(decomposers, calibration, selection):
     change.model,change.modules = replace_layers_(change.model, alone),change.modules | alone
     plan = Plan(shared.records, predicted=predicted_loss(calibration, losses), settings=settings)
     plan.data = dict(items=calibration.n_items, enough=calibration.enough)
-    plan.measured = measured(dense_model(model), change.model, calibration.batches, settings.loss)
+    plan.measured = measured(dense_model(model), change.model, calibration.batches, settings)
     change.plan = recorded(plan, model, change.modules)
     return change
 
@@ -302,7 +304,7 @@ def finished(change:Change)->nn.Module:
 class FC_Decomposer(Decomposer):
     "Truncated SVD of every `nn.Linear`: two thinner ones, the first without a bias"
     types = linear_types
-    def same_size_ok(self, wish): return isinstance(wish.rank, float)
+    same_size = True
 
     def SVD(self,
         layer:nn.Linear,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import FactoredLayer, Geometry, factored_layers, replace_layers, replace_layers_
+from .layers import moved, FactoredLayer, Geometry, factored_layers, replace_layers, replace_layers_
 from .running import (Additions, Batches, evaluated, first_output, hooked, n_items, trace,
                                  undisturbed)
 from .loss import as_loss, classification
@@ -509,3 +509,8 @@ def loss_increase(
         total += increase
         samples += n_items(batch)
     return total/samples
+
+# %% ../nbs/12_fit.ipynb #2eb44405
+__getattr__ = moved(__name__,
+    now=dict(flip_and_crop='distill', mix='distill', flip_crop_and_mix='distill'),
+    gone=dict(output_loss='the method `distance` of a Loss'))

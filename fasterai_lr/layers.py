@@ -397,7 +397,7 @@ def moved(
     def find(name):
         if name in now: return getattr(import_module(f'fasterai_lr.{now[name]}'), name)
         if gone and name in gone:
-            raise ImportError(f"{module}.{name} is gone since version 0.2; take {gone[name]}")
+            raise ImportError(f"{module}.{name} is gone; take {gone[name]}")
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     return find
 

@@ -59,15 +59,18 @@ def _ranks(full, step=1, most_ranks=128):
 def _options_of(solver, use, step)->list:
     "The `Option`s of one scheme that make its layer smaller"
     if solver.misfit(): return []
-    scheme,res = solver.scheme,[]
+    scheme = solver.scheme
+    res = []
     dense_params,dense_macs = scheme.geom.n_params,scheme.geom.macs(use)
     ranks = [r for r in _ranks(scheme.full(), step) if scheme.n_params(r) < dense_params]
     for rank,loss in zip(ranks, solver.costs(ranks)):
-        option = Option(scheme.name, rank, loss, scheme.n_params(rank), scheme.macs(rank, use))
+        params,macs = scheme.n_params(rank),scheme.macs(rank, use)
+        option = Option(scheme.name, rank, loss, params, macs)
         option.error = solver.metric.relative(loss)
         if option.macs < dense_macs: res.append(option)
     return res
 
+# %% ../nbs/14_planner.ipynb #3aa2970f
 def layer_options(
     calibration:Calibration,
     name:str, # of the layer
@@ -91,7 +94,8 @@ class _Chooser:
     def __init__(self, options, kind):
         self.costs,self.losses = {},{}
         for name,os in options.items():
-            self.costs[name] = np.array([getattr(o, kind) for o in os], float)
+            costs = [getattr(o, kind) for o in os]
+            self.costs[name] = np.array(costs, float)
             self.losses[name] = np.array([o.loss for o in os])
 
     def cost(self, chosen)->float:
@@ -120,20 +124,21 @@ class _Chooser:
         chosen = self.at_price(high)
         return chosen if self.cost(chosen) <= limit else self.cheapest()
 
-    def best_step(self, chosen, left)->tuple|None: # (layer name, index)
-        "The other option of one layer that gains most for what it costs, of those that `left` can pay"
-        best,best_gain = None,-math.inf
-        for name,i in chosen.items():
-            costs,losses = self.costs[name],self.losses[name]
-            more_cost = costs - costs[i]
-            less_loss = losses[i] - losses
-            allowed = (more_cost <= left) & (less_loss > 0)
-            if not allowed.any(): continue
-            gain = np.where(allowed, less_loss/np.maximum(more_cost, 1e-12), -1)
-            if gain.max() <= best_gain: continue
-            best_gain = gain.max()
-            best = name,int(gain.argmax())
-        return best
+# %% ../nbs/14_planner.ipynb #da4af94e
+def _best_step(chooser, chosen, left)->tuple|None: # (layer name, index)
+    "The other option of one layer that gains most for what it costs, of those that `left` can pay"
+    best,best_gain = None,-math.inf
+    for name,i in chosen.items():
+        costs,losses = chooser.costs[name],chooser.losses[name]
+        more_cost = costs - costs[i]
+        less_loss = losses[i] - losses
+        allowed = (more_cost <= left) & (less_loss > 0)
+        if not allowed.any(): continue
+        gain = np.where(allowed, less_loss/np.maximum(more_cost, 1e-12), -1)
+        if gain.max() <= best_gain: continue
+        best_gain = gain.max()
+        best = name,int(gain.argmax())
+    return best
 
 # %% ../nbs/14_planner.ipynb #f74ebb7a
 def choose(
@@ -148,7 +153,7 @@ def choose(
     if least > allowed:
         raise ValueError(f"limit: {limit} cannot be kept to; the cheapest options cost {least}")
     chosen = chooser.within(allowed)
-    while step := chooser.best_step(chosen, allowed - chooser.cost(chosen)):
+    while step := _best_step(chooser, chosen, allowed - chooser.cost(chosen)):
         name,index = step
         chosen[name] = index
     return {n:options[n][i] for n,i in chosen.items()}
@@ -170,7 +175,8 @@ class Options(dict):
 
     def left(self, chosen, kind)->float: # `chosen`: {layer name: `Option`}
         "The fraction of the dense model's cost that a choice leaves"
-        cost,saved = attrgetter(kind),0
+        cost = attrgetter(kind)
+        saved = 0
         for name,option in chosen.items():
             dense = self[name][0]
             saved += cost(dense) - cost(option)
@@ -220,11 +226,7 @@ class Planner:
         if found.reason or found.name in self.uses: return self.calibration.why_not(found)
         return self.calibration.why_not(found) or 'no data reaches it'
 
-    def make(self,
-        budget:Budget,
-        evaluate=None, # for `max_drop`: a function from a model to a number, larger is better
-        dense:float|None=None # what it returns for the dense model, if known
-       )->Plan:
+    def make(self, budget:Budget, evaluate=None, dense:float|None=None)->Plan: # see `search_drop`
         "The plan for any budget"
         if budget.kind == 'latency': return latency_plan(self, budget)
         if budget.kind == 'max_drop': return search_drop(self, budget, evaluate, dense).plan
@@ -242,7 +244,8 @@ def plan_within(
         raise ValueError(f"{kind}: {budget.value} of nothing; the model has no {kind} to save on")
     try: chosen = options.choose(budget)
     except ValueError: raise _unreachable(planner, options, budget) from None
-    calibration,layers = planner.calibration,{}
+    calibration = planner.calibration
+    layers = {}
     for found in planner.found:
         layers[found.name] = _record(planner, found, chosen.get(found.name))
     data = dict(items=calibration.n_items, enough=calibration.enough)
@@ -258,6 +261,7 @@ def _unreachable(planner, options, budget):
         left[name] = getattr(option, kind)
     return cannot_reach(planner.model, budget, options.least(kind), left)
 
+# %% ../nbs/14_planner.ipynb #376dd1c6
 def predicted_loss(calibration, losses)->dict: # like {'loss': .1}
     "The sum of the losses of all layers, where the metric is one of the loss"
     if calibration.settings.metric != 'fisher': return {}
@@ -341,7 +345,8 @@ def _rank_step(geom):
 
 def _timed_options(planner)->Options:
     "The `Options` of all layers with milliseconds"
-    calibration,known,res = planner.calibration,{},{}
+    calibration = planner.calibration
+    known,res = {},{}
     inside = latency_per_layer(planner.model, planner.sample)
     for name in calibration.settings.progressing(list(planner.uses)):
         layer = planner.model.get_submodule(name)
@@ -389,13 +394,15 @@ def _plan_of_latency(planner, aim):
 @undisturbed()
 def latency_plan(planner, budget)->Plan:
     "The plan for a budget of milliseconds, measured"
-    value,tried = budget.value,{}
+    value = budget.value
+    tried = {}
     least = min(1., planner.timed_options.least('latency')*(1+1e-9))
     aim = max(value, least) # the model may be faster than its layers say
     while aim not in tried and len(tried) < 3:
         plan = tried[aim] = _plan_of_latency(planner, aim)
         got = plan.measured['latency']
-        if got <= value and (got >= .9*value or len(tried) > 1): break
+        used_up = got >= .9*value or len(tried) > 1
+        if got <= value and used_up: break
         aim = min(1., max(least, aim*value/got*.95))
     best = max(tried.values(), key=partial(_nearness, value=value))
     if (got := best.measured['latency']) > 1.01*value:
@@ -439,8 +446,8 @@ def check_evaluate(
     name = getattr(evaluate, '__name__', 'evaluate')
     if not math.isfinite(dense):
         raise ValueError(f"evaluate: it returns {dense} for the dense model")
-    everything = budget.value >= 1 and 0 < dense <= 1 and not _unbounded.search(name)
-    if everything: raise too_loose(budget.value, dense, name)
+    is_fraction = 0 < dense <= 1 and not _unbounded.search(name)
+    if is_fraction and budget.value >= 1: raise too_loose(budget.value, dense, name)
     return dense
 
 # %% ../nbs/14_planner.ipynb #edc7a85e
@@ -467,7 +474,8 @@ def search_drop(
         plan = planner.make(Budget(macs=share))
         change = carry_out(plan, given, calibration, plan.settings)
         return _Tried(share, change, evaluation(evaluate, change.finished()))
-    allowed,best = dense - budget.value,None
+    allowed = dense - budget.value
+    best = None
     low,high = planner.options.least('macs'),1.
     for _ in calibration.settings.progressing(range(steps)):
         found = tried((low*high)**.5)

@@ -34,7 +34,7 @@ def check_names(
         called = caller.__qualname__.removesuffix('.__init__')
         raise TypeError(f"{name}={value!r}: {called} has no argument of this name{hint}")
 
-_gone = dict(moments='there is no such argument since 0.2; give what `calibrate` returns as `data`')
+_gone = dict(moments='it is gone; give what `calibrate` returns as `data`')
 
 # %% ../nbs/09_settings.ipynb #763658be
 def _int_of(

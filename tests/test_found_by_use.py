@@ -86,7 +86,7 @@ wrong_calls = [
     (lambda m: decompose(m, Budget(max_drop=.1), X), ValueError, '^evaluate: none given; a budget of max_drop needs a function'),
     (lambda m: decompose(m, Budget(max_drop=.1), X, evaluate=.9), TypeError, '^evaluate: 0.9 is no function'),
     (lambda m: decompose(m, FC_Decomposer(), seed=3), TypeError, '^seed: only with data'),
-    (lambda m: decompose(m, FC_Decomposer(), moments={}), TypeError, '^moments: there is no such argument since 0.2; give what `calibrate` returns as `data`'),
+    (lambda m: decompose(m, FC_Decomposer(), moments={}), TypeError, '^moments: it is gone; give what `calibrate` returns as `data`'),
     (lambda m: decompose(m, FC_Decomposer(), X, schemes=['svd']), TypeError, '^schemes: only with a Budget'),
     (lambda m: decompose(m, FC_Decomposer(), X, sample=X[:2]), TypeError, '^sample: only with a Budget'),
     (lambda m: decompose(m, macs), ValueError, r'^data: Budget\(macs=0.5\) needs some'),

@@ -592,4 +592,5 @@ def test_a_skeleton_lies_in_memory_like_its_layer(layer, fmt):
 
 def test_arguments_of_the_fit_need_data():
     net = nn.Sequential(nn.Linear(16, 16))
-    with pytest.raises(TypeError, match='seed: only with data'): Plan({'0': dict(type='Linear', scheme='svd', rank=2)}).apply(net, seed=1)
+    with pytest.raises(TypeError, match='seed: only with data'): Plan({'0': Record('Linear', 'svd', 2)}).apply(net, seed=1)
+    with pytest.raises(TypeError, match="^layers: '0' is a dict, not a Record; `Plan.of` makes a plan of plain data"): Plan({'0': dict(type='Linear', scheme='svd', rank=2)})
