@@ -84,7 +84,7 @@ class _Call:
     out:Tensor # `[positions, groups, out/groups]`, without bias
     sum:Tensor|None = None # that it goes into
 
-# %% ../nbs/12_fit.ipynb #497558f8
+# %% ../nbs/12_fit.ipynb #386e9b1b
 class _Recorder:
     "Records the calls of a layer of the dense network"
     def __init__(self, layer, use, settings):
@@ -119,7 +119,7 @@ class _Recorder:
             total += positions*(row + 8) # 8 for the index
         return total
 
-# %% ../nbs/12_fit.ipynb #864f4d01
+# %% ../nbs/12_fit.ipynb #7a9d76fd
 _room = 2**28 # bytes for the calls that are kept
 
 def _pop(calls, names):
@@ -177,7 +177,7 @@ class Stats:
         yx = W@m.inputs if m.inputs.dim() == 3 else None
         return cls(m.inputs, yx, x, x, y)
 
-# %% ../nbs/12_fit.ipynb #83ffa009
+# %% ../nbs/12_fit.ipynb #dccf19a7
 def _scale(norm, rows):
     "The factor by which a BatchNorm multiplies `rows` `[positions, groups, channels/groups]`"
     if norm is None: return rows.new_ones(1)
@@ -192,7 +192,7 @@ def _lost(want, out, total, scale):
     own = (want.out - out)*seen
     return (want.sum - total)*inverse - own
 
-# %% ../nbs/12_fit.ipynb #6fb52d14
+# %% ../nbs/12_fit.ipynb #d3eb17be
 class _PairMoments:
     "Adds up the moments of a layer's input, with itself and with the wanted output"
     def __init__(self, layer, settings):
@@ -214,7 +214,7 @@ class _PairMoments:
         yx = self.yx.mean if inputs.second.n else None
         return Stats(inputs.moment, yx, inputs.row_mean, inputs.mean, self.yx.row_mean)
 
-# %% ../nbs/12_fit.ipynb #5be95a71
+# %% ../nbs/12_fit.ipynb #a3fdb9bd
 class _Pair:
     "Pairs the calls of a layer with those in the dense network"
     def __init__(self, model, name, use, settings):
@@ -308,7 +308,7 @@ def _fitted(W, s, centre): # `W` `[groups, o, d]`
     moments = Moments(outputs=M@s.xx@M.mT, output_mean=_times(M, s.z), input_mean=s.x)
     return M@W,moments
 
-# %% ../nbs/12_fit.ipynb #ee794d50
+# %% ../nbs/12_fit.ipynb #0cdae313
 class _LayerFit:
     "The best weight for one layer, and the layers that can be made of it"
     def __init__(self, layer, stats, centre): # `centre`: is the mean of an error corrected?
@@ -371,7 +371,7 @@ def _renormalise(dense, model, batches)->dict: # {name: module}, those that chan
         changed[name] = new
     return changed
 
-# %% ../nbs/12_fit.ipynb #75f52b8b
+# %% ../nbs/12_fit.ipynb #aa293c56
 @dataclass
 class Change:
     "The changes that a decomposition makes to a model"
@@ -400,7 +400,7 @@ def _groups(uses, choices, passes)->list: # of {name: `Use`}
         groups.append(_each_sum_once(group))
     return groups
 
-# %% ../nbs/12_fit.ipynb #3722383d
+# %% ../nbs/12_fit.ipynb #f956c8ed
 class _Fit:
     "A copy of the model of `calibration`, whose layers are fitted one after the other"
     def __init__(self, calibration, choices):
@@ -441,7 +441,7 @@ class _Fit:
         layer = self.dense.get_submodule(name)
         return Stats.of(self.calibration[name], flat_blocks(layer))
 
-# %% ../nbs/12_fit.ipynb #10963a4d
+# %% ../nbs/12_fit.ipynb #140e49fe
 def _fit_layers(fitting): # a `_Fit`
     "Fit all layers, group by group"
     calibration,choices = fitting.calibration,fitting.choices
