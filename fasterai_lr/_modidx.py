@@ -912,7 +912,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai_lr.running._batches_in': ('running.html#_batches_in', 'fasterai_lr/running.py'),
                                      'fasterai_lr.running._check_list': ('running.html#_check_list', 'fasterai_lr/running.py'),
                                      'fasterai_lr.running._inputs': ('running.html#_inputs', 'fasterai_lr/running.py'),
-                                     'fasterai_lr.running._items': ('running.html#_items', 'fasterai_lr/running.py'),
+                                     'fasterai_lr.running._part': ('running.html#_part', 'fasterai_lr/running.py'),
                                      'fasterai_lr.running._plain_tensor': ('running.html#_plain_tensor', 'fasterai_lr/running.py'),
                                      'fasterai_lr.running._shapes': ('running.html#_shapes', 'fasterai_lr/running.py'),
                                      'fasterai_lr.running._split': ('running.html#_split', 'fasterai_lr/running.py'),

@@ -84,7 +84,7 @@ class _Call:
     out:Tensor # `[positions, groups, out/groups]`, without bias
     sum:Tensor|None = None # that it goes into
 
-# %% ../nbs/12_fit.ipynb #497558f8
+# %% ../nbs/12_fit.ipynb #23dc6448
 class _Recorder:
     "Records the calls of a layer of the dense network"
     def __init__(self, layer, use, settings):
@@ -119,7 +119,7 @@ class _Recorder:
             total += positions*(row + 8) # 8 for the index
         return total
 
-# %% ../nbs/12_fit.ipynb #864f4d01
+# %% ../nbs/12_fit.ipynb #e7c9ab3f
 _room = 2**28 # bytes for the calls that are kept
 
 def _pop(calls, names):
@@ -177,7 +177,7 @@ class Stats:
         yx = W@m.inputs if m.inputs.dim() == 3 else None
         return cls(m.inputs, yx, x, x, y)
 
-# %% ../nbs/12_fit.ipynb #83ffa009
+# %% ../nbs/12_fit.ipynb #f10969c5
 def _scale(norm, rows):
     "The factor by which a BatchNorm multiplies `rows` `[positions, groups, channels/groups]`"
     if norm is None: return rows.new_ones(1)
@@ -192,7 +192,7 @@ def _lost(want, out, total, scale):
     own = (want.out - out)*seen
     return (want.sum - total)*inverse - own
 
-# %% ../nbs/12_fit.ipynb #6fb52d14
+# %% ../nbs/12_fit.ipynb #27d3193f
 class _PairMoments:
     "Adds up the moments of a layer's input, with itself and with the wanted output"
     def __init__(self, layer, settings):
@@ -214,7 +214,7 @@ class _PairMoments:
         yx = self.yx.mean if inputs.second.n else None
         return Stats(inputs.moment, yx, inputs.row_mean, inputs.mean, self.yx.row_mean)
 
-# %% ../nbs/12_fit.ipynb #5be95a71
+# %% ../nbs/12_fit.ipynb #854d21c5
 class _Pair:
     "Pairs the calls of a layer with those in the dense network"
     def __init__(self, model, name, use, settings):
@@ -308,7 +308,7 @@ def _fitted(W, s, centre): # `W` `[groups, o, d]`
     moments = Moments(outputs=M@s.xx@M.mT, output_mean=_times(M, s.z), input_mean=s.x)
     return M@W,moments
 
-# %% ../nbs/12_fit.ipynb #ee794d50
+# %% ../nbs/12_fit.ipynb #6ef0a8f1
 class _LayerFit:
     "The best weight for one layer, and the layers that can be made of it"
     def __init__(self, layer, stats, centre): # `centre`: is the mean of an error corrected?
@@ -371,7 +371,7 @@ def _renormalise(dense, model, batches)->dict: # {name: module}, those that chan
         changed[name] = new
     return changed
 
-# %% ../nbs/12_fit.ipynb #75f52b8b
+# %% ../nbs/12_fit.ipynb #e27d7ad7
 @dataclass
 class Change:
     "The changes that a decomposition makes to a model"
@@ -400,7 +400,7 @@ def _groups(uses, choices, passes)->list: # of {name: `Use`}
         groups.append(_each_sum_once(group))
     return groups
 
-# %% ../nbs/12_fit.ipynb #3722383d
+# %% ../nbs/12_fit.ipynb #a338d01a
 class _Fit:
     "A copy of the model of `calibration`, whose layers are fitted one after the other"
     def __init__(self, calibration, choices):
@@ -441,10 +441,10 @@ class _Fit:
         layer = self.dense.get_submodule(name)
         return Stats.of(self.calibration[name], flat_blocks(layer))
 
-# %% ../nbs/12_fit.ipynb #10963a4d
-def _fit_layers(fitting): # a `_Fit`
+# %% ../nbs/12_fit.ipynb #feefe489
+def _fit_layers(calibration, choices)->_Fit:
     "Fit all layers, group by group"
-    calibration,choices = fitting.calibration,fitting.choices
+    fitting = _Fit(calibration, choices)
     settings,batches = calibration.settings,calibration.batches
     groups = _groups(fitting.uses, choices, settings.passes)
     wanted = _wanted(fitting.dense, groups, batches, settings)
@@ -457,6 +457,7 @@ def _fit_layers(fitting): # a `_Fit`
                 fitting.fit_layer(name, stats[name])
             elif name in choices:
                 fitting.fit_layer(name, fitting.stats_of_dense(name))
+    return fitting
 
 # %% ../nbs/12_fit.ipynb #9a9c47bd
 def _with_tensors(model)->dict: # {name: module}
@@ -480,8 +481,7 @@ def fit(
     for name,(scheme,_) in choices.items():
         check_scheme(scheme, f'choices: layer {name!r}')
     settings,dense,batches = calibration.settings,calibration.model,calibration.batches
-    fitting = _Fit(calibration, choices)
-    _fit_layers(fitting)
+    fitting = _fit_layers(calibration, choices)
     model,modules = fitting.model,fitting.modules
     if not settings.sequential: modules |= _renormalise(dense, model, batches)
     if settings.distill_steps:

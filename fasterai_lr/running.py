@@ -73,7 +73,7 @@ def frozen(model:nn.Module):
     "Let no parameter of `model` require a gradient"
     return _switched_off(list(model.parameters()), 'requires_grad')
 
-# %% ../nbs/05_running.ipynb #c415e600
+# %% ../nbs/05_running.ipynb #be6121d0
 @contextmanager
 def undisturbed():
     "Restore the random states of torch's CPU generator, Python and NumPy; leave inference mode meanwhile"
@@ -144,7 +144,7 @@ def numel(batch)->int:
     "Count the numbers in all tensors of a batch"
     return sum(t.numel() for t in _tensors_in(batch))
 
-# %% ../nbs/05_running.ipynb #fd72bb3d
+# %% ../nbs/05_running.ipynb #5c554a8a
 def _plain_tensor(x):
     "Return `x` without its history and fastai's types, as a tensor that autograd can use"
     x = x.detach().as_subclass(Tensor)
@@ -166,6 +166,11 @@ def _inputs(batch, n_inp):
                     "expected a tensor, a dict, or a tuple of inputs and targets")
 
 # %% ../nbs/05_running.ipynb #f6ed27e4
+def _part(batch, start, end):
+    "Return some items of a batch, from `start` to `end`"
+    def cut(t): return t[start:end] if t.dim() else t
+    return tree_map_only(Tensor, cut, batch)
+
 def _split(batch, bs):
     "Split one batch into a list of batches of at most `bs` items; not a dict whose tensors differ in length"
     lengths = [len(t) for t in _tensors_in(batch) if t.dim()]
@@ -175,11 +180,7 @@ def _split(batch, bs):
         raise ValueError("data: a tuple is one batch, inputs and targets, but its tensors have "
                          f"{counts} items; give a list for several batches")
     if differ or not lengths: return [batch]
-    return [_items(batch, i, bs) for i in range(0, max(lengths[0], 1), bs)]
-
-def _items(batch, start, n):
-    "The `n` items of `batch` from `start`"
-    return tree_map_only(Tensor, lambda t: t[start:start+n] if t.dim() else t, batch)
+    return [_part(batch, i, i+bs) for i in range(0, max(lengths[0], 1), bs)]
 
 def _check_list(data):
     "Raise a `ValueError` for a list that must be one batch, as its tensors differ in their number of axes"
@@ -188,7 +189,7 @@ def _check_list(data):
         raise ValueError("data: a list holds batches, but its tensors look like inputs and targets; "
                          "give a tuple for one batch")
 
-# %% ../nbs/05_running.ipynb #b326ae83
+# %% ../nbs/05_running.ipynb #3274256c
 class Inputs(list): "Batches of inputs alone, of which each has `n_inp`"
 
 _most_items = 2000 # that are taken of a loader
@@ -218,7 +219,7 @@ class _Taken:
             if n >= _most_items: break
         self.kept = kept
 
-# %% ../nbs/05_running.ipynb #028068b3
+# %% ../nbs/05_running.ipynb #e5673caf
 def _batches_in(data, bs):
     "Return the batches in `data` as a list, a loader of whatever kind as `_Taken`"
     if isinstance(data, Mapping) and hasattr(data, 'batches'): data = data.batches # of a `Calibration`
@@ -286,7 +287,7 @@ def blaming_data(batch):
         raise ValueError(f"data: the model cannot be called with inputs {_shapes(batch)}: "
                          f"{lines[0]}{hint}") from e
 
-# %% ../nbs/05_running.ipynb #8e07069c
+# %% ../nbs/05_running.ipynb #3131bdd9
 def check_callable(
     name:str, # of the argument
     value,
@@ -355,7 +356,7 @@ class _Origins:
             if out() is tensor and tensor._version == version: return name,own
         return None,False
 
-# %% ../nbs/05_running.ipynb #30f6141a
+# %% ../nbs/05_running.ipynb #0ba3a3ce
 class _Tracer:
     "Finds the `Use` of layers while their model runs"
     def __init__(self, modules): # {name: module}, all of the model
@@ -385,7 +386,7 @@ class _Tracer:
             self.uses[name].add = i
             if own: self.uses[name].norm = None # a mean corrected there would be wrong here
 
-# %% ../nbs/05_running.ipynb #e7771be7
+# %% ../nbs/05_running.ipynb #02e1f047
 def trace(
     model:nn.Module,
     names, # of layers
