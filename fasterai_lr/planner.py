@@ -8,10 +8,9 @@ __all__ = ['Option', 'layer_options', 'choose', 'Options', 'Planner', 'plan_with
 
 # %% ../nbs/14_planner.ipynb #534b8f79
 import math, re, warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from operator import attrgetter
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,13 +18,13 @@ from torch import nn
 
 from .layers import Geometry, find_layers, layer_types
 from .running import Batches, check_callable, device_of, trace, undisturbed
-from .schemes import schemes as known_schemes
-from .cost import count_macs, count_params, latency_per_layer, measure_latency
+from .cost import count_params, latency_per_layer, macs_per_layer, measure_latency
 from .settings import takes_settings
 from .calibrate import Calibration, calibrated, settings_for
 from .budget import Budget, cannot_reach, check_budget, dense_model, own_amounts, too_loose
 from .fit import Change
-from .plan import Plan, carry_out, dense_record, fresh_layer
+from .plan import (
+    Plan, carry_out, dense_record, fresh_layer, items_of, scheme_for)
 
 # %% ../nbs/14_planner.ipynb #92641a63
 @dataclass
@@ -40,146 +39,129 @@ class Option:
     error:float|None = None # relative, of the weight in the metric
 
     @property
-    def choice(self): return self.scheme,self.rank
+    def choice(self)->tuple: return self.scheme,self.rank
 
-# %% ../nbs/14_planner.ipynb #e3ac6a7c
-def _ranks(full, step=1, most_ranks=128):
-    "Ranks to look at: all of them, or so many at equal distances"
-    if isinstance(full, tuple):
-        n = min(16, max(full))
-        out,inp = full
-        pairs = []
-        for i in range(1, n+1):
-            pair = max(1, round(out*i/n)),max(1, round(inp*i/n))
-            if pair not in pairs: pairs.append(pair)
-        return pairs
-    distance = max(step, -(-full//most_ranks)//step*step)
-    return list(range(step, full+1, distance))
+def _ranks(full, step):
+    "Return the ranks to look at: all of them, or 128 at equal distances; of pairs, 16"
+    if not isinstance(full, tuple):
+        distance = step*max(1, math.ceil(full/128)//step)
+        return list(range(step, full+1, distance))
+    n = min(16, max(full))
+    pairs = {}
+    for i in range(1, n+1):
+        pair = tuple(max(1, round(f*i/n)) for f in full)
+        pairs[pair] = None # each once
+    return list(pairs)
 
+# %% ../nbs/14_planner.ipynb #04e29b3e
 def _options_of(solver, use, step)->list:
-    "The `Option`s of one scheme that make its layer smaller"
+    "Return the `Option`s of one scheme that make its layer smaller"
     if solver.misfit(): return []
     scheme = solver.scheme
+    dense = scheme.geom
     res = []
-    dense_params,dense_macs = scheme.geom.n_params,scheme.geom.macs(use)
-    ranks = [r for r in _ranks(scheme.full(), step) if scheme.n_params(r) < dense_params]
+    ranks = _ranks(scheme.full(), step)
+    ranks = [rank for rank in ranks if scheme.n_params(rank) < dense.n_params]
     for rank,loss in zip(ranks, solver.costs(ranks)):
-        params,macs = scheme.n_params(rank),scheme.macs(rank, use)
-        option = Option(scheme.name, rank, loss, params, macs)
-        option.error = solver.metric.relative(loss)
-        if option.macs < dense_macs: res.append(option)
+        macs = scheme.macs(rank, use)
+        if macs >= dense.macs(use): continue
+        error = solver.metric.relative(loss)
+        option = Option(scheme.name, rank, loss, scheme.n_params(rank), macs, error=error)
+        res.append(option)
     return res
 
-# %% ../nbs/14_planner.ipynb #3aa2970f
 def layer_options(
     calibration:Calibration,
     name:str, # of the layer
     use, # its `Use` in the sample that counts
     step:int=1 # of the ranks
    )->list:
-    "The `Option`s of a layer: dense first, then those that make it smaller"
+    "Return the `Option`s of a layer: dense first, then those that make it smaller"
     layer = calibration.model.get_submodule(name)
-    geom,metric = Geometry.of(layer),calibration.metric(name)
+    geom = Geometry.of(layer)
+    metric = calibration.metric(name)
     res = [Option(None, None, 0., geom.n_params, geom.macs(use))]
-    schemes = calibration.settings.schemes
-    if math.prod(geom.kernel) == 1: schemes = ['svd']
-    for scheme in schemes:
-        solver = known_schemes[scheme](geom, name).solver(layer.weight, metric)
+    pointwise = math.prod(geom.kernel) == 1
+    for scheme in ['svd'] if pointwise else calibration.settings.schemes:
+        solver = scheme_for(layer, scheme, name).solver(layer.weight, metric)
         res += _options_of(solver, use, step)
     return res
 
 # %% ../nbs/14_planner.ipynb #2bec7b4c
 class _Chooser:
-    "Costs and losses of the options of all layers, and the choice of one for each"
+    "Chooses one option for each layer by cost and loss; a choice is {layer name: index}"
     def __init__(self, options, kind):
-        self.costs,self.losses = {},{}
+        self.layers = {} # {name: (costs, losses)}
         for name,os in options.items():
-            costs = [getattr(o, kind) for o in os]
-            self.costs[name] = np.array(costs, float)
-            self.losses[name] = np.array([o.loss for o in os])
+            costs = np.array([getattr(o, kind) for o in os], float)
+            losses = np.array([o.loss for o in os])
+            self.layers[name] = costs,losses
 
-    def cost(self, chosen)->float:
-        "The cost of a choice"
-        return sum(self.costs[name][i] for name,i in chosen.items())
+    def cost(self, chosen)->float: return sum(self.layers[name][0][i] for name,i in chosen.items())
 
-    def cheapest(self)->dict:
-        "The choice that costs least"
-        return {name: int(c.argmin()) for name,c in self.costs.items()}
-
-    def at_price(self, price)->dict: # {layer name: index}
-        "The option of each layer that is best where cost has a price"
+    def at_price(self, price)->dict:
+        "Choose for each layer the option that is best where cost has a price"
         res = {}
-        for n,cost in self.costs.items():
-            by_price_then_cost = np.lexsort((cost, self.losses[n] + price*cost))
-            res[n] = int(by_price_then_cost[0])
+        for name,(costs,losses) in self.layers.items():
+            by_both_then_cost = np.lexsort((costs, losses + price*costs))
+            res[name] = int(by_both_then_cost[0])
         return res
 
     def within(self, limit)->dict:
-        "The choice by the lowest price that keeps to `limit`"
+        "Choose at the lowest price that keeps to `limit`"
         low,high = 1e-30,1e30
         for _ in range(200):
-            mid = (low*high)**.5
-            if self.cost(self.at_price(mid)) <= limit: high = mid
-            else: low = mid
-        chosen = self.at_price(high)
-        return chosen if self.cost(chosen) <= limit else self.cheapest()
+            price = (low*high)**.5
+            if self.cost(self.at_price(price)) <= limit: high = price
+            else: low = price
+        return self.at_price(high)
 
-# %% ../nbs/14_planner.ipynb #da4af94e
-def _best_step(chooser, chosen, left)->tuple|None: # (layer name, index)
-    "The other option of one layer that gains most for what it costs, of those that `left` can pay"
-    best,best_gain = None,-math.inf
-    for name,i in chosen.items():
-        costs,losses = chooser.costs[name],chooser.losses[name]
-        more_cost = costs - costs[i]
-        less_loss = losses[i] - losses
-        allowed = (more_cost <= left) & (less_loss > 0)
-        if not allowed.any(): continue
-        gain = np.where(allowed, less_loss/np.maximum(more_cost, 1e-12), -1)
-        if gain.max() <= best_gain: continue
-        best_gain = gain.max()
-        best = name,int(gain.argmax())
-    return best
+    def best_step(self, chosen, left)->tuple|None: # (layer name, index)
+        "Find the option that gains most for what it costs, of those that `left` can pay"
+        best,best_gain = None,-math.inf
+        for name,(costs,losses) in self.layers.items():
+            more_cost = costs - costs[chosen[name]]
+            less_loss = losses[chosen[name]] - losses
+            allowed = (more_cost <= left) & (less_loss > 0)
+            gain = np.where(allowed, less_loss/np.maximum(more_cost, 1e-12), -math.inf)
+            if gain.max() > best_gain:
+                best = name,int(gain.argmax())
+                best_gain = gain.max()
+        return best
 
-# %% ../nbs/14_planner.ipynb #f74ebb7a
+# %% ../nbs/14_planner.ipynb #759404eb
 def choose(
     options:dict, # {layer name: list of `Option`s, the dense one among them}
     limit:float, # the most that the chosen options may cost together
     kind:str # 'params', 'macs' or 'latency'
    )->dict: # {layer name: `Option`}
-    "The options of least loss within the limit, as far as a Lagrangian and a greedy rest find them"
+    "Choose the options of least loss within the limit, as far as a Lagrangian and a greedy rest find them"
     chooser = _Chooser(options, kind)
     allowed = limit*(1 + 1e-14) # it was computed in float64, costs are counted
-    least = chooser.cost(chooser.cheapest())
+    cheapest = {name: int(costs.argmin()) for name,(costs,_) in chooser.layers.items()}
+    least = chooser.cost(cheapest)
     if least > allowed:
         raise ValueError(f"limit: {limit} cannot be kept to; the cheapest options cost {least}")
     chosen = chooser.within(allowed)
-    while step := _best_step(chooser, chosen, allowed - chooser.cost(chosen)):
+    if chooser.cost(chosen) > allowed: chosen = cheapest
+    while step := chooser.best_step(chosen, allowed - chooser.cost(chosen)):
         name,index = step
         chosen[name] = index
-    return {n:options[n][i] for n,i in chosen.items()}
+    return {name: options[name][i] for name,i in chosen.items()}
 
 # %% ../nbs/14_planner.ipynb #0a0e78eb
 class Options(dict):
     "{layer name: its `Option`s, dense first}, and the costs of the whole dense model"
-    def __init__(self, options:dict, totals:dict): # `totals`: {kind: cost}
-        super().__init__(options)
-        self.totals = totals
-
-    def dense(self, kind)->float:
-        "The cost of all layers that are dense"
-        return sum(getattr(os[0], kind) for os in self.values())
+    def __init__(self, totals:dict): self.totals = totals # {kind: cost}
 
     def cheapest(self, kind)->dict: # {layer name: `Option`}
-        "The option of each layer that costs least"
-        return {n: min(os, key=attrgetter(kind)) for n,os in self.items()}
+        "Choose for each layer the option that costs least"
+        def cost(option): return getattr(option, kind)
+        return {name: min(options, key=cost) for name,options in self.items()}
 
     def left(self, chosen, kind)->float: # `chosen`: {layer name: `Option`}
         "The fraction of the dense model's cost that a choice leaves"
-        cost = attrgetter(kind)
-        saved = 0
-        for name,option in chosen.items():
-            dense = self[name][0]
-            saved += cost(dense) - cost(option)
+        saved = sum(getattr(self[n][0], kind) - getattr(o, kind) for n,o in chosen.items())
         return 1 - saved/(self.totals[kind] or 1)
 
     def least(self, kind)->float:
@@ -187,10 +169,11 @@ class Options(dict):
         return self.left(self.cheapest(kind), kind)
 
     def choose(self, budget)->dict: # {layer name: `Option`}
-        "The options of least loss within a `Budget`; a `ValueError` where it is too small"
+        "Choose the options of least loss within a `Budget`; raise a `ValueError` where it is too small"
         kind = budget.kind
-        saving = (1-budget.value)*self.totals[kind] # nothing for a budget of 1, without rounding
-        return choose(self, self.dense(kind) - saving, kind)
+        dense = sum(getattr(options[0], kind) for options in self.values())
+        limit = dense - (1-budget.value)*self.totals[kind] # all of it for a budget of 1, without rounding
+        return choose(self, limit, kind)
 
 # %% ../nbs/14_planner.ipynb #fb927855
 class Planner:
@@ -204,30 +187,30 @@ class Planner:
             self.sample = Batches([sample], calibration.batches.device).first
             self.uses = trace(self.model, calibration, self.sample)
         self.found = find_layers(self.model, layer_types)
-        self.totals = dict(params=count_params(self.model), macs=count_macs(self.model, self.sample))
+        self.totals = dict(params=count_params(self.model), macs=macs_per_layer(self.model, self.sample)[''])
 
     @cached_property
     def options(self)->Options:
-        "The options of all layers"
-        options = {}
-        for found in self.found:
-            name = found.name
-            if self.why_not(found): continue
-            options[name] = layer_options(self.calibration, name, self.uses[name])
-        return Options(options, self.totals)
+        "The options of each layer"
+        res = Options(self.totals)
+        for name in [f.name for f in self.found if not self.why_not(f)]:
+            res[name] = layer_options(self.calibration, name, self.uses[name])
+        return res
 
     @cached_property
-    def timed_options(self)->Options:
-        "The options of all layers with milliseconds, without those that are not faster"
-        return _timed_options(self)
+    def timed_options(self)->Options: return _timed_options(self) # those that are faster, with milliseconds
 
-    def why_not(self, found)->str|None: # `found`: a `Found`
-        "Why a layer must stay dense; `None` if it need not"
-        if found.reason or found.name in self.uses: return self.calibration.why_not(found)
-        return self.calibration.why_not(found) or 'no data reaches it'
+    def why_not(self, found)->str: # `found`: a `Found`
+        "Say why a layer must stay dense; an empty string if it need not"
+        why = self.calibration.why_not(found)
+        return why or ('' if found.name in self.uses else 'no data reaches it')
 
-    def make(self, budget:Budget, evaluate=None, dense:float|None=None)->Plan: # see `search_drop`
-        "The plan for any budget"
+    def make(self,
+        budget:Budget,
+        evaluate=None, # for `max_drop`: a function from a model to a number, larger is better
+        dense:float|None=None # what it returns for the dense model, if known
+       )->Plan:
+        "Make the plan for any budget"
         if budget.kind == 'latency': return latency_plan(self, budget)
         if budget.kind == 'max_drop': return search_drop(self, budget, evaluate, dense).plan
         return plan_within(self, self.options, budget)
@@ -238,134 +221,135 @@ def plan_within(
     options:Options,
     budget:Budget # of what the options cost
    )->Plan:
-    "The plan of least loss within a budget"
+    "Make the plan of least loss within a budget"
     kind = budget.kind
+    calibration = planner.calibration
     if not options.totals[kind]:
         raise ValueError(f"{kind}: {budget.value} of nothing; the model has no {kind} to save on")
     try: chosen = options.choose(budget)
     except ValueError: raise _unreachable(planner, options, budget) from None
-    calibration = planner.calibration
-    layers = {}
-    for found in planner.found:
-        layers[found.name] = _record(planner, found, chosen.get(found.name))
-    data = dict(items=calibration.n_items, enough=calibration.enough)
+    layers = {f.name: _record(planner, f, chosen.get(f.name)) for f in planner.found}
     predicted = predicted_loss(calibration, [o.loss for o in chosen.values()])
-    predicted |= {k: options.left(chosen, k) for k in options.totals}
-    return Plan(layers, {kind: budget.value}, predicted, data=data, settings=calibration.settings)
+    for total in options.totals: predicted[total] = options.left(chosen, total)
+    plan = Plan(layers, {kind: budget.value}, predicted, settings=calibration.settings)
+    plan.data = items_of(calibration)
+    return plan
 
 def _unreachable(planner, options, budget):
     "The error for a budget below what the cheapest options cost"
-    kind,left = budget.kind,{}
+    kind = budget.kind
+    left = {}
     if kind != 'latency': left = own_amounts(planner.model, kind, planner.sample)
     for name,option in options.cheapest(kind).items():
         left[name] = getattr(option, kind)
     return cannot_reach(planner.model, budget, options.least(kind), left)
 
-# %% ../nbs/14_planner.ipynb #376dd1c6
+# %% ../nbs/14_planner.ipynb #e77387f7
 def predicted_loss(calibration, losses)->dict: # like {'loss': .1}
     "The sum of the losses of all layers, where the metric is one of the loss"
-    if calibration.settings.metric != 'fisher': return {}
-    return dict(loss=sum(losses))
+    return dict(loss=sum(losses)) if calibration.settings.metric == 'fisher' else {}
 
 def _record(planner, found, option):
-    "The record of a layer that becomes `option`"
+    "Make the record of a layer that becomes `option`"
     record = dense_record(found, planner.why_not(found) or 'best left dense')
     if option is None or option.scheme is None: return record
-    scheme = known_schemes[option.scheme](Geometry.of(found.layer))
-    record.choose(option.scheme, option.rank, scheme.full())
-    record.reason = planner.calibration.note(found.name)
-    record.params_after,record.error = option.params,option.error
-    record.error_of = option.scheme,option.rank,planner.calibration.settings.metric
+    scheme = scheme_for(found.layer, option.scheme)
+    record.choose(*option.choice, scheme.full())
+    calibration = planner.calibration
+    record.reason = calibration.note(found.name)
+    record.params_after = option.params
+    record.error = option.error
+    record.error_of = (*option.choice, calibration.settings.metric)
     return record
 
 # %% ../nbs/14_planner.ipynb #f2fdc54b
 def _timed(models, sample, seconds, least=2, once=None):
-    "`measure_latency` of a dict of models, repeated as the seconds allow; `once`: milliseconds of the first"
-    if not once:
-        first = next(iter(models.values()))
-        once = measure_latency(first, sample, 1, 1).ms
+    "Measure a dict of models as often as the seconds allow; `once`: milliseconds of the first, if known"
+    first = next(iter(models.values()))
+    if not once: once = measure_latency(first, sample, 1, 1).ms
     repeats = max(least, seconds*1e3/len(models)/once)
     warmup = 0 if once > 40 else 2 # long calls need none
     return measure_latency(models, sample, int(min(15, repeats)), warmup, 2)
 
-def _input_kind(x): return tuple(x.shape),x.stride(),x.dtype
+def _input_kind(x): return tuple(x.shape), x.stride(), x.dtype
 
 def _time_all(models, inputs, once):
     "Milliseconds of each of `models` for all of the `inputs`, which are on the meta device"
     device = device_of(models['dense'])
     total = dict.fromkeys(models, 0.)
-    kinds = Counter(map(_input_kind, inputs))
+    counts = Counter(map(_input_kind, inputs))
     examples = {_input_kind(x): x for x in inputs}
-    for kind,times in kinds.items():
+    for kind,x in examples.items():
         gen = torch.Generator(device).manual_seed(0)
-        sample = torch.empty_like(examples[kind], device=device).normal_(generator=gen)
-        measured = _timed(models, sample, 1., once=once)
-        for key,latency in measured.items():
-            total[key] += times*latency.least
+        sample = torch.empty_like(x, device=device).normal_(generator=gen)
+        for key,latency in _timed(models, sample, 1., once=once).items():
+            total[key] += counts[kind]*latency.least
     return total
 
-def _knots(n, most_knots=4):
-    "The indices of options that are timed"
-    places = np.linspace(0, n-1, min(n, most_knots))
-    return sorted(set(map(round, places)))
+def _knots(n):
+    "The indices of those of `n` options that are timed: at most four"
+    return sorted({round(i) for i in np.linspace(0, n-1, min(n, 4))})
 
-# %% ../nbs/14_planner.ipynb #4797df96
+# %% ../nbs/14_planner.ipynb #b5f17870
 def time_options(
     layer:nn.Module,
     options:list, # of `Option`s, dense first
     inputs:list, # of the layer, on the meta device
     once:float|None=None # milliseconds of one call, if known
-   )->list:
-    "`options` with measured or interpolated milliseconds, less those that are not faster than dense"
-    dense,*rest = options
-    by_scheme = {}
-    for o in rest: by_scheme.setdefault(o.scheme, []).append(o)
+   )->dict: # {(scheme, rank): milliseconds}
+    "Measure or interpolate the time of the `options`; leave out those that are not faster than dense"
+    by_scheme = defaultdict(list)
     models = {'dense': layer}
-    for scheme,os in by_scheme.items():
-        for i in _knots(len(os)):
-            models[scheme,i] = fresh_layer(layer, scheme, os[i].rank)
+    for option in options[1:]: by_scheme[option.scheme].append(option.rank)
+    for scheme,ranks in by_scheme.items():
+        for i in _knots(len(ranks)):
+            models[scheme,i] = fresh_layer(layer, scheme, ranks[i])
     ms = _time_all(models, inputs, once)
-    res = [replace(dense, latency=ms['dense'])]
-    for scheme,os in by_scheme.items():
-        knots = _knots(len(os))
-        times = np.interp(range(len(os)), knots, [ms[scheme,i] for i in knots])
-        times = np.maximum.accumulate(times) # a higher rank is no faster
-        for option,time in zip(os, times):
-            if time >= .95*ms['dense']: continue
-            res.append(replace(option, latency=float(time)))
+    res = {(None, None): ms['dense']}
+    for scheme,ranks in by_scheme.items():
+        knots = _knots(len(ranks))
+        known = [ms[scheme,i] for i in knots]
+        times = np.interp(range(len(ranks)), knots, known)
+        for rank,time in zip(ranks, np.maximum.accumulate(times)):
+            if time < .95*ms['dense']: res[scheme,rank] = float(time)
     return res
 
-# %% ../nbs/14_planner.ipynb #bb0b80ee
-def _rank_step(geom):
+def _rank_step(layer):
     "The step between ranks: multiples of 8, or in thin layers of 4"
+    geom = Geometry.of(layer)
     narrow = min(geom.out, geom.inp)
     if narrow >= 64: return 8
-    if narrow >= 16: return 4
-    return 1
+    return 4 if narrow >= 16 else 1
+
+# %% ../nbs/14_planner.ipynb #bb0b80ee
+def _layer_kind(layer, inputs, options):
+    "A key that is equal for layers that take the same time"
+    choices = tuple(option.choice for option in options)
+    kinds = tuple(map(_input_kind, inputs))
+    return Geometry.of(layer), layer.weight.stride(), kinds, choices
 
 def _timed_options(planner)->Options:
     "The `Options` of all layers with milliseconds"
-    calibration = planner.calibration
-    known,res = {},{}
     inside = latency_per_layer(planner.model, planner.sample)
+    calibration = planner.calibration
+    known = {}
+    res = Options(planner.totals | dict(latency=inside['']))
     for name in calibration.settings.progressing(list(planner.uses)):
         layer = planner.model.get_submodule(name)
         use = planner.uses[name]
-        geom = Geometry.of(layer)
-        options = layer_options(calibration, name, use, _rank_step(geom))
-        kinds = tuple(map(_input_kind, use.inputs))
-        choices = tuple(o.choice for o in options)
-        shape = geom,layer.weight.stride(),kinds,choices
-        if shape not in known:
-            timed = time_options(layer, options, use.inputs, inside[name]/use.calls)
-            known[shape] = {o.choice: o.latency for o in timed}
-        res[name] = _scaled_to(options, known[shape], inside[name])
-    return Options(res, planner.totals | dict(latency=inside['']))
-
-def _scaled_to(options, times, whole)->list: # `times`: {choice: milliseconds}
-    "`options` with their times, so that the dense layer takes the time `whole`"
-    scale = whole/times[None,None]
-    return [replace(o, latency=scale*times[o.choice]) for o in options if o.choice in times]
+        options = layer_options(calibration, name, use, _rank_step(layer))
+        kind = _layer_kind(layer, use.inputs, options)
+        if kind not in known:
+            once = inside[name]/len(use.inputs)
+            known[kind] = time_options(layer, options, use.inputs, once)
+        times = known[kind]
+        scale = inside[name]/times[None,None]
+        res[name] = []
+        for option in options:
+            if option.choice not in times: continue
+            latency = scale*times[option.choice]
+            res[name].append(replace(option, latency=latency))
+    return res
 
 # %% ../nbs/14_planner.ipynb #b7109822
 def measured_ratio(
@@ -375,66 +359,69 @@ def measured_ratio(
     seconds:float=10., # to spend on it, about; if that is not enough for three measurements of each, more
     once:float|None=None # milliseconds of `dense`, if known
    )->float:
-    "The time of `other` as a fraction of that of `dense`"
+    "Measure the time of `other` as a fraction of that of `dense`"
     ms = _timed({'dense': dense, 'other': other}, sample, seconds, 3, once)
     return ms['other'].ms/ms['dense'].ms
 
 def _plan_of_latency(planner, aim):
-    "The plan for a fraction of the time of all layers, with the time that the whole model takes"
+    "Make the plan for a fraction of the time of all layers, with the time that the whole model takes"
     options = planner.timed_options
     plan = plan_within(planner, options, Budget(latency=aim))
     ratio = 1.
     if plan.choices:
         planned = plan.skeleton(planner.model)
-        ratio = measured_ratio(planner.model, planned, planner.sample, once=options.totals['latency'])
+        once = options.totals['latency']
+        ratio = measured_ratio(planner.model, planned, planner.sample, once=once)
     plan.measured['latency'] = ratio
     return plan
 
-# %% ../nbs/14_planner.ipynb #fdd1cae2
+# %% ../nbs/14_planner.ipynb #817e4c9a
 @undisturbed()
 def latency_plan(planner, budget)->Plan:
-    "The plan for a budget of milliseconds, measured"
-    value = budget.value
-    tried = {}
+    "Make the plan for a budget of milliseconds, measured"
+    value,tried = budget.value,{} # {aim: plan}
     least = min(1., planner.timed_options.least('latency')*(1+1e-9))
     aim = max(value, least) # the model may be faster than its layers say
     while aim not in tried and len(tried) < 3:
         plan = tried[aim] = _plan_of_latency(planner, aim)
         got = plan.measured['latency']
-        used_up = got >= .9*value or len(tried) > 1
-        if got <= value and used_up: break
+        uses_most = got >= .9*value or len(tried) > 1
+        if got <= value and uses_most: break
         aim = min(1., max(least, aim*value/got*.95))
-    best = max(tried.values(), key=partial(_nearness, value=value))
-    if (got := best.measured['latency']) > 1.01*value:
-        smallest = min(1., math.ceil(got*100)/100)
-        if least in tried or got >= 1:
-            raise ValueError(f"latency: {value} cannot be reached; the smallest is {smallest}")
-        warnings.warn(f"latency: {value} was asked for, "
-                      f"and the nearest of {len(tried)} plans measures {got:.3}")
+    best = _nearest(tried.values(), value)
     best.budget = {'latency': value}
+    got = best.measured['latency']
+    if got <= 1.01*value: return best
+    if least in tried or got >= 1:
+        smallest = min(1., math.ceil(got*100)/100)
+        raise ValueError(f"latency: {value} cannot be reached; the smallest is {smallest}")
+    warnings.warn(f"latency: {value} was asked for, and the nearest of {len(tried)} plans measures {got:.3}")
     return best
 
-def _nearness(plan, value):
-    "A key by which a plan is the better, the nearer it comes to `value` from below"
-    got = plan.measured['latency']
-    return got <= value, -abs(got-value)
+def _nearest(plans, value):
+    "Return the plan whose measured latency comes nearest to `value`, from below if any does"
+    def nearness(plan):
+        got = plan.measured['latency']
+        return got <= value, -abs(got-value)
+    return max(plans, key=nearness)
 
 # %% ../nbs/14_planner.ipynb #0a750fc5
 _unbounded = re.compile('r2|explained_variance') # metrics that are at most 1 and have no lower bound
 
 def evaluation(evaluate, model:nn.Module)->float:
-    "The number that `evaluate` returns for `model`; a `TypeError` where it is none"
+    "Return the number that `evaluate` returns for `model`; raise a `TypeError` where it is none"
     value = evaluate(model)
     try: return float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"evaluate: it returns {type(value).__name__}, not a number") from None
+        kind = type(value).__name__
+        raise TypeError(f"evaluate: it returns {kind}, not a number") from None
 
 def check_evaluate(
     model:nn.Module, # the dense one
     budget:Budget,
     evaluate # a function from a model to a number, larger is better; or `None`
    )->float|None: # the value of the dense model; `None` for other budgets than `max_drop`
-    "Raise an error where `evaluate` is missing, is of no use, or returns nothing to keep near to"
+    "Raise a `ValueError` where `evaluate` is missing or of no use, or the metric could not be kept near to"
     expected = 'a function from a model to a number, larger is better'
     if evaluate is not None:
         check_callable('evaluate', evaluate, f"{expected}; metric, loss and the like are given by name")
@@ -443,70 +430,61 @@ def check_evaluate(
         raise ValueError(f"evaluate: {budget} makes no use of it; a budget of max_drop does")
     if evaluate is None: raise ValueError(f"evaluate: none given; a budget of max_drop needs {expected}")
     dense = evaluation(evaluate, model)
+    if not math.isfinite(dense): raise ValueError(f"evaluate: it returns {dense} for the dense model")
     name = getattr(evaluate, '__name__', 'evaluate')
-    if not math.isfinite(dense):
-        raise ValueError(f"evaluate: it returns {dense} for the dense model")
-    is_fraction = 0 < dense <= 1 and not _unbounded.search(name)
-    if is_fraction and budget.value >= 1: raise too_loose(budget.value, dense, name)
+    everything = budget.value >= 1 and 0 < dense <= 1 and not _unbounded.search(name)
+    if everything: raise too_loose(budget.value, dense, name)
     return dense
 
 # %% ../nbs/14_planner.ipynb #edc7a85e
-@dataclass
-class _Tried:
-    "A decomposition that was tried, and the value of its model"
-    share:float # of the MACs
-    change:Change
-    value:float
-
 def search_drop(
     planner:Planner,
     budget:Budget, # of max_drop
     evaluate, # a function from a model to a number, larger is better
     dense:float|None=None, # what it returns for the dense model, if known
-    given:nn.Module|None=None, # a decomposed model that the planner's stands for; what comes out is no larger
-    steps:int=6 # of the search
+    given:nn.Module|None=None # a decomposed model that the planner's stands for; what comes out is no larger
    )->Change:
-    "Decompose for the least MACs at which `evaluate` falls by at most `budget.max_drop`"
-    calibration = planner.calibration
+    "Decompose for the least MACs at which `evaluate` returns no less than the budget allows"
     if dense is None: dense = check_evaluate(planner.model, budget, evaluate)
     if given is None: given = planner.model
+    calibration = planner.calibration
     def tried(share):
         plan = planner.make(Budget(macs=share))
         change = carry_out(plan, given, calibration, plan.settings)
-        return _Tried(share, change, evaluation(evaluate, change.finished()))
-    allowed = dense - budget.value
-    best = None
+        return change, evaluation(evaluate, change.finished())
+    allowed,best = dense - budget.value,None
     low,high = planner.options.least('macs'),1.
-    for _ in calibration.settings.progressing(range(steps)):
-        found = tried((low*high)**.5)
-        if found.value >= allowed: high,best = found.share,found
-        else: low = found.share
-    best = best or tried(1.)
-    if not best.value >= allowed: best = _left_dense(best, given, budget, dense)
-    plan = best.change.plan
-    plan.budget = {'max_drop': budget.value}
-    plan.measured |= dict(metric=best.value, dense_metric=dense)
-    return best.change
+    for _ in calibration.settings.progressing(range(6)):
+        share = (low*high)**.5
+        change,value = tried(share)
+        if value >= allowed: high,best = share,(change, value)
+        else: low = share
+    change,value = best or tried(1.)
+    if not value >= allowed:
+        change = _left_dense(change, value, given, budget, dense)
+        value = dense
+    change.plan.budget = {'max_drop': budget.value}
+    change.plan.measured |= dict(metric=value, dense_metric=dense)
+    return change
 
-# %% ../nbs/14_planner.ipynb #a0dd1d96
-def _left_dense(least, given, budget, dense):
-    "The model as it was, where even the one decomposed `least` loses too much"
-    warnings.warn(f"max_drop: {budget.value} cannot be kept to, so the model stays dense: `evaluate` "
-                  f"gives {dense:.4g} for it, {least.value:.4g} for the one decomposed least")
-    plan = least.change.plan
+def _left_dense(change, value, given, budget, dense):
+    "Leave the model as it was, where even the one decomposed least, by `change`, loses too much"
+    warnings.warn(f"max_drop: {budget.value} cannot be kept to, so the model stays dense: `evaluate` gives "
+                  f"{dense:.4g} for it, {value:.4g} for the one decomposed least")
+    plan = change.plan
     for name in plan.choices:
         plan.set(name)
         plan.layers[name].reason = 'what was decomposed least lost more than max_drop'
-    return _Tried(1., carry_out(plan, given, None, plan.settings), dense)
+    return carry_out(plan, given, None, plan.settings)
 
 # %% ../nbs/14_planner.ipynb #3d1d1752
 @takes_settings()
 def make_plan(
     model:nn.Module, # left untouched; what is factored in it is taken for what it stands for
     data, # a little of what it is used on, without labels, see `calibrate`; or a `Calibration`
-    budget:Budget, # what the model may have of the dense one
+    budget:Budget, # the fraction of the dense model that may be left
     evaluate=None, # for `max_drop`: a function from a model to a number, larger is better
-    sample=None, # a batch to count and to time with, in the right memory format; `None`: the first of `data`
+    sample=None, # a batch to count and to time with; `None`: the first of `data`
     **kwargs
    )->Plan:
     "Choose scheme and rank of every layer, for the least estimated loss within the budget"
