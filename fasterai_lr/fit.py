@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import moved, FactoredLayer, Geometry, factored_layers, replace_layers, replace_layers_
+from .layers import (FactoredLayer, Geometry, factored_layers, moved, replace_layers,
+                                replace_layers_)
 from .running import (Additions, Batches, evaluated, first_output, hooked, n_items, trace,
                                  undisturbed)
 from .loss import as_loss, classification
