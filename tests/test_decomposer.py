@@ -1,5 +1,5 @@
 "The decomposers on networks: figures that are known, ranks, plans, names, one decomposer after another"
-import json
+import inspect, json, warnings
 from fnmatch import fnmatch
 
 import pytest, torch
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
+from fasterai_lr.budget import Budget
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose, factorize, project_
 from fasterai_lr.layers import FactoredLayer, Geometry, factored_layers, recompose
 from fasterai_lr.rank import EVBMF, Energy
@@ -138,6 +139,23 @@ def test_projection_of_a_resnet():
     assert all(c.weight.requires_grad and not torch.equal(c.weight, w) for c,w in zip(convs, low))
     assert torch.linalg.svdvals(convs[0].weight.detach().flatten(1))[8] > 1e-6 # training does not keep the rank
 
+@pytest.mark.parametrize('rank, layers', [(32, None), (1., None), (16, ['1.1']), (Energy(1.), '0')])
+def test_a_projection_that_changes_nothing_says_so(rank, layers):
+    model = net()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.warns(UserWarning, match='^rank: .*: every weight is of this rank already; nothing was changed$'):
+        assert project_(model, rank, layers) is model
+    assert all(torch.equal(a, b) for a,b in zip(before, model.parameters()))
+
+def test_a_projection_of_no_layer_says_so():
+    with pytest.warns(UserWarning, match="^rank: 3: no layer was chosen; nothing was changed$"): project_(nn.Sequential(nn.ReLU()), 3)
+    with pytest.warns(UserWarning, match="^rank: {'0': 3}: no layer was chosen; nothing was changed$"): project_(net(), {'0': 3}, layers='1.*')
+
+def test_a_projection_that_changes_a_layer_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        project_(net(), 20) # 16 is the full rank of one of them
+
 def vgg_bn():
     "VGG-16 with batch normalisation, an eighth as wide"
     layers,inp = [],3
@@ -251,3 +269,17 @@ def test_the_first_decomposer_that_factors_a_layer_has_it():
 @pytest.mark.parametrize('what', ['svd', FC_Decomposer, [FC_Decomposer(), .5], 3])
 def test_what_is_no_decomposer(what):
     with pytest.raises(TypeError, match='what: '): decompose(net(), what)
+
+@pytest.mark.parametrize('call, message', [
+    (lambda: FC_Decomposer(rnk=.5), r"^rnk=0.5: Decomposer has no argument of this name; did you mean 'rank'\?$"),
+    (lambda: ConvDecomposer('svd', rnk=.5), r"^rnk=0.5: ConvDecomposer has no argument of this name; did you mean 'rank'\?$"),
+    (lambda: ConvDecomposer(scheme='svd'), "^scheme='svd': ConvDecomposer has no argument of this name; it takes method, rank, force$"),
+    (lambda: Budget(mac=.5), r"^mac=0.5: Budget has no argument of this name; did you mean 'macs'\?$"),
+    (lambda: Budget(flops=.5), '^flops=0.5: Budget has no argument of this name; it takes params, macs, latency, max_drop$')])
+def test_a_wrong_keyword_names_the_right_one(call, message):
+    with pytest.raises(TypeError, match=message): call()
+
+def test_no_signature_hides_its_arguments_in_kwargs():
+    assert list(inspect.signature(FC_Decomposer).parameters) == ['rank', 'force']
+    assert list(inspect.signature(ConvDecomposer).parameters) == ['method', 'rank', 'force']
+    assert list(inspect.signature(Budget).parameters) == ['params', 'macs', 'latency', 'max_drop']
