@@ -118,7 +118,7 @@ class Settings(_Checked):
     schemes:tuple=('svd', 'spatial') # a `Budget` chooses from these
     sequential:bool=True # fit each layer to what those before it have made of the data?
     passes:int=24 # over the data, at most; more layers than that are fitted in groups
-    most:int=16384 # positions a batch and layer that the fit looks at
+    most:int=16384 # positions a batch and layer that the fit looks at, half of them for moments
     max_size:int=8192 # no moment larger than this squared is formed
     distill_steps:int=0 # steps of self-distillation after the fit, see `distill`
     augment:object=None # for these, see `distill`
