@@ -1138,6 +1138,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai_lr.tensor._khatri_rao': ('tensor.html#_khatri_rao', 'fasterai_lr/tensor.py'),
                                     'fasterai_lr.tensor._later_sums': ('tensor.html#_later_sums', 'fasterai_lr/tensor.py'),
                                     'fasterai_lr.tensor._leading': ('tensor.html#_leading', 'fasterai_lr/tensor.py'),
+                                    'fasterai_lr.tensor._left_out': ('tensor.html#_left_out', 'fasterai_lr/tensor.py'),
                                     'fasterai_lr.tensor._main_sides': ('tensor.html#_main_sides', 'fasterai_lr/tensor.py'),
                                     'fasterai_lr.tensor._move_sides': ('tensor.html#_move_sides', 'fasterai_lr/tensor.py'),
                                     'fasterai_lr.tensor._new_terms': ('tensor.html#_new_terms', 'fasterai_lr/tensor.py'),

@@ -138,8 +138,7 @@ def _start_bases(
     if init is None: return hosvd
     widened = [_widen(A, U, rank) for A,U,rank in zip(channel_unfoldings(X), init[1:], ranks)]
     if hosvd_is_best: return hosvd # only now: `_widen` has checked `init`
-    if _norm(_in_bases(X, *widened)) > _norm(_in_bases(X, *hosvd)): return widened
-    return hosvd
+    return min(hosvd, widened, key=lambda bases: _left_out(X, *bases))
 
 def _hooi(
     X, # kernel `[o,i,*k]`
@@ -193,6 +192,10 @@ def tucker2_to_kernel(
 )->Tensor: # `[o,i,*k]`
     "Return the kernel that a Tucker-2 decomposition stands for"
     return _times_o(_times_i(core, Ui.T), Uo.T)
+
+def _left_out(X, Uo, Ui):
+    "The norm of what the bases leave out of `X`; the norm of what they keep would be rounded by more"
+    return _norm(X - tucker2_to_kernel(_in_bases(X, Uo, Ui), Uo, Ui))
 
 # %% ../nbs/01_tensor.ipynb #b7c7320c
 _CORE_CHANNELS = 64 # the least channels of a core: a smaller one saves no time

@@ -124,6 +124,16 @@ def test_tucker2_from_lower_ranks_never_grows(W, data):
     assert all(no_more(e, E[ro-1,ri-1], W.dtype) for e,(ro,ri) in zip(errors, path))
     assert path[-1]!=full or errors[-1] <= EXACT[W.dtype]
 
+def test_of_two_starts_the_better_is_taken_also_where_the_kept_norms_round_alike():
+    "In float32 two bases that keep the same norm but for 1e-8 of it may lose 1e-5 and 1e-4"
+    g = gen(107)
+    W = torch.randn(4, 5, 3, generator=g, dtype=torch.float64)
+    W = (W*10**(5*torch.randn(4, 5, 3, generator=g, dtype=torch.float64))).float()
+    path = [(1, 1), (2, 4), (3, 4)]
+    errors = [tucker_error(W, f) for f in rank_path(tucker2, W, path)]
+    E = hosvd_errors(W)
+    assert all(no_more(e, E[ro-1,ri-1], W.dtype) for e,(ro,ri) in zip(errors, path))
+
 # CP
 
 @settings(max_examples=200, deadline=None)
