@@ -230,7 +230,9 @@ def planned(planner, share, **settings):
     calibration,names = planner.calibration,linears(planner.model)
     options = {n:o for n,o in planner.options.items() if n in names}
     total = sum(o[0].params for o in options.values())
-    plan = plan_within(planner, Options(options, dict(params=total)), Budget(params=share))
+    within = Options(dict(params=total))
+    within.update(options)
+    plan = plan_within(planner, within, Budget(params=share))
     return plan.apply(planner.model, calibration, **settings)
 
 def with_ranks(calibration, ranks, **settings):

@@ -26,7 +26,7 @@ from .cost import count_macs
 from .budget import Budget, check_reach, dense_model
 from .decomposer import as_decomposers, factorize, needs_data
 from .distributed import check_wrapper, on_first_rank
-from .layers import moved, FactoredLayer, factored_layers, find_layers, layer_types
+from .layers import FactoredLayer, factored_layers, find_layers, layer_types, moved
 from .optimizer import check_opt, swap_layers
 from .plan import Plan
 from .learned import check_arguments, check_data, check_max_drop, decompose_learner, goes_by_metric

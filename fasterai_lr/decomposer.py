@@ -17,17 +17,17 @@ import torch
 from fastcore.meta import delegates
 from torch import nn
 
-from .layers import (moved, 
+from .layers import (
     FactoredLayer, Geometry, check_loaded, check_module, check_patterns, conv_types, find_layers,
-    layer_types, linear_types, matches, replace_layers_, select, transposed_types)
+    layer_types, linear_types, matches, moved, replace_layers_, select, transposed_types)
 from .rank import check_rank
 from .running import Batches, check_callable
 from .schemes import Svd, check_scheme, exceeds, schemes
-from .settings import Settings, check_names, takes_settings
+from .settings import Settings, check_names, checks_names, takes_settings
 from .calibrate import calibrated, settings_for
 from .fit import Change, fit
 from .budget import (
-    Budget, check_reach, checks_names, dense_model, half_saved, holders, own_amounts)
+    Budget, check_reach, dense_model, half_saved, holders, own_amounts)
 from .plan import (
     Plan, Record, carry_out, check_without_data, dense_record, items_of, measured, recorded)
 from .planner import Planner, check_evaluate, predicted_loss, search_drop

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from .layers import factored_layers, replace_layers
 from .running import Batches, evaluated, evaluating, first_output, hooked, run_model, undisturbed
-from .loss import relative_error
+from .loss import relative_distance
 from .settings import Settings, takes_settings
 
 # %% ../nbs/11_distill.ipynb #ba776b9b
@@ -62,12 +62,12 @@ def _augmented(batch, augment, gen):
 
 # %% ../nbs/11_distill.ipynb #56ee897e
 def _feature_loss(student, teacher): # {module name: output}
-    "The mean `relative_error` of the outputs of some modules"
+    "The mean `relative_distance` of the outputs of some modules"
     errors = []
     for name,want in teacher.items():
         if not isinstance(want, Tensor) or not want.is_floating_point(): continue
         out = student[name]
-        errors.append(relative_error(out, want.to(out.dtype)))
+        errors.append(relative_distance(out, want.to(out.dtype)))
     return sum(errors)/max(1, len(errors))
 
 # %% ../nbs/11_distill.ipynb #bce91afc

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .layers import factored_layers, replace_layers
 from .running import devices_of, evaluating, run_model
-from .cost import count_params, size_on_disk
+from .cost import size_on_disk
 from .budget import dense_model
-from .plan import Plan, Record, known_records
+from .plan import Plan, factored_record, known_records
 
 # %% ../nbs/22_export.ipynb #da9c3033
 _format = 'fasterai_lr'
@@ -50,10 +50,9 @@ def current_plan(
     "The plan of what the layers of `model` are now, factored layers without a record among them"
     layers = known_records(model)
     for name,layer in factored_layers(model).items():
-        geom = layer.geometry
-        record = layers.setdefault(name, Record(geom.type_name, params_after=count_params(layer)))
+        record = layers.setdefault(name, factored_record(layer))
         record.scheme,record.rank = layer.scheme,layer.rank
-        record.params_before,record.status = geom.n_params,'factored'
+        record.params_before = layer.geometry.n_params
     known = vars(model).get('low_rank_plan', {})
     return Plan.of(known | dict(layers={name: record.plain() for name,record in layers.items()}))
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from .layers import Geometry, find_layers, layer_types
 from .running import Batches, check_callable, device_of, trace, undisturbed
-from .cost import count_params, latency_per_layer, macs_per_layer, measure_latency
+from .cost import count_macs, count_params, latency_per_layer, measure_latency
 from .settings import takes_settings
 from .calibrate import Calibration, calibrated, settings_for
 from .budget import Budget, cannot_reach, check_budget, dense_model, own_amounts, too_loose
@@ -187,7 +187,7 @@ class Planner:
             self.sample = Batches([sample], calibration.batches.device).first
             self.uses = trace(self.model, calibration, self.sample)
         self.found = find_layers(self.model, layer_types)
-        self.totals = dict(params=count_params(self.model), macs=macs_per_layer(self.model, self.sample)[''])
+        self.totals = dict(params=count_params(self.model), macs=count_macs(self.model, self.sample))
 
     @cached_property
     def options(self)->Options:

@@ -26,7 +26,7 @@ from .cost import count_macs, count_params, macs_per_layer, measure_latency, siz
 from .settings import takes_settings
 from .calibrate import calibrate, calibrated, settings_for
 from .budget import Budget, dense_model
-from .plan import Plan, Record, dense_record, known_records
+from .plan import Plan, dense_record, factored_record, known_records
 from .planner import Planner
 
 # %% ../nbs/21_report.ipynb #f47d9262
@@ -49,12 +49,6 @@ class Summary(pd.DataFrame):
         return super()._repr_html_()
 
 # %% ../nbs/21_report.ipynb #f0dd1781
-def _factored_record(layer):
-    "The record of a factored layer, as far as the layer itself tells"
-    geom = layer.geometry
-    return Record(geom.type_name, layer.scheme, layer.rank, params_before=geom.n_params,
-                  params_after=count_params(layer), status='factored')
-
 def _records(model):
     "{layer name: `Record`} for each linear layer and convolution, in the order of the model"
     known = known_records(model)
@@ -63,7 +57,7 @@ def _records(model):
         name = found.name
         layer = found.layer
         if name in known: records[name] = known[name]
-        elif isinstance(layer, FactoredLayer): records[name] = _factored_record(layer)
+        elif isinstance(layer, FactoredLayer): records[name] = factored_record(layer)
         else: records[name] = dense_record(found, found.reason or 'not asked for')
     return records
 
