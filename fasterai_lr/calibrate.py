@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .linalg import full_precision, lower_gram, symmetric
 from .layers import Geometry, conv_types, find_layers, linear_types, moved
-from .running import (Batches, blaming_data, evaluating, first_output, frozen, hooked, n_items,
+from .running import (Batches, blaming_data, evaluating, frozen, hooked, n_items,
                                  run_model, trace, undisturbed, unfused)
 from .loss import classification
 from .metric import Moments, add_diagonal, diagonal_of, make_metric
@@ -364,7 +364,7 @@ class _Gathering:
         with blaming_data(batch): out = run_model(self.model, batch)
         scalar = loss(out, self.gen)
         if scalar.requires_grad: scalar.backward(torch.full_like(scalar, self.scale))
-        if self.classes is None: self.classes = loss.n_classes(first_output(out), items)
+        if self.classes is None: self.classes = loss.n_classes(out, items)
         self.items += items
 
     def moments(self):
@@ -444,4 +444,4 @@ def settings_for(
 # %% ../nbs/10_calibrate.ipynb #6c0f92ac
 __getattr__ = moved(__name__,
     now=dict(regression='loss', Inputs='running', Metric='metric'),
-    gone=dict(OwnLoss='Classification(axis=…, first=True) or Regression(first=True) of fasterai_lr.loss'))
+    gone=dict(OwnLoss='Classification(axis=…) or Regression() of fasterai_lr.loss'))

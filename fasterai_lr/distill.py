@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from torch.utils._pytree import tree_map_only
 
 from .layers import factored_layers, replace_layers
-from .running import Batches, evaluated, evaluating, first_output, hooked, run_model, undisturbed
+from .running import Batches, evaluated, evaluating, hooked, run_model, undisturbed
 from .loss import relative_distance
 from .settings import Settings, takes_settings
 
@@ -111,14 +111,11 @@ class _Student:
         def see(name, module, x, out): inside[name] = out
         holders = {n: model.get_submodule(n) for n in self.holders}
         with hooked(holders, see): out = run(model, batch)
-        return first_output(out),inside
+        return self.settings.loss.read(out),inside
 
     def distance(self, batch)->Tensor: # scalar
         "How far the student is from its teacher on `batch`"
         want,wanted = self._run(evaluated, self.teacher, batch)
-        if not isinstance(want, Tensor):
-            raise TypeError(f"distill: the model returns {type(want).__name__}; "
-                            "only a tensor, or the first of a tuple, can be learned from")
         if self.dtypes: batch = _wide(batch)
         out,mine = self._run(run_model, self.model, batch)
         return self.settings.loss.distance(out, want.to(out.dtype)) + _feature_loss(mine, wanted)
@@ -149,12 +146,11 @@ def _trained(student, batches, steps, lr):
 def _apart(model, teacher, batches, settings):
     "The `distance` of the outputs of the two, the mean over batches"
     gen = torch.Generator().manual_seed(settings.seed+1)
-    distances = []
+    loss,distances = settings.loss,[]
     for batch in batches:
         batch = _augmented(batch, settings.augment, gen)
-        out = first_output(evaluated(model, batch)).float()
-        want = first_output(evaluated(teacher, batch)).float()
-        distances.append(settings.loss.distance(out, want))
+        out,want = loss.read(evaluated(model, batch)),loss.read(evaluated(teacher, batch))
+        distances.append(loss.distance(out.float(), want.float()))
     return float(torch.stack(distances).mean())
 
 _not_for_distillation = 'metric','schemes','sequential','passes','most','max_size','distill_steps'

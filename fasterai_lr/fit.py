@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layers import (FactoredLayer, Geometry, factored_layers, moved, replace_layers,
                                 replace_layers_)
-from .running import (Additions, Batches, evaluated, first_output, hooked, n_items, trace,
+from .running import (Additions, Batches, evaluated, hooked, n_items, trace,
                                  undisturbed)
 from .loss import as_loss, classification
 from .metric import Moments, covariance, lacking, make_metric, ridge
@@ -497,13 +497,11 @@ def loss_increase(
    )->float|None: # mean over the samples; `None` for a function, of which nothing is known
     "Measure how far the loss of `model` is above that of `dense` on `data`"
     loss = as_loss(loss)
+    if not loss.compares: return
     total,samples = 0.,0
     for batch in Batches.of(data, dense):
-        want = first_output(evaluated(dense, batch)).double()
-        out = first_output(evaluated(model, batch)).double()
-        increase = loss.increase(want, out)
-        if increase is None: return
-        total += increase
+        want,out = loss.read(evaluated(dense, batch)),loss.read(evaluated(model, batch))
+        total += loss.increase(want.double(), out.double())
         samples += n_items(batch)
     return total/samples
 

@@ -7,7 +7,7 @@ __all__ = ['classification', 'regression', 'multilabel', 'Loss', 'relative_dista
            'MultiLabel', 'OwnFunction', 'function_name', 'as_loss', 'loss_of']
 
 # %% ../nbs/07_loss.ipynb #b5577747
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from collections.abc import Mapping
 
 import torch
@@ -21,27 +21,34 @@ from .running import check_callable, first_output
 @dataclass(frozen=True)
 class _Reading:
     "A way to read what a model returns"
-    first:bool = False # read the first of several outputs? Without it, several outputs are an error
+    output:object = None # function from what the model returns to the tensor that counts, see `read`
 
     name = '' # in files
+    compares = True # is it known how two outputs compare?
     axis = None # of the class scores in an output
 
     def read(self, out)->Tensor: # what the model returns
-        "Return the output of the model that counts"
-        if self.first: out = first_output(out)
-        if isinstance(out, Tensor): return out
+        "Return the tensor that counts: by `output`, or else its `logits` or its first one"
+        tensor = self.output(out) if self.output else first_output(out)
+        if isinstance(tensor, Tensor): return tensor
+        if self.output:
+            raise TypeError(f"output: it returns {type(tensor).__name__}; expected the tensor that counts")
         raise TypeError(f"loss: the model returns {type(out).__name__}, not a tensor; "
-                        "give a function of it that returns a scalar, summed over samples")
+                        "give output=…, a function of it that returns the tensor that counts, "
+                        "or as loss a function of it that returns a scalar, summed over samples")
 
-    def n_classes(self, out, items:int)->float: # 1 where there are no classes
+    def reading(self, output):
+        "Return the same loss for outputs that are read by the function `output`; `None`: as before"
+        return self if output is None else replace(self, output=output)
+
+    def n_classes(self, out, items:int)->float: # `out`: what the model returns; 1 where there are no classes
         "The number of classes that the model tells apart, for each position of an item that it classifies"
         return 1
 
     def plain(self):
         "Describe the loss by plain data, for files; `loss_of` reads it"
-        if self == type(self)(): return self.name
-        data = dict(name=self.name, axis=self.axis)
-        return data if self.first else data | dict(first=False)
+        if replace(self, output=None) == type(self)(): return self.name
+        return dict(name=self.name, axis=self.axis)
 
 # %% ../nbs/07_loss.ipynb #c54deb57
 class Loss(_Reading):
@@ -124,6 +131,7 @@ class Classification(Loss):
         return F.kl_div(out.log_softmax(axis), want.log_softmax(axis), reduction=reduction, log_target=True)
 
     def n_classes(self, out, items):
+        out = self.read(out)
         positions = out.numel()//out.shape[self.axis]
         return out.shape[self.axis]*items/positions
 
@@ -165,15 +173,18 @@ classification,regression,multilabel = Classification(),Regression(),MultiLabel(
 @dataclass(frozen=True)
 class OwnFunction(Loss):
     "A function of yours, from what the model returns to a scalar, summed over the samples"
-    function:object = None # `None` where a file has named it
+    function:object = None # of the output, if one is given, or else of all that the model returns; `None` where a file has named it
     name:str = ''
     like:Loss|None = None # how its outputs are compared, if the function says so by an `axis`
 
     def __call__(self, out, gen=None):
-        res = self.function(out)
+        res = self.function(self.output(out) if self.output else out)
         if isinstance(res, Tensor) and res.numel() == 1: return res
         given = list(res.shape) if isinstance(res, Tensor) else res
         raise ValueError(f"loss: it returns {given}; expected a scalar tensor, summed over samples")
+
+    @property
+    def compares(self): return self.like is not None
 
     def increase(self, want, out): return self.like and self.like.increase(want, out)
 
@@ -214,7 +225,7 @@ def loss_of(data)->Loss: # `data`: what `Loss.plain` returns
 
 def _described(data):
     "Return the loss that a dict of its `name` and fields describes"
-    loss,first = loss_of(data['name']),bool(data.get('first', True))
-    if not isinstance(loss, Classification): return type(loss)(first=first)
+    loss = loss_of(data['name'])
+    if not isinstance(loss, Classification): return loss
     if not isinstance(data.get('axis'), int): raise ValueError(f"{data!r} has no 'axis' of the classes")
-    return Classification(axis=data['axis'], first=first)
+    return Classification(axis=data['axis'])

@@ -48,8 +48,14 @@ def device_of(model:nn.Module)->torch.device|None: # `None` for a model without 
     return next(iter(devices_of(model)), None)
 
 def first_output(out):
-    "Return `out`, or the first of several outputs: a recurrent network returns its hidden states too"
-    return out[0] if isinstance(out, (tuple, list)) else out
+    "Return the output that counts: what is called `logits`, or the first of a tuple, a list or a mapping"
+    is_mapping = isinstance(out, Mapping)
+    logits = out.get('logits') if is_mapping else getattr(out, 'logits', None)
+    if isinstance(logits, Tensor): return logits
+    if is_mapping and out: return first_output(next(iter(out.values())))
+    if isinstance(out, tuple) and out: return first_output(out[0])
+    if isinstance(out, list) and out and isinstance(out[0], Tensor): return out[0]
+    return out
 
 # %% ../nbs/05_running.ipynb #f5c55b67
 @contextmanager

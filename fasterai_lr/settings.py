@@ -84,11 +84,14 @@ class UserFunction:
     @property
     def __name__(self): return self.name
 
-def _check_augment(value):
-    "Raise a `TypeError` where `value` is not a function that augments inputs"
+_functions = dict( # {setting: (what is expected, its number of arguments)}
+    output=('a function from what the model returns to the tensor that counts', 1),
+    augment=('a function of a batch of inputs and a generator, such as `flip_crop_and_mix`', 2))
+
+def _check_function(name, value):
+    "Raise a `TypeError` where `value` is not a function that serves as the setting `name`"
     if value is None or isinstance(value, UserFunction): return
-    expected = 'a function of a batch of inputs and a generator, such as `flip_crop_and_mix`'
-    check_callable('augment', value, expected, 2)
+    check_callable(name, value, *_functions[name])
 
 def _unknown(argument, f):
     "The error for a function that a plan's file has named"
@@ -103,8 +106,9 @@ class _Checked:
     def __post_init__(self):
         check_kind(self.metric)
         check_progress(self.progress)
-        _check_augment(self.augment)
-        self._set('loss', as_loss(self.loss))
+        for name in _functions: _check_function(name, getattr(self, name))
+        self._set('loss', as_loss(self.loss).reading(self.output))
+        self._set('output', self.loss.output)
         self._set('schemes', _schemes_of(self.schemes))
         self._set('sequential', _bool_of('sequential', self.sequential))
         for name,least in _least.items(): self._set(name, _int_of(name, getattr(self, name), least))
@@ -119,6 +123,7 @@ class _Checked:
         "Raise a `ValueError` for a function that is only known by its name"
         loss = self.loss
         if isinstance(loss, OwnFunction) and loss.function is None: raise _unknown('loss', loss)
+        if isinstance(self.output, UserFunction): raise _unknown('output', self.output)
         if not self.distill_steps: return # nothing is augmented
         if isinstance(self.augment, UserFunction): raise _unknown('augment', self.augment)
 
@@ -136,6 +141,7 @@ class Settings(_Checked):
     distill_steps:int=0 # steps of self-distillation after the fit, see `distill`
     augment:object=None # for these, see `distill`
     seed:int=0 # of all random draws
+    output:object=None # function from what the model returns to the tensor that counts; `None`: `first_output`
     progress:object=field(default=None, compare=False) # wraps an iteration: `fastprogress.progress_bar`
 
     @classmethod
@@ -151,8 +157,10 @@ class Settings(_Checked):
     def plain(self)->dict: # what JSON can hold
         "Describe the settings by plain data, functions by their names; `settings_of` reads it"
         data = {name: getattr(self, name) for name in _in_files()}
-        augment = None if self.augment is None else dict(function=function_name(self.augment))
-        return data | dict(loss=self.loss.plain(), schemes=list(self.schemes), augment=augment)
+        data |= dict(loss=self.loss.plain(), schemes=list(self.schemes))
+        for name in _functions:
+            if data[name] is not None: data[name] = dict(function=function_name(data[name]))
+        return data
 
     def progressing(self, steps):
         "Go through `steps` with a progress bar, if there is one"
@@ -163,7 +171,7 @@ def _in_files():
     "The names of the settings that a file holds"
     return [f.name for f in fields(Settings) if f.name != 'progress']
 
-def _augment_of(data):
+def _function_of(data):
     "Return the function, known by its name, that a file describes"
     if data is None: return None
     if isinstance(data, Mapping) and 'function' in data: return UserFunction(data['function'])
@@ -179,7 +187,7 @@ def settings_of(data:dict)->Settings: # `data`: what `Settings.plain` returns
     values = dict(data)
     try:
         if 'loss' in data: values['loss'] = loss_of(data['loss'])
-        if 'augment' in data: values['augment'] = _augment_of(data['augment'])
+        for name in _functions: values[name] = _function_of(data.get(name))
     except ValueError as e: raise ValueError(f"settings: {e}") from None
     return Settings(**values)
 
