@@ -245,7 +245,7 @@ class DecomposeCallback(Callback):
         check_names(kwargs, DecomposeCallback.__init__)
         _check_options(ft_lr, tail, distill, max_drop)
         self.schedule = _schedule(at_epoch, what)
-        check_arguments(list(self.schedule.values()), data, kwargs)
+        check_arguments(list(self.schedule.values()), data, **kwargs)
         self.at_epoch = min(self.schedule)
         self.ft_lr = float(ft_lr)
         self.tail = tail

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['calibration_batches', 'sample_of', 'check_data', 'output_kind', 'learner_metric', 'reset_model', 'measure_metric',
-           'signed_value', 'metric_value', 'check_max_drop', 'goes_by_metric', 'check_arguments', 'decompose_learner']
+           'signed_value', 'metric_value', 'evaluation_by', 'check_max_drop', 'goes_by_metric', 'check_arguments',
+           'layers_bar', 'decompose_learner']
 
 # %% ../nbs/19_learned.ipynb #8f50b1b3
 import copy, re
@@ -78,19 +79,18 @@ def calibration_batches(
 # %% ../nbs/19_learned.ipynb #a69cdf7d
 def _device(model): return next(model.parameters()).device
 
-def _data_or_items(learn, data, n=2000):
-    "`data`, or `n` training items where it is `None`; all of it in every process"
-    if data is None: return calibration_batches(learn, n)
-    if isinstance(data, Calibration): return data
-    return _whole(data.train if isinstance(data, DataLoaders) else data)
+def _batches(learn, data, n=2000):
+    "`data`, or `n` training items where it is `None`, as `Batches`; all of it in every process"
+    if data is None: data = calibration_batches(learn, n)
+    if isinstance(data, DataLoaders): data = data.train
+    return Batches(_whole(data), _device(learn.model))
 
 def sample_of(
     learn, # a `Learner`
     data=None # as for `decompose`; `None`: a training item
    ): # what the model is called with
     "Return the first batch of the data, on the model's device"
-    batches = Batches(_data_or_items(learn, data, 1), _device(get_model(learn.model)))
-    return next(iter(batches))
+    return _batches(learn, data, 1).first
 
 def check_data(
     learn, # a `Learner`
@@ -176,10 +176,13 @@ def metric_value(
     "Measure as `measure_metric` does, with a minus where less is better"
     return signed_value(learn, measure_metric(learn, model))
 
-def _evaluation_by_metric(learn):
-    "`metric_value` as a function of a model alone, named after the learner's metric"
-    def value(model): return metric_value(learn, model)
-    value.__name__ = learner_metric(learn).name
+def evaluation_by(
+    learn, # a `Learner`
+    measure # `measure_metric` or `metric_value`
+   ): # a function from a model to a number
+    "Return `measure` as a function of a model alone, named after the learner's metric"
+    def value(model): return measure(learn, model)
+    value.__name__ = learn.metrics[0].name if learn.metrics else 'valid_loss'
     return value
 
 # %% ../nbs/19_learned.ipynb #99e54525
@@ -222,54 +225,47 @@ def _default_what(learn, data):
 def check_arguments(
     whats:list, # what is to be decomposed, and how: decomposers, budgets, plans, `None`
     data, # as for `decompose`
-    kwargs:dict # the other arguments of `decompose`
+    evaluate=None, # this and the others: as for `decompose`
+    sample=None,
+    **kwargs
    ):
     "Raise for arguments that are wrong, or that nothing in `whats` makes use of"
-    settings = dict(kwargs)
-    others = {name: settings.pop(name, None) for name in ('evaluate', 'sample')}
-    Settings.of(settings, factorize)
-    check_what(whats, settings, others['evaluate'], others['sample'])
+    Settings.of(kwargs, factorize)
+    check_what(whats, kwargs, evaluate, sample)
     for what in whats:
-        if isinstance(what, Plan): Settings.of(settings, factorize, what.settings).check_functions()
+        if isinstance(what, Plan): Settings.of(kwargs, factorize, what.settings).check_functions()
     if data is None and not any(what is None or needs_data(what) for what in whats):
-        check_without_data(settings, **others)
+        check_without_data(kwargs, evaluate, sample)
 
 # %% ../nbs/19_learned.ipynb #49f758de
-def _knows_loss(what, data):
-    "Was a plan, or a calibration, made with a loss that is to be kept?"
-    if isinstance(data, Calibration): return True
-    return isinstance(what, Plan) and what.settings.loss != classification
-
 def _known_arguments(learn, what, data, kwargs):
     "Add to the arguments of `factorize` those that the learner knows"
-    known = {}
-    if not _knows_loss(what, data): known['loss'] = output_kind(learn)
-    known |= kwargs
+    known = dict(kwargs)
+    has_loss = isinstance(data, Calibration)
+    if isinstance(what, Plan): has_loss |= what.settings.loss != classification
+    if not has_loss: known.setdefault('loss', output_kind(learn))
     if goes_by_metric(what, kwargs):
         check_max_drop(learn, what.value)
-        known['evaluate'] = _evaluation_by_metric(learn)
+        known['evaluate'] = evaluation_by(learn, metric_value)
     return known
 
 def _arguments(learn, what, data, kwargs):
     "Return what to do, the data to do it with, and the other arguments of `factorize`"
-    check_arguments([what], data, kwargs)
+    check_arguments([what], data, **kwargs)
     if what is None:
         what = _default_what(learn, data)
         if not needs_data(what): return what,None,{}
     if data is None and not needs_data(what): return what,None,kwargs
-    data = _data_or_items(learn, data)
-    if not isinstance(data, Calibration): data = Batches(data, _device(get_model(learn.model)))
+    if not isinstance(data, Calibration): data = _batches(learn, data)
     return what,data,_known_arguments(learn, what, data, kwargs)
 
 # %% ../nbs/19_learned.ipynb #56046dc1
-def _calibrated_by_all(learn, what, data, kwargs):
+def _calibrated_by_all(learn, what, data, evaluate=None, sample=None, progress=None, **settings):
     "`data`, or where there are several processes the `Calibration` that each of them has made a part of"
     alone = not isinstance(learn.model, DistributedDataParallel)
     if alone or data is None or isinstance(data, Calibration): return data
     model = get_model(learn.model)
     if needs_data(what): model = dense_model(model)
-    unused = {'evaluate', 'sample', 'progress'}
-    settings = {name: value for name,value in kwargs.items() if name not in unused}
     return shared_calibration(learn.model, model, data, **settings)
 
 def _new_layers(learn, what, data, kwargs):
@@ -279,10 +275,13 @@ def _new_layers(learn, what, data, kwargs):
         warn_if_unchanged(change)
         return change.modules,change.plan.plain()
     with torch.autocast(_device(learn.model).type, enabled=False):
-        data = _calibrated_by_all(learn, what, data, kwargs)
+        data = _calibrated_by_all(learn, what, data, **kwargs)
         return on_first_rank(compute, learn.model)
 
-def _layers_bar(learn, mbar):
+def layers_bar(
+    learn, # a `Learner`
+    mbar=None # the fit's `master_bar`, if one is running
+   ):
     "A bar that counts the layers, below that of a running fit; `None` where the learner shows none"
     if not hasattr(learn, 'progress'): return None
     return partial(progress_bar, leave=False) if mbar is None else mbar.progress
@@ -301,12 +300,12 @@ def decompose_learner(
     model = get_model(learn.model)
     reset_model(model)
     what,data,kwargs = in_all(partial(_arguments, learn, what, data, kwargs), learn.model)
-    kwargs = kwargs | dict(progress=_layers_bar(learn, mbar))
+    kwargs = kwargs | dict(progress=layers_bar(learn, mbar))
     new,plan = _new_layers(learn, what, data, kwargs)
     before = count_params(model)
     swap_layers(learn, new)
     model = get_model(learn.model)
     model.low_rank_plan = plan
-    factored = [layer for layer in new.values() if isinstance(layer, FactoredLayer)]
-    return dict(decomposed=len(factored), layers=len(plan['layers']),
+    n = sum(isinstance(layer, FactoredLayer) for layer in new.values())
+    return dict(decomposed=n, layers=len(plan['layers']),
                 params_before=before, params_after=count_params(model))

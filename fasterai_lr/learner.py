@@ -6,26 +6,26 @@
 __all__ = []
 
 # %% ../nbs/23_learner.ipynb #fba7ee3d
-from functools import partial
 from pathlib import Path
 from warnings import warn
 
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from fastprogress.fastprogress import progress_bar
 import fastai.callback.schedule # a Learner gets `fit_one_cycle` and progress bars with our methods
 from fastai.layers import ToTensorBase
 from fastai.learner import Learner
-from fastai.torch_core import apply, cast, distrib_barrier, get_model, no_random, rank_distrib, to_device
+from fastai.torch_core import distrib_barrier, get_model, no_random, rank_distrib
 from .distributed import check_wrapper
 from .layers import replace_layers
+from .running import Inputs
 from .settings import check_names
 from .budget import dense_model
 from .decomposer import factorize
 from .optimizer import check_opt, check_opt_state, load_opt_state, opt_state, swap_layers
-from .learned import calibration_batches, decompose_learner, measure_metric, output_kind
+from .learned import (
+    calibration_batches, decompose_learner, evaluation_by, layers_bar, measure_metric, output_kind, sample_of)
 from .report import Summary, compare, plot_spectra, plot_tradeoff, summarize, tradeoff
 from .export import as_file, changed_layers, export_onnx, read_low_rank, rebuild, save_low_rank
 
@@ -43,19 +43,13 @@ def decompose(self:Learner,
     return self
 
 # %% ../nbs/23_learner.ipynb #7afc6e25
-def _for_model(learn, inputs):
-    "`inputs` as a tuple of plain tensors on the model's device"
-    def untyped(t): return cast(t, Tensor)
-    device = next(get_model(learn.model).parameters()).device
-    return to_device(tuple(apply(untyped, inputs)), device)
-
 @patch
 def low_rank_summary(self:Learner,
     sample=None # an input, a tuple or a dict of inputs to count MACs for; `None`: a training item
    )->Summary: # a `DataFrame` that shows itself as a table in a notebook, as text in a terminal
     "List what became of each layer, what it costs, and why it stayed as it was; see `summarize`"
     if sample is None and len(self.dls.train) > 0:
-        sample = _for_model(self, calibration_batches(self, 1)[0])
+        sample = sample_of(self)
     return summarize(get_model(self.model), sample)
 
 # %% ../nbs/23_learner.ipynb #96118721
@@ -71,16 +65,13 @@ def plot_spectra(self:Learner,
 
 # %% ../nbs/23_learner.ipynb #50bf544c
 def _own_value(learn):
-    "A function that evaluates a model by the first metric of `learn`, or by its loss, and is named after it"
+    "Return `measure_metric` as a function of a model; raise a `ValueError` without a validation set"
     try: n = len(learn.dls.valid)
     except (AttributeError, IndexError, TypeError): n = 0
-    if not n:
-        raise ValueError("dls: the learner has no validation set to evaluate on; "
-                         "give `evaluate`, a function from a model to a number, "
-                         "or `evaluate=False` for the estimated loss alone")
-    def value(model): return measure_metric(learn, model)
-    value.__name__ = learn.metrics[0].name if learn.metrics else 'valid_loss'
-    return value
+    if n: return evaluation_by(learn, measure_metric)
+    raise ValueError("dls: the learner has no validation set to evaluate on; "
+                     "give `evaluate`, a function from a model to a number, "
+                     "or `evaluate=False` for the estimated loss alone")
 
 @patch
 @delegates(tradeoff, but=['progress'])
@@ -96,10 +87,9 @@ def tradeoff(self:Learner,
     if evaluate is None: evaluate = _own_value(self)
     model = dense_model(get_model(self.model))
     device = self.dls.device or next(model.parameters()).device
-    bar = partial(progress_bar, leave=False) if hasattr(self, 'progress') else None
     if data is None: data = calibration_batches(self)
     kwargs.setdefault('loss', output_kind(self))
-    return tradeoff(model.to(device), data, evaluate, budgets, kind, progress=bar, **kwargs)
+    return tradeoff(model.to(device), data, evaluate, budgets, kind, progress=layers_bar(self), **kwargs)
 
 # %% ../nbs/23_learner.ipynb #ee25ecb2
 @patch
@@ -121,8 +111,9 @@ def plot_tradeoff(self:Learner,
 def _valid_inputs(learn):
     "The inputs of a batch of the validation set, for the model"
     valid = learn.dls.valid
-    with no_random(): batch = valid.one_batch()
-    return _for_model(learn, batch[:getattr(valid, 'n_inp', 1)])
+    with no_random(): batches = Inputs([valid.one_batch()])
+    batches.n_inp = getattr(valid, 'n_inp', 1)
+    return sample_of(learn, batches)
 
 @patch
 def compare(self:Learner,

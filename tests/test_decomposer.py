@@ -1,5 +1,5 @@
 "The decomposers on networks: figures that are known, ranks, plans, names, one decomposer after another"
-import inspect, json, warnings
+import copy, inspect, json, warnings
 from fnmatch import fnmatch
 
 import pytest, torch
@@ -146,6 +146,19 @@ def test_a_projection_that_changes_nothing_says_so(rank, layers):
     with pytest.warns(UserWarning, match='^rank: .*: every weight is of this rank already; nothing was changed$'):
         assert project_(model, rank, layers) is model
     assert all(torch.equal(a, b) for a,b in zip(before, model.parameters()))
+
+def normed(i, o): return nn.utils.parametrizations.weight_norm(nn.Linear(i, o))
+
+@pytest.mark.parametrize('layers, rank, why', [
+    (lambda: [nn.Linear(24, 32)], 'evbmf', 'EVBMF finds nothing above the noise'),
+    (lambda: [normed(8, 8), normed(8, 4)], 2, 'every weight is computed from other parameters'),
+    (lambda: [nn.Linear(24, 32), normed(32, 4), nn.Linear(4, 2)], {'0': 'evbmf', '*': 2}, "'0': EVBMF finds nothing above the noise, "
+     "'1': its weight is computed from other parameters, '2': its weight is of this rank already")])
+def test_a_projection_that_changes_nothing_says_why(layers, rank, why):
+    model = nn.Sequential(*layers())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match=f'^rank: .*: {why}; nothing was changed$'): project_(model, rank)
+    assert all(torch.equal(v, before[n]) for n,v in model.state_dict().items())
 
 def test_a_projection_of_no_layer_says_so():
     with pytest.warns(UserWarning, match="^rank: 3: no layer was chosen; nothing was changed$"): project_(nn.Sequential(nn.ReLU()), 3)
