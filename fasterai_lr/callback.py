@@ -30,8 +30,9 @@ from .layers import FactoredLayer, factored_layers, find_layers, layer_types, mo
 from .optimizer import check_opt, swap_layers
 from .plan import Plan
 from .learned import check_arguments, check_data, check_max_drop, decompose_learner, goes_by_metric
-from .learned import (learner_metric, measure_metric, output_kind, reset_model, sample_of,
-                                 signed_value)
+from .learned import output_kind, reset_model, sample_of, signed_value
+from .loop import learner_metric, measure_metric, output_of
+from .running import Batches, device_of, first_output
 
 # %% ../nbs/20_callback.ipynb #f620afe6
 def _is_finite(v): return isinstance(v, Real) and not isinstance(v, bool) and v < math.inf
@@ -229,6 +230,7 @@ class _Records(list):
 class DecomposeCallback(Callback):
     "Decompose the model at the start of an epoch, and go on at a low learning rate"
     order,name = 61,'decompose_cb'              # after `ParamScheduler`; `learn.decompose` is a method
+    remove_on_fetch = True                      # it has no say in what a prediction is
     run_valid,_only_train_loop = False,True
 
     @delegates(factorize, but=['progress'])
@@ -308,7 +310,8 @@ def _check(self:DecomposeCallback):
     check_wrapper(self.model)
     check_opt(self.opt)
     _refuse_holders(self.learn.cbs, _replaceable(model, self.schedule.values()))
-    if self.data is not None: check_data(self.learn, self.data)
+    if self.data is not None or any(map(needs_data, self.schedule.values())):
+        check_data(self.learn, self.data, self.kwargs.get('loss'))
     for what in self.schedule.values():
         if isinstance(what, Budget): self._check_budget(what)
         elif isinstance(what, Plan): what.check(model)
@@ -322,7 +325,8 @@ def _check_budget(self:DecomposeCallback, budget):
     model = dense_model(get_model(self.model))
     if goes_by_metric(budget, self.kwargs): check_max_drop(self.learn, budget.value)
     sample = self.kwargs.get('sample')
-    sample = sample_of(self.learn, self.data if sample is None else [sample])
+    if sample is None: sample = sample_of(self.learn, self.data)
+    else: sample = Batches([sample], device_of(model)).first
     check_reach(model, budget, sample, self.kwargs.get('schemes', Settings().schemes))
 
 # %% ../nbs/20_callback.ipynb #c625c140
@@ -394,13 +398,15 @@ def _warn_of_missed(self:DecomposeCallback):
 # %% ../nbs/20_callback.ipynb #2ec01f59
 def _frozen_copy(model): return copy.deepcopy(get_model(model)).eval().requires_grad_(False)
 
-def _outputs(o): return list(o) if isinstance(o, (tuple,list)) else [o]
+def _outputs(o): return list(o) if isinstance(o, (tuple,list)) else [first_output(o)]
 
 @patch
 def after_pred(self:DecomposeCallback):
     "Ask the teacher about the batch"
     if self.teacher is None: return
-    with torch.no_grad(): self._want = to_float(self.teacher(*self.xb))
+    with torch.no_grad():
+        want,read = self.teacher(*self.xb),output_of(self.learn)
+        self._want = to_float(read(want) if read else want)
 
 @patch
 def after_loss(self:DecomposeCallback):

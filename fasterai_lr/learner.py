@@ -16,16 +16,16 @@ from fastcore.meta import delegates
 import fastai.callback.schedule # a Learner gets `fit_one_cycle` and progress bars with our methods
 from fastai.layers import ToTensorBase
 from fastai.learner import Learner
-from fastai.torch_core import distrib_barrier, get_model, no_random, rank_distrib
+from fastai.torch_core import distrib_barrier, get_model, rank_distrib
 from .distributed import check_wrapper
 from .layers import replace_layers
-from .running import Inputs
 from .settings import check_names
 from .budget import dense_model
 from .decomposer import factorize
 from .optimizer import check_opt, check_opt_state, load_opt_state, opt_state, swap_layers
 from .learned import (
-    calibration_batches, decompose_learner, evaluation_by, layers_bar, measure_metric, output_kind, sample_of)
+    data_for, decompose_learner, evaluation_by, layers_bar, measure_metric, output_kind, sample_of)
+from .loop import model_inputs, whole
 from .report import Summary, compare, plot_spectra, plot_tradeoff, summarize, tradeoff
 from .export import as_file, changed_layers, export_onnx, read_low_rank, rebuild, save_low_rank
 
@@ -61,6 +61,7 @@ def plot_spectra(self:Learner,
     axes=None # as many matplotlib axes as there are layers; `None`: new ones
    )->list: # the axes, one for each layer
     "Draw the singular values of each layer, relative to the largest, and mark its rank; see `plot_spectra`"
+    if data is not None: data = data_for(self, data)
     return plot_spectra(get_model(self.model), layers, plan, data, output_kind(self), axes)
 
 # %% ../nbs/23_learner.ipynb #50bf544c
@@ -85,11 +86,10 @@ def tradeoff(self:Learner,
     "List what budgets of several sizes leave of the model, and how good it is then; nothing is changed"
     check_names(kwargs, Learner.tradeoff)
     if evaluate is None: evaluate = _own_value(self)
-    model = dense_model(get_model(self.model))
-    device = self.dls.device or next(model.parameters()).device
-    if data is None: data = calibration_batches(self)
+    data = data_for(self, data) # this moves the model to the device of the loaders
     kwargs.setdefault('loss', output_kind(self))
-    return tradeoff(model.to(device), data, evaluate, budgets, kind, progress=layers_bar(self), **kwargs)
+    model = dense_model(get_model(self.model))
+    return tradeoff(model, data, evaluate, budgets, kind, progress=layers_bar(self), **kwargs)
 
 # %% ../nbs/23_learner.ipynb #ee25ecb2
 @patch
@@ -109,11 +109,8 @@ def plot_tradeoff(self:Learner,
 
 # %% ../nbs/23_learner.ipynb #0ab183f5
 def _valid_inputs(learn):
-    "The inputs of a batch of the validation set, for the model"
-    valid = learn.dls.valid
-    with no_random(): batches = Inputs([valid.one_batch()])
-    batches.n_inp = getattr(valid, 'n_inp', 1)
-    return sample_of(learn, batches)
+    "Return what the model is called with for a batch of the validation set, of at most 64 items"
+    return model_inputs(learn, whole(learn.dls.valid), 64)[0]
 
 @patch
 def compare(self:Learner,
