@@ -6,7 +6,7 @@
 __all__ = ['Kept', 'takes_part', 'is_fitting', 'whole', 'on_the_side', 'model_inputs', 'given_inputs', 'learner_metric',
            'measure_metric', 'OutputAfterPred', 'output_of']
 
-# %% ../nbs/19_loop.ipynb #7d21ce83
+# %% ../nbs/19_loop.ipynb #79deeb3b
 from collections import deque
 from math import inf
 from contextlib import ExitStack, contextmanager
@@ -24,7 +24,7 @@ from fastai.learner import AvgLoss, Learner, Metric, Recorder
 from fastai.torch_core import get_model, no_random, to_detach
 from .running import Batches, Inputs, blaming_data, evaluating, n_items
 
-# %% ../nbs/19_loop.ipynb #a40734a8
+# %% ../nbs/19_loop.ipynb #da645b24
 def _content(o):
     "Copy what is in a container; `None` for what is none"
     if isinstance(o, (Callback, Learner, Metric)): return dict(vars(o))
@@ -64,7 +64,7 @@ class Kept:
         for o,content in self.contents.values(): _bring_back(o, content)
         for t,values in self.tensors: t.data.copy_(values)
 
-# %% ../nbs/19_loop.ipynb #9b61851a
+# %% ../nbs/19_loop.ipynb #b1cd76ce
 _watching = CSVLogger, ProgressCallback, ShortEpochCallback, ShowGraphCallback
 
 def takes_part(cb:Callback)->bool:
@@ -85,7 +85,7 @@ def _loader_kept(dl):
     "Give the loader `dl` its random generator back, and the order of the texts of a language model"
     rng = getattr(dl, 'rng', None) # a torch `DataLoader` has none
     state = rng and rng.getstate()
-    order = Kept(getattr(vars(dl).get('items'), 'idxs', None))
+    order = Kept(getattr(getattr(dl, '__dict__', {}).get('items'), 'idxs', None))
     try: yield
     finally:
         order.restore()
@@ -124,7 +124,7 @@ def on_the_side(
                 if not fitting: learn(['after_epoch', 'after_fit'])
         finally: kept.restore()
 
-# %% ../nbs/19_loop.ipynb #762676bc
+# %% ../nbs/19_loop.ipynb #8b4b100f
 class _Take(Callback):
     "Takes what the model is called with, until there are `n` items"
     def __init__(self, n):
@@ -202,7 +202,7 @@ def given_inputs(
     if not isinstance(batches.first, tuple): return data
     return model_inputs(learn, _Sized(batches), split=_inputs_alone)
 
-# %% ../nbs/19_loop.ipynb #8fc53592
+# %% ../nbs/19_loop.ipynb #d926bcc9
 def learner_metric(
     learn # a `Learner`
    ): # a fastai `Metric`
@@ -230,7 +230,7 @@ def measure_metric(
     if value is None: raise ValueError("dls: the validation set is empty, so there is no metric to go by")
     return float(value)
 
-# %% ../nbs/19_loop.ipynb #4c0cc202
+# %% ../nbs/19_loop.ipynb #c70431ee
 class OutputAfterPred:
     "What the callbacks of a learner make of an output of its model; call it with one"
     __name__ = 'after_pred'
@@ -257,5 +257,6 @@ def output_of(learn:Learner)->OutputAfterPred|None:
     "Return the function by which the callbacks of `learn` read an output of its model"
     cbs = []
     for cb in learn.cbs.sorted('order'):
-        if hasattr(cb, 'after_pred') and takes_part(cb) and type(cb).__name__ not in _by_fastai: cbs.append(cb)
+        if type(cb).__name__ in _by_fastai or not takes_part(cb): continue
+        if hasattr(cb, 'after_pred'): cbs.append(cb)
     return OutputAfterPred(learn, cbs) if cbs else None

@@ -173,7 +173,7 @@ classification,regression,multilabel = Classification(),Regression(),MultiLabel(
 @dataclass(frozen=True)
 class OwnFunction(Loss):
     "A function of yours, from what the model returns to a scalar, summed over the samples"
-    function:object = None # of the output, if one is given, or else of all that the model returns; `None` where a file has named it
+    function:object = None # of all that the model returns, or of what `output` makes of it; `None` in a file
     name:str = ''
     like:Loss|None = None # how its outputs are compared, if the function says so by an `axis`
 

@@ -141,7 +141,7 @@ class Settings(_Checked):
     distill_steps:int=0 # steps of self-distillation after the fit, see `distill`
     augment:object=None # for these, see `distill`
     seed:int=0 # of all random draws
-    output:object=None # function from what the model returns to the tensor that counts; `None`: `first_output`
+    output:object=None # function from what the model returns to the tensor that counts; see `first_output`
     progress:object=field(default=None, compare=False) # wraps an iteration: `fastprogress.progress_bar`
 
     @classmethod

@@ -335,7 +335,10 @@ def test_dictionaries_in_and_out():
         def forward(self, pixels): return {'logits': self.head(self.fc(input=pixels).relu())}
     net,data,loss = Named(),[dict(pixels=torch.randn(40, 6), labels=torch.zeros(40))],lambda o: o['logits'].square().sum()
     assert isinstance(fitted(net, {'fc': ('svd', 2)}, data, loss=loss).fc, FactoredLayer)
-    with pytest.raises(TypeError, match='distill: the model returns dict'): fitted(net, {'fc': ('svd', 2)}, data, loss=loss, distill_steps=2)
+    alone = nn.Sequential(net.fc, nn.ReLU(), net.head)
+    for kw in ({}, dict(distill_steps=2)): # the logits are what counts
+        small,by_hand = fitted(net, {'fc': ('svd', 2)}, data, **kw),fitted(alone, {'0': ('svd', 2)}, data[0]['pixels'], **kw)
+        assert torch.equal(small(data[0]['pixels'])['logits'], by_hand(data[0]['pixels']))
 
 def test_weights_that_hooks_compute_stay_as_they_are():
     with pytest.warns(FutureWarning): net = nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3))

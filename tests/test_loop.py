@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 import torch
-import fastai.callback.schedule
+import fastai.callback.schedule # noqa: F401 - gives a Learner its `fit_one_cycle`
 from torch import nn
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -15,11 +15,10 @@ from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 from fastai.learner import ValueMetric
-from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import F1Score, Perplexity, RocAuc, accuracy, error_rate
 from fasterai_lr.loop import is_fitting, measure_metric, model_inputs
-from helpers import gen, snapshot
-from learners import dataloaders, digit_learner, quiet
+from helpers import snapshot
+from learners import digit_learner, quiet
 from networks import digits
 
 class Counts(Callback):

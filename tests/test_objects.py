@@ -10,7 +10,7 @@ from fastai.losses import BCEWithLogitsLossFlat
 from fasterai_lr.all import *
 from fasterai_lr.calibrate import calibrated
 from fasterai_lr.learned import output_kind
-from fasterai_lr.loss import Classification, MultiLabel
+from fasterai_lr.loss import Classification
 from fasterai_lr.settings import Settings
 from networks import digits
 
@@ -100,10 +100,10 @@ def test_the_increase_of_labels_is_that_of_their_loss(labelled):
 
 def test_a_learner_with_labels_knows_them(labelled):
     learn = Learner(DataLoaders([(X[:64], questions[:64])]), copy.deepcopy(labelled), loss_func=BCEWithLogitsLossFlat())
-    assert output_kind(learn) == MultiLabel(first=True)
+    assert output_kind(learn) == multilabel
     learn.decompose(Budget(macs=.5), X[:400])
     plan = learn.model.low_rank_plan
-    assert plan['settings']['loss'] == {'name': 'multilabel', 'axis': None} and Plan.of(plan).settings.loss == MultiLabel(first=True)
+    assert plan['settings']['loss'] == 'multilabel' and Plan.of(plan).settings.loss == multilabel
     assert 0 <= plan['measured']['loss'] < .1
 
 def test_labels_are_decomposed_better_as_labels(labelled):
