@@ -492,7 +492,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai_lr.layers._has_factored': ('layers.html#_has_factored', 'fasterai_lr/layers.py'),
                                     'fasterai_lr.layers._is_one_of': ('layers.html#_is_one_of', 'fasterai_lr/layers.py'),
                                     'fasterai_lr.layers._is_quantized': ('layers.html#_is_quantized', 'fasterai_lr/layers.py'),
-                                    'fasterai_lr.layers._letters': ('layers.html#_letters', 'fasterai_lr/layers.py'),
                                     'fasterai_lr.layers._matching': ('layers.html#_matching', 'fasterai_lr/layers.py'),
                                     'fasterai_lr.layers._on_axes': ('layers.html#_on_axes', 'fasterai_lr/layers.py'),
                                     'fasterai_lr.layers._own_size': ('layers.html#_own_size', 'fasterai_lr/layers.py'),
