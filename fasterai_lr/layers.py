@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['linear_types', 'conv_types', 'transposed_types', 'layer_types', 'Geometry', 'ChannelShuffle', 'product',
-           'FactoredLayer', 'memory_format', 'fill', 'FactoredTranspose', 'Found', 'check_module', 'find_layers',
-           'check_loaded', 'did_you_mean', 'moved', 'matches', 'check_patterns', 'select', 'replace_layers_',
-           'replace_layers', 'factored_layers', 'recompose']
+           'FactoredLayer', 'memory_format', 'fill', 'FactoredTranspose', 'factored_layers', 'Found', 'check_module',
+           'find_layers', 'check_loaded', 'did_you_mean', 'moved', 'matches', 'check_patterns', 'select',
+           'replace_layers_', 'replace_layers', 'recompose']
 
 # %% ../nbs/02_layers.ipynb #cb2d4141
 import copy, difflib, fnmatch
@@ -159,7 +159,7 @@ def _first_blocks(factor, groups):
     weight = _factor_blocks(factor, groups)
     inner = weight.shape[1]
     if inner == 1: return weight[:,0]
-    eye = torch.eye(inner, dtype=weight.dtype, device=weight.device)
+    eye = weight.new_ones(inner).diag()
     return torch.einsum('gnoc...,nm->gnomc...', weight, eye).flatten(3, 4).flatten(1, 2)
 
 # %% ../nbs/02_layers.ipynb #8c1afafa
@@ -245,11 +245,11 @@ def fill(layer:nn.Module, # on the meta device
 # %% ../nbs/02_layers.ipynb #109fe1fe
 def _own_size(factor, x, output_size):
     "The size that `factor` is to give `x` on the way to `output_size`: that differs on its own axes only"
-    n_axes = len(factor.kernel_size)
-    size = list(x.shape[-n_axes:])
-    for a in range(n_axes):
-        own = (factor.kernel_size[a], factor.stride[a], factor.padding[a]) != (1, 1, 0)
-        if own: size[a] = output_size[a-n_axes]
+    first = -len(factor.kernel_size) # of the spatial axes
+    own = zip(factor.kernel_size, factor.stride, factor.padding)
+    size = []
+    for does,now,wanted in zip(own, x.shape[first:], output_size[first:]):
+        size.append(now if does == (1, 1, 0) else wanted)
     return size
 
 class FactoredTranspose(FactoredLayer):
@@ -260,6 +260,11 @@ class FactoredTranspose(FactoredLayer):
             if isinstance(factor, transposed_types): x = factor(x, _own_size(factor, x, output_size))
             else: x = factor(x)
         return x
+
+# %% ../nbs/02_layers.ipynb #995cf686
+def factored_layers(model:nn.Module)->dict: # {name: `FactoredLayer`}, each once under its first name
+    "Return the factored layers of `model`"
+    return {n:m for n,m in model.named_modules() if isinstance(m, FactoredLayer)}
 
 # %% ../nbs/02_layers.ipynb #37ff8406
 @dataclass
@@ -281,24 +286,16 @@ class Found:
         return f'layer {self.name!r}'
 
 # %% ../nbs/02_layers.ipynb #027674d9
-def _walk(model, prefix=''):
-    "Yield every (name, module) below `model`, under all names; factored layers are not entered"
-    yield prefix, model
-    if isinstance(model, FactoredLayer): return
-    for n,m in model._modules.items():
-        if m is not None: yield from _walk(m, f'{prefix}.{n}'.removeprefix('.'))
-
 def _weight_users(model):
-    "Count the modules that hold each parameter (by id)"
-    return Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    "Count the modules that hold each parameter"
+    return Counter(p for m in model.modules() for p in m.parameters(recurse=False))
 
 _hooks = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
 
 def _why_not(layer, types, users):
     "Why `layer` cannot be replaced safely, `None` if it can"
     name = type(layer).__name__
-    held = [*layer._parameters, *layer._buffers, *layer._modules]
-    extra = [n for n in held if n not in ('weight', 'bias')]
+    extra = [n for n in (*layer._parameters, *layer._buffers, *layer._modules) if n not in ('weight', 'bias')]
     if parametrize.is_parametrized(layer): return 'its weight is parametrized'
     if name == 'NonDynamicallyQuantizableLinear':
         return 'its parent, an nn.MultiheadAttention, reads its weight directly'
@@ -308,7 +305,7 @@ def _why_not(layer, types, users):
         return 'its weight is computed by a hook (weight or spectral norm, weight drop)'
     if extra: return f"it holds more than a weight and a bias: {', '.join(extra)}"
     if any(getattr(layer, h) for h in _hooks): return 'it carries hooks'
-    if any(users[id(p)] > 1 for p in layer.parameters()):
+    if any(users[p] > 1 for p in layer.parameters()):
         return 'its parameters are tied to those of another module'
     if not layer.weight.is_floating_point() or layer.weight.layout != torch.strided:
         return 'its weight is not a dense tensor of real numbers'
@@ -340,14 +337,12 @@ def find_layers(model:nn.Module,
                )->list: # of `Found`, in the order of the model
     "Find the layers of `model` of the given types, each once, with the reason where one cannot be replaced"
     check_module(model)
-    users = _weight_users(model)
-    found = {}
-    for name,m in _walk(model):
-        if not _is_one_of(m, types): continue
-        if id(m) in found:
-            found[id(m)].names.append(name)
-            continue
-        found[id(m)] = Found(m, [name], _why_broken(m) or _why_not(m, types, users))
+    users,found = _weight_users(model),{}
+    factors = {factor for chain in factored_layers(model).values() for factor in chain}
+    for name,m in model.named_modules(remove_duplicate=False):
+        if m in factors or not _is_one_of(m, types): continue
+        if m not in found: found[m] = Found(m, [], _why_broken(m) or _why_not(m, types, users))
+        found[m].names.append(name)
     return list(found.values())
 
 def check_loaded(found:list): # from `find_layers`
@@ -441,7 +436,7 @@ def _exchanged(obj, new_of):
     elif type(obj) in (list, tuple):
         items = [_exchanged(o, new_of) for o in obj]
         if type(obj) is list: obj[:] = items
-        elif any(new is not was for new,was in zip(items, obj)): return tuple(items)
+        elif items != list(obj): return tuple(items)
     return obj
 
 def replace_layers_(model:nn.Module, # changed in place
@@ -460,11 +455,8 @@ def _computed_tensors(model):
     owners = list(model.modules())
     for m in model.modules():
         for hook in m._forward_hooks.values(): owners.append(getattr(hook, '__self__', None))
-    res = []
-    for owner in owners:
-        held = tree_leaves(getattr(owner, '__dict__', None))
-        res += [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
-    return res
+    held = tree_leaves([getattr(owner, '__dict__', None) for owner in owners])
+    return [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
 
 def replace_layers(model:nn.Module, # left untouched
                    new:dict # {name: module}
@@ -475,10 +467,6 @@ def replace_layers(model:nn.Module, # left untouched
     return replace_layers_(copy.deepcopy(model, memo), new)
 
 # %% ../nbs/02_layers.ipynb #68e23343
-def factored_layers(model:nn.Module)->dict: # {name: `FactoredLayer`}, each once under its first name
-    "Return the factored layers of `model`"
-    return {n:m for n,m in model.named_modules() if isinstance(m, FactoredLayer)}
-
 def recompose(model:nn.Module # left untouched
              )->nn.Module:
     "Return a copy of `model` in which every factored layer is one dense layer again"

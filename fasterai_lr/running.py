@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_model', 'devices_of', 'device_of', 'first_output', 'evaluating', 'frozen', 'undisturbed', 'unfused', 'evaluated',
-           'layer_input', 'hooked', 'n_items', 'numel', 'Inputs', 'Batches', 'blaming_data', 'check_callable',
-           'check_progress', 'Use', 'Additions', 'trace']
+           'hooked', 'n_items', 'numel', 'Inputs', 'Batches', 'blaming_data', 'check_callable', 'Use', 'Additions',
+           'trace']
 
 # %% ../nbs/05_running.ipynb #9282023c
 import random, warnings
@@ -102,10 +102,6 @@ def evaluated(
         return run_model(model, batch)
 
 # %% ../nbs/05_running.ipynb #0a75caf8
-def layer_input(args, kwargs):
-    "Return the first argument of a call, by position or by name; `None` if there is none"
-    return next(iter((*args, *kwargs.values())), None)
-
 @contextmanager
 def hooked(
     modules:dict, # {name: module}
@@ -113,7 +109,9 @@ def hooked(
    ):
     "Call `hook` whenever one of `modules` has been called"
     def register(name, module):
-        def after(m, args, kwargs, out): return hook(name, m, layer_input(args, kwargs), out)
+        def after(m, args, kwargs, out):
+            inputs = (*args, *kwargs.values(), None) # by position or by name, if there is any
+            return hook(name, m, inputs[0], out)
         return module.register_forward_hook(after, with_kwargs=True)
     with ExitStack() as handles:
         for name,m in modules.items(): handles.enter_context(register(name, m))
@@ -126,7 +124,6 @@ def _tensors_in(batch):
 
 def n_items(batch)->int:
     "Return the number of samples in a batch, from its first tensor"
-    if isinstance(batch, Mapping): batch = dict(batch)
     tensors = _tensors_in(batch)
     if not tensors: raise TypeError("data: a batch holds no tensor")
     first = tensors[0]
@@ -165,9 +162,8 @@ def _split(batch, bs):
     lengths = [len(t) for t in _tensors_in(batch) if t.dim()]
     differ = len(set(lengths)) > 1
     if isinstance(batch, tuple) and differ:
-        counts = ' and '.join(map(str, lengths))
         raise ValueError("data: a tuple is one batch, inputs and targets, but its tensors have "
-                         f"{counts} items; give a list for several batches")
+                         f"{' and '.join(map(str, lengths))} items; give a list for several batches")
     if differ or not lengths: return [batch]
     return [_part(batch, i, i+bs) for i in range(0, max(lengths[0], 1), bs)]
 
@@ -292,11 +288,6 @@ def check_callable(
         raise TypeError(f"{name}: {value!r} cannot be called with {n} argument{'s'*(n > 1)}; "
                         f"give {expected}") from None
     except ValueError: pass # some built-in functions have no signature
-
-def check_progress(value):
-    "Raise a `TypeError` where `value` is given and does not wrap an iteration"
-    if value is None: return
-    check_callable('progress', value, 'a function that wraps an iteration, like `fastprogress.progress_bar`')
 
 # %% ../nbs/05_running.ipynb #32047204
 @dataclass
