@@ -6,13 +6,14 @@
 __all__ = ['Latency', 'count_params', 'size_on_disk', 'macs_per_layer', 'count_macs', 'measure_latency', 'latency_per_layer']
 
 # %% ../nbs/06_cost.ipynb #9f42893f
-import io, math, re, time, warnings
+import io, re, time, warnings
 from collections import defaultdict, namedtuple
-from functools import cache
+
+from math import ceil, prod
 
 import numpy as np
 import torch
-from torch import nn
+from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from torch.utils.module_tracker import ModuleTracker
@@ -65,36 +66,36 @@ def _per_module(model, sample, read):
 # %% ../nbs/06_cost.ipynb #b5d0648d
 def _attention_flops(q, k, v, *args, **kwargs):
     "FLOPs of attention: each query meets each key and value, also where query heads share a key head"
-    return 2*math.prod(q[:-1])*k[-2]*(q[-1]+v[-1])
+    return 2*prod(q[:-1])*k[-2]*(q[-1]+v[-1])
 
-def _rows_flops(x, *args, out_shape=None, **kwargs):
+def _rows_flops(x, *args, out_shape, **kwargs):
     "FLOPs where each number of the result is one sum of products along the last dimension of `x`"
-    return 2*math.prod(out_shape)*x[-1]
+    return 2*prod(out_shape)*x[-1]
 
-def _added_flops(start, x, *args, out_shape=None, **kwargs):
-    "FLOPs of sums of products along the last dimension of `x` that are added to `start`"
-    return _rows_flops(x, out_shape=out_shape)
+def _added_flops(start, *args, **kwargs):
+    "FLOPs of `_rows_flops` for `args` whose result is added to `start`"
+    return _rows_flops(*args, **kwargs)
 
 def _added_batch_flops(start, x, y, *args, **kwargs):
     "FLOPs of a batch of matrix products that are all added to `start`"
-    return 2*math.prod(x)*y[-1]
+    return 2*prod(x)*y[-1]
 
-def _conv_flops(x, weight, *args, out_shape=None, **kwargs):
+def _conv_flops(x, weight, *args, out_shape, **kwargs):
     "FLOPs of a convolution: each weight meets each position of the result"
-    return 2*math.prod(weight)*math.prod(out_shape)//out_shape[1]
+    return 2*prod(weight)*prod(out_shape)//out_shape[1]
 
-def _conv_tbc_flops(x, weight, *args, out_shape=None, **kwargs):
+def _conv_tbc_flops(x, weight, *args, out_shape, **kwargs):
     "FLOPs of a convolution whose result has its channels last"
-    return 2*math.prod(weight)*math.prod(out_shape[:-1])
+    return 2*prod(weight)*prod(out_shape[:-1])
 
 def _bilinear_flops(x, weight, y, *args, **kwargs):
     "FLOPs of a bilinear layer: `x` times each matrix of `weight`, and the result times `y`"
-    return 2*x[0]*(math.prod(weight) + weight[0]*weight[2])
+    return 2*x[0]*(prod(weight) + weight[0]*weight[2])
 
 def _rnn_flops(x, *args, **kwargs):
     "FLOPs of recurrent layers: each weight matrix meets each step"
     weights = args[0] if isinstance(args[0], list) else args[:2]
-    return 2*math.prod(x[:-1])*sum(math.prod(w) for w in weights if len(w)==2)
+    return 2*prod(x[:-1])*sum(prod(w) for w in weights if len(w)==2)
 
 # %% ../nbs/06_cost.ipynb #92da79b9
 _formulas = {
@@ -118,16 +119,15 @@ def _ops(names):
     "The operators of `names` that this torch has"
     for name in names.split():
         library,op = name.split('.')
-        library = getattr(torch.ops, library)
-        if hasattr(library, op): yield getattr(library, op)
+        found = getattr(getattr(torch.ops, library), op, None)
+        if found: yield found
 
 def _more_formulas():
     "The formulas to add to torch's own: {operator: formula}"
-    res = {}
+    res = dict.fromkeys(_ops(_grouped_attention), _attention_flops)  # torch's may refuse shared key heads
     for formula,names in _formulas.items():
         for op in _ops(names):
             if op not in flop_registry: res[op] = formula
-    for op in _ops(_grouped_attention): res[op] = _attention_flops  # torch's may refuse shared key heads
     return res
 
 # %% ../nbs/06_cost.ipynb #51aba6fc
@@ -151,17 +151,13 @@ _product = re.compile('(mm|mv|gemm|gemv|dot|matmul|einsum|linear|conv|convolutio
                       '|transformer|rnn|lstm|gru|cdist|pdist|euclidean_dist)(?![a-z])')
 _no_product = re.compile('upsample|prepack|unpack|reorder|flatten_weight|fused_(lstm|gru)_cell')
 
-@cache
-def _is_product(name):
-    "Tell by its `name` if an operator multiplies matrices"
-    return bool(_product.search(name)) and not _no_product.search(name)
 
 def _multiplies(op, args):
     "Tell if the operator `op` multiplies matrices, by its name or by two matrices among its `args`"
     library,_,name = op.partition('.')
-    if _is_product(name): return True
+    if _product.search(name) and not _no_product.search(name): return True
     if library in ('aten', 'prim', 'prims', 'torchvision'): return False
-    return sum(isinstance(a, torch.Tensor) and a.is_floating_point() and a.ndim>1 for a in args) > 1
+    return sum(isinstance(a, Tensor) and a.is_floating_point() and a.ndim>1 for a in args) > 1
 
 # %% ../nbs/06_cost.ipynb #0cb7672d
 def count_macs(
@@ -186,31 +182,30 @@ def measure_latency(
     "Measure the time that one call of each of `models` takes, in turns"
     if isinstance(models, nn.Module): return measure_latency([models], sample, repeats, warmup, min_ms)[0]
     if isinstance(models, dict):
-        found = measure_latency(list(models.values()), sample, repeats, warmup, min_ms)
-        return dict(zip(models, found))
+        return dict(zip(models, measure_latency(models.values(), sample, repeats, warmup, min_ms)))
     if repeats<1: raise ValueError(f"repeats={repeats}: expected an int >= 1")
     nets = list(models)
     devices = devices_of(*nets)
-    ms = [[] for _ in nets]
     with evaluating(*nets), torch.no_grad():
-        for net in nets: _time(net, sample, warmup-1, devices)
-        calls = [_calls_for(min_ms, net, sample, devices) if warmup else 1 for net in nets]
-        turns = list(zip(nets, calls, ms))
+        turns = [(net, _calls_for(min_ms, net, sample, warmup, devices), []) for net in nets]
+        order = list(turns)
         for _ in range(repeats):
-            for net,n,measured in turns: measured.append(_time(net, sample, n, devices))
-            turns.reverse()
-    return [_latency(o) for o in ms]
+            for net,calls,ms in order: ms.append(_time(net, sample, calls, devices))
+            order.reverse()
+    return [_latency(ms) for _,_,ms in turns]
 
 # %% ../nbs/06_cost.ipynb #6d3c78b8
-def _calls_for(min_ms, model, sample, devices):
-    "Time one call of `model`; return how many take at least `min_ms`"
+def _calls_for(min_ms, model, sample, warmup, devices):
+    "Call `model` so many times to warm up; return how many calls take at least `min_ms`, by the last one"
+    if not warmup: return 1
+    _time(model, sample, warmup-1, devices)
     ms = _time(model, sample, 1, devices)
-    return max(1, math.ceil(min_ms/ms))
+    return max(1, ceil(min_ms/ms))
 
 def _latency(ms):
     "Summarise the measurements `ms` as a `Latency`"
-    lower,upper = np.percentile(ms, [25,75])
-    return Latency(float(np.median(ms)), float(upper-lower), min(ms))
+    lower,median,upper = np.percentile(ms, [25,50,75]).tolist()
+    return Latency(median, upper-lower, min(ms))
 
 def _time(model, sample, calls, devices):
     "Milliseconds per call of `model`, averaged over `calls` of them"

@@ -51,14 +51,18 @@ def _forever(batches):
     "Go through `batches` again and again"
     while True: yield from batches
 
-def _augmented(batch, augment, gen):
-    "Return `batch` with the first of its inputs augmented"
-    if not augment: return batch
-    if isinstance(batch, dict):
-        raise TypeError("augment: it takes the first of a tuple of inputs, but the batches are dicts; "
-                        "augment them beforehand")
-    first,*others = batch
-    return augment(first, gen),*others
+def _augmented(batches, settings, draw):
+    "Go through `batches` with the first of their inputs augmented, in another way for another `draw`"
+    gen = torch.Generator().manual_seed(settings.seed+draw)
+    for batch in batches:
+        if not settings.augment:
+            yield batch
+            continue
+        if isinstance(batch, dict):
+            raise TypeError("augment: it takes the first of a tuple of inputs, but the batches are dicts; "
+                            "augment them beforehand")
+        first,*others = batch
+        yield settings.augment(first, gen),*others
 
 # %% ../nbs/11_distill.ipynb #56ee897e
 def _feature_loss(student, teacher): # {module name: output}
@@ -77,21 +81,15 @@ def _widened(model):
     "Turn half-precision tensors of `model` into float32 ones; return their dtypes"
     was = {}
     for t in (*model.parameters(), *model.buffers()):
-        if _is_half(t): was[t] = t.dtype
-    for t in was: t.data = t.data.float()
+        if not _is_half(t): continue
+        was[t] = t.dtype
+        t.data = t.data.float()
     return was
 
 def _wide(batch):
     "Return `batch` with its half-precision tensors in float32"
     def widen(t): return t.float() if _is_half(t) else t
     return tree_map_only(Tensor, widen, batch)
-
-def _trainable(model):
-    "Return the parameters of all modules without children, each once"
-    params = {}
-    for m in model.modules():
-        if not list(m.children()): params |= dict.fromkeys(m.parameters())
-    return list(params)
 
 # %% ../nbs/11_distill.ipynb #83bb2293
 class _Student:
@@ -100,7 +98,8 @@ class _Student:
         self.model = replace_layers(model, {})
         self.teacher,self.settings = teacher,settings
         self.dtypes = _widened(self.model)
-        self.flags = {p: p.requires_grad for p in _trainable(self.model)}
+        trained = nn.ModuleList(m for m in self.model.modules() if not list(m.children()))
+        self.flags = {p: p.requires_grad for p in trained.parameters()}
         for p in self.flags: p.requires_grad_(True)
         holders = {n.rpartition('.')[0] for n in factored_layers(self.model)}
         self.holders = sorted(holders - {''})
@@ -113,14 +112,14 @@ class _Student:
         with hooked(holders, see): out = run(model, batch)
         return self.settings.loss.read(out),inside
 
-    def distance(self, batch)->Tensor: # scalar
+    def distance(self, batch): # a scalar tensor
         "How far the student is from its teacher on `batch`"
         want,wanted = self._run(evaluated, self.teacher, batch)
         if self.dtypes: batch = _wide(batch)
         out,mine = self._run(run_model, self.model, batch)
         return self.settings.loss.distance(out, want.to(out.dtype)) + _feature_loss(mine, wanted)
 
-    def finished(self)->nn.Module:
+    def finished(self):
         "Return the trained model, with the dtypes and flags that it had"
         for p,flag in self.flags.items(): p.requires_grad_(flag).grad = None
         for t,dtype in self.dtypes.items(): t.data = t.data.to(dtype)
@@ -130,12 +129,12 @@ class _Student:
 def _trained(student, batches, steps, lr):
     "Train `student` with some steps of Adam in one cycle; return its model"
     settings = student.settings
-    gen = torch.Generator().manual_seed(settings.seed)
+    batches = _augmented(_forever(batches), settings, 0)
     opt = torch.optim.Adam(list(student.flags), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     with evaluating(student.model, student.teacher), torch.enable_grad():
-        for _,batch in zip(settings.progressing(range(steps)), _forever(batches)):
-            distance = student.distance(_augmented(batch, settings.augment, gen))
+        for _,batch in zip(settings.progressing(range(steps)), batches):
+            distance = student.distance(batch)
             opt.zero_grad()
             distance.backward()
             opt.step()
@@ -145,18 +144,14 @@ def _trained(student, batches, steps, lr):
 # %% ../nbs/11_distill.ipynb #7fcc4b99
 def _apart(model, teacher, batches, settings):
     "The `distance` of the outputs of the two, the mean over batches"
-    gen = torch.Generator().manual_seed(settings.seed+1)
     loss,distances = settings.loss,[]
-    for batch in batches:
-        batch = _augmented(batch, settings.augment, gen)
+    for batch in _augmented(batches, settings, 1):
         out,want = loss.read(evaluated(model, batch)),loss.read(evaluated(teacher, batch))
         distances.append(loss.distance(out.float(), want.float()))
     return float(torch.stack(distances).mean())
 
-_not_for_distillation = 'metric','schemes','sequential','passes','most','max_size','distill_steps'
-
 @undisturbed()
-@takes_settings(but=_not_for_distillation)
+@takes_settings(but=('metric', 'schemes', 'sequential', 'passes', 'most', 'max_size', 'distill_steps'))
 def distill(
     model:nn.Module, # left untouched; a decomposed copy of `teacher`
     teacher:nn.Module,
@@ -168,10 +163,9 @@ def distill(
     "Train a copy of `model` to do what `teacher` does on `data`; it never ends further from it than before"
     settings = Settings.of(kwargs, distill)
     batches = Batches.of(data, model)
-    before = None
+    before = _apart(model, teacher, batches, settings)
     for rate in (lr, .1*lr):
         res = _trained(_Student(model, teacher, settings), batches, steps, rate)
-        if before is None: before = _apart(model, teacher, batches, settings)
         if _apart(res, teacher, batches, settings) <= before: return res
     warnings.warn(f"distill: {steps} steps took the model further from its teacher, with a learning rate of "
                   f"{lr:g} and of {.1*lr:g}; it is returned as it was")

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['linear_types', 'conv_types', 'transposed_types', 'layer_types', 'Geometry', 'ChannelShuffle', 'product',
-           'FactoredLayer', 'memory_format', 'fill', 'FactoredTranspose', 'Found', 'check_module', 'find_layers',
-           'check_loaded', 'did_you_mean', 'moved', 'matches', 'check_patterns', 'select', 'replace_layers_',
-           'replace_layers', 'factored_layers', 'recompose']
+           'FactoredLayer', 'memory_format', 'fill', 'FactoredTranspose', 'factored_layers', 'Found', 'check_module',
+           'find_layers', 'check_loaded', 'did_you_mean', 'moved', 'matches', 'check_patterns', 'select',
+           'replace_layers_', 'replace_layers', 'recompose']
 
 # %% ../nbs/02_layers.ipynb #cb2d4141
 import copy, difflib, fnmatch
-from collections import OrderedDict, defaultdict
+from collections import Counter
 from dataclasses import dataclass, replace
 from importlib import import_module
 from math import prod
@@ -105,10 +105,9 @@ def from_blocks(self:Geometry, blocks:Tensor)->Tensor: # `[groups, out/groups, i
 
 # %% ../nbs/02_layers.ipynb #80f4d808
 def _on_axes(values, axes, default):
-    "`values`, one a spatial axis, on `axes`, and `default` on the others"
-    res = [default]*len(values)
-    for a in axes: res[a] = values[a]
-    return tuple(res)
+    "`values`, one a spatial axis, on `axes`, and `default` on the others; the name of a padding as it is"
+    if isinstance(values, str): return values
+    return tuple(value if a in axes else default for a,value in enumerate(values))
 
 @patch
 def factor(self:Geometry,
@@ -122,11 +121,9 @@ def factor(self:Geometry,
     if not self.axes: return nn.Linear(inp, out, bias=bias, device='meta')
     kwargs = dict(groups=groups, bias=bias, device='meta')
     if not axes: return conv_types[len(self.axes)-1](inp, out, 1, **kwargs)
-    kwargs['stride'] = _on_axes(self.stride, axes, 1)
-    kwargs['dilation'] = _on_axes(self.dilation, axes, 1)
-    kwargs['padding'] = self.padding
-    if not isinstance(self.padding, str): kwargs['padding'] = _on_axes(self.padding, axes, 0)
-    kwargs['padding_mode'] = self.padding_mode
+    kwargs |= dict(
+        stride=_on_axes(self.stride, axes, 1), padding=_on_axes(self.padding, axes, 0),
+        dilation=_on_axes(self.dilation, axes, 1), padding_mode=self.padding_mode)
     if self.transposed: kwargs['output_padding'] = _on_axes(self.output_padding, axes, 0)
     return self.layer_type(inp, out, _on_axes(self.kernel, axes, 1), **kwargs)
 
@@ -152,9 +149,9 @@ class ChannelShuffle(nn.Module):
 # %% ../nbs/02_layers.ipynb #bf2b9a04
 def _factor_blocks(factor, groups):
     "The weight of `factor` as `[groups, inner, out, in, *kernel]`: it has `inner` blocks of its own in each"
-    name = type(factor).__name__
     if not isinstance(factor, layer_types):
-        raise TypeError(f"FactoredLayer.weight: no product is known for a factor of type {name}")
+        raise TypeError("FactoredLayer.weight: no product is known for a factor of type "
+                        f"{type(factor).__name__}")
     return Geometry.of(factor).to_blocks(factor.weight).unflatten(0, (groups, -1))
 
 def _first_blocks(factor, groups):
@@ -162,26 +159,19 @@ def _first_blocks(factor, groups):
     weight = _factor_blocks(factor, groups)
     inner = weight.shape[1]
     if inner == 1: return weight[:,0]
-    eye = torch.eye(inner, dtype=weight.dtype, device=weight.device)
+    eye = weight.new_ones(inner).diag()
     return torch.einsum('gnoc...,nm->gnomc...', weight, eye).flatten(3, 4).flatten(1, 2)
 
 # %% ../nbs/02_layers.ipynb #8c1afafa
-def _letters(kernel): return ''.join(letter for letter,size in zip('xyz', kernel) if size > 1)
-
 def _compose(blocks, factor, groups):
     "The product of `factor` and those before it, which is `blocks` `[groups, channels, in, *kernel]` so far"
     if isinstance(factor, ChannelShuffle):
         return blocks.unflatten(1, (factor.rows, -1)).transpose(1, 2).flatten(1, 2)
     weight = _factor_blocks(factor, groups)
     before = blocks.unflatten(1, (weight.shape[1], -1)) # [groups, inner, channels, in, *kernel]
-    own,others = weight.shape[4:],before.shape[4:]
-    kernel = list(map(max, own, others))
-    if prod(kernel) != prod(own)*prod(others):
-        raise ValueError("FactoredLayer.weight: two factors share a kernel axis")
-    rule = f'gnoc{_letters(own)},gnci{_letters(others)}->gnoi{_letters(kernel)}'
-    axes = tuple(range(4, weight.dim()))
-    blocks = torch.einsum(rule, weight.squeeze(axes), before.squeeze(axes)) # axes of size 1 have no letter
-    return blocks.reshape(groups, -1, before.shape[3], *kernel)
+    for own,other in zip(weight.shape[4:], before.shape[4:]):
+        if min(own, other) > 1: raise ValueError("FactoredLayer.weight: two factors share a kernel axis")
+    return torch.einsum('gnoc...,gnci...->gnoi...', weight, before).flatten(1, 2)
 
 def product(
     factors, # the layers of a chain, in order
@@ -194,10 +184,6 @@ def product(
     return blocks
 
 # %% ../nbs/02_layers.ipynb #429e7399
-_linear_attrs = 'in_features', 'out_features'
-_conv_attrs = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'transposed',
-               'output_padding', 'groups', 'padding_mode')
-
 class FactoredLayer(nn.Sequential):
     "A layer as a chain of thinner ones that still answers to what code asks of the layer it replaces"
     __jit_unused_properties__ = ['weight', 'bias']
@@ -208,9 +194,8 @@ class FactoredLayer(nn.Sequential):
                  rank): # an int, or a tuple for schemes with several ranks
         super().__init__(*factors)
         self.geometry,self.scheme,self.rank = geometry,scheme,rank
-        dense = geometry.dense()
-        attrs = _conv_attrs if geometry.axes else _linear_attrs
-        for attr in attrs: setattr(self, attr, getattr(dense, attr))
+        for attr,value in vars(geometry.dense()).items():
+            if not attr.startswith('_'): setattr(self, attr, value)
 
     @property
     def weight(self): # shaped like the dense layer's, differentiable
@@ -220,9 +205,8 @@ class FactoredLayer(nn.Sequential):
     def bias(self): return self[-1].bias
 
     def __getitem__(self, idx):
-        if not isinstance(idx, slice): return super().__getitem__(idx)
-        part = list(self._modules.items())[idx]
-        return nn.Sequential(OrderedDict(part)) # a part of the chain stands for no layer
+        if isinstance(idx, slice): return nn.Sequential(*self)[idx] # a part of the chain stands for no layer
+        return super().__getitem__(idx)
 
     def extra_repr(self): return f'scheme={self.scheme}, rank={self.rank}'
 
@@ -237,38 +221,35 @@ class FactoredLayer(nn.Sequential):
 # %% ../nbs/02_layers.ipynb #172a525c
 def memory_format(t:Tensor)->torch.memory_format:
     "Tell how the numbers of `t` lie in memory: channels last where that is a difference"
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
-    if channels_last is None or t.is_contiguous(): return torch.contiguous_format
-    if t.is_contiguous(memory_format=channels_last): return channels_last
+    fmt = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    if fmt and t.is_contiguous(memory_format=fmt) and not t.is_contiguous(): return fmt
     return torch.contiguous_format
 
-def _parameter(values, like, requires_grad, fmt=torch.contiguous_format):
-    "A parameter with a copy of `values`, on the device and in the dtype of `like`"
+def _parameter(values, like, requires_grad):
+    "A parameter with a copy of `values`, placed and typed as `like` is"
+    fmt = memory_format(like) if like.dim() == values.dim() else torch.contiguous_format
     values = values.detach().to(like.device, like.dtype, copy=True, memory_format=fmt)
-    return nn.Parameter(values, requires_grad=requires_grad)
+    return nn.Parameter(values, requires_grad)
 
 def fill(layer:nn.Module, # on the meta device
          weight:Tensor, bias:Tensor|None, # values; cast to the device and dtype of `like`
          like:Tensor, # the weight of the layer that is replaced
          train:bool=True, # train mode
-         bias_grad:bool|None=None # does the bias require a gradient? `None`: as `like` does
+         bias_grad:bool=True # does the bias require a gradient?
         )->nn.Module:
     "Give `layer` its weights, placed and typed `like` those of another layer"
-    fmt = torch.contiguous_format
-    if like.dim() == weight.dim(): fmt = memory_format(like)
-    layer.weight = _parameter(weight, like, like.requires_grad, fmt)
-    if bias_grad is None: bias_grad = like.requires_grad
+    layer.weight = _parameter(weight, like, like.requires_grad)
     if layer.bias is not None: layer.bias = _parameter(bias, like, bias_grad)
     return layer.train(train)
 
 # %% ../nbs/02_layers.ipynb #109fe1fe
 def _own_size(factor, x, output_size):
     "The size that `factor` is to give `x` on the way to `output_size`: that differs on its own axes only"
-    n_axes = len(factor.kernel_size)
-    size = list(x.shape[-n_axes:])
-    for a in range(n_axes):
-        own = (factor.kernel_size[a], factor.stride[a], factor.padding[a]) != (1, 1, 0)
-        if own: size[a] = output_size[a-n_axes]
+    first = -len(factor.kernel_size) # of the spatial axes
+    own = zip(factor.kernel_size, factor.stride, factor.padding)
+    size = []
+    for does,now,wanted in zip(own, x.shape[first:], output_size[first:]):
+        size.append(now if does == (1, 1, 0) else wanted)
     return size
 
 class FactoredTranspose(FactoredLayer):
@@ -280,14 +261,18 @@ class FactoredTranspose(FactoredLayer):
             else: x = factor(x)
         return x
 
+# %% ../nbs/02_layers.ipynb #995cf686
+def factored_layers(model:nn.Module)->dict: # {name: `FactoredLayer`}, each once under its first name
+    "Return the factored layers of `model`"
+    return {n:m for n,m in model.named_modules() if isinstance(m, FactoredLayer)}
+
 # %% ../nbs/02_layers.ipynb #37ff8406
 @dataclass
 class Found:
     "A layer of a model, under every name that it has there"
     layer:nn.Module
     names:list
-    reason:str|None = None # why it cannot be replaced; `None` if it can
-    broken:bool = False # is there nothing to decompose (yet), so that to ask for it is an error?
+    reason:str|None # why it cannot be replaced; `None` if it can
 
     @property
     def name(self)->str:
@@ -301,27 +286,16 @@ class Found:
         return f'layer {self.name!r}'
 
 # %% ../nbs/02_layers.ipynb #027674d9
-def _walk(model, prefix=''):
-    "Yield every (name, module) below `model`, under all names; factored layers are not entered"
-    yield prefix, model
-    if isinstance(model, FactoredLayer): return
-    for n,m in model._modules.items():
-        if m is not None: yield from _walk(m, f'{prefix}.{n}'.removeprefix('.'))
-
 def _weight_users(model):
-    "For each parameter (by id) the modules that hold it (by id)"
-    users = defaultdict(set)
-    for m in model.modules():
-        for p in m.parameters(recurse=False): users[id(p)].add(id(m))
-    return users
+    "Count the modules that hold each parameter"
+    return Counter(p for m in model.modules() for p in m.parameters(recurse=False))
 
 _hooks = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
 
 def _why_not(layer, types, users):
     "Why `layer` cannot be replaced safely, `None` if it can"
     name = type(layer).__name__
-    held = [*layer._parameters, *layer._buffers, *layer._modules]
-    extra = [n for n in held if n not in ('weight', 'bias')]
+    extra = [n for n in (*layer._parameters, *layer._buffers, *layer._modules) if n not in ('weight', 'bias')]
     if parametrize.is_parametrized(layer): return 'its weight is parametrized'
     if name == 'NonDynamicallyQuantizableLinear':
         return 'its parent, an nn.MultiheadAttention, reads its weight directly'
@@ -331,7 +305,7 @@ def _why_not(layer, types, users):
         return 'its weight is computed by a hook (weight or spectral norm, weight drop)'
     if extra: return f"it holds more than a weight and a bias: {', '.join(extra)}"
     if any(getattr(layer, h) for h in _hooks): return 'it carries hooks'
-    if any(len(users[id(p)]) > 1 for p in layer.parameters()):
+    if any(users[p] > 1 for p in layer.parameters()):
         return 'its parameters are tied to those of another module'
     if not layer.weight.is_floating_point() or layer.weight.layout != torch.strided:
         return 'its weight is not a dense tensor of real numbers'
@@ -363,27 +337,23 @@ def find_layers(model:nn.Module,
                )->list: # of `Found`, in the order of the model
     "Find the layers of `model` of the given types, each once, with the reason where one cannot be replaced"
     check_module(model)
-    users = _weight_users(model)
-    found = {}
-    for name,m in _walk(model):
-        if not _is_one_of(m, types): continue
-        if id(m) in found:
-            found[id(m)].names.append(name)
-            continue
-        broken = _why_broken(m)
-        reason = broken or _why_not(m, types, users)
-        found[id(m)] = Found(m, [name], reason, bool(broken))
+    users,found = _weight_users(model),{}
+    factors = {factor for chain in factored_layers(model).values() for factor in chain}
+    for name,m in model.named_modules(remove_duplicate=False):
+        if m in factors or not _is_one_of(m, types): continue
+        if m not in found: found[m] = Found(m, [], _why_broken(m) or _why_not(m, types, users))
+        found[m].names.append(name)
     return list(found.values())
 
 def check_loaded(found:list): # from `find_layers`
     "Raise a `ValueError` for a layer that has no weights to decompose"
     for f in found:
-        if f.broken: raise ValueError(f"model: {f.label} {f.reason}")
+        if _why_broken(f.layer): raise ValueError(f"model: {f.label} {f.reason}")
 
 # %% ../nbs/02_layers.ipynb #f6ea2cf8
 def did_you_mean(name:str, known)->str: # `known`: the names that there are
     "Return the end of an error message about `name`: the most similar known name, '' where none is similar"
-    near = difflib.get_close_matches(str(name), list(known), n=1)
+    near = difflib.get_close_matches(str(name), known, n=1)
     if not near: return ''
     return f"; did you mean {near[0]!r}?"
 
@@ -396,8 +366,7 @@ def moved(
     "A `__getattr__` for `module`, which finds names that have moved and refuses those that are gone"
     def find(name):
         if name in now: return getattr(import_module(f'fasterai_lr.{now[name]}'), name)
-        if gone and name in gone:
-            raise ImportError(f"{module}.{name} is gone; take {gone[name]}")
+        if gone and name in gone: raise ImportError(f"{module}.{name} is gone; take {gone[name]}")
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     return find
 
@@ -436,14 +405,11 @@ def select(found:list, # from `find_layers`
 # %% ../nbs/02_layers.ipynb #ec67f045
 def _switch(module, attr, off):
     "Set `attr` of `module` to zero if `off`, else back to what it was before that"
-    kept = f'_dense_{attr}'
-    if off and not hasattr(module, kept):
-        value = getattr(module, attr)
-        setattr(module, kept, value)
-        setattr(module, attr, type(value)(0))
-    elif not off and hasattr(module, kept):
-        setattr(module, attr, getattr(module, kept))
-        delattr(module, kept)
+    attrs,kept = vars(module),f'_dense_{attr}'
+    if off:
+        value = attrs.setdefault(kept, attrs[attr])
+        attrs[attr] = type(value)(0)
+    elif kept in attrs: attrs[attr] = attrs.pop(kept)
 
 def _has_factored(module): return any(isinstance(child, FactoredLayer) for child in module.children())
 
@@ -470,7 +436,7 @@ def _exchanged(obj, new_of):
     elif type(obj) in (list, tuple):
         items = [_exchanged(o, new_of) for o in obj]
         if type(obj) is list: obj[:] = items
-        elif any(new is not was for new,was in zip(items, obj)): return tuple(items)
+        elif items != list(obj): return tuple(items)
     return obj
 
 def replace_layers_(model:nn.Module, # changed in place
@@ -479,10 +445,7 @@ def replace_layers_(model:nn.Module, # changed in place
     "Put each module of `new` in every place, also in lists and dicts, of the module that its name stands for"
     new_of = _by_id(model, new)
     if id(model) in new_of: return new_of[id(model)]
-    for parent in list(model.modules()):
-        for attr,value in list(vars(parent).items()):
-            exchanged = _exchanged(value, new_of)
-            if exchanged is not value: vars(parent)[attr] = exchanged
+    for parent in list(model.modules()): _exchanged(vars(parent), new_of)
     _sync_fast_path(model)
     return model
 
@@ -492,11 +455,8 @@ def _computed_tensors(model):
     owners = list(model.modules())
     for m in model.modules():
         for hook in m._forward_hooks.values(): owners.append(getattr(hook, '__self__', None))
-    res = []
-    for owner in owners:
-        held = tree_leaves(list(getattr(owner, '__dict__', {}).values()))
-        res += [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
-    return res
+    held = tree_leaves([getattr(owner, '__dict__', None) for owner in owners])
+    return [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
 
 def replace_layers(model:nn.Module, # left untouched
                    new:dict # {name: module}
@@ -504,22 +464,15 @@ def replace_layers(model:nn.Module, # left untouched
     "Return a copy of `model` with each module of `new` in every place of the module that its name stands for"
     memo = _by_id(model, new)
     for t in _computed_tensors(model): memo[id(t)] = t.detach().clone()
-    res = copy.deepcopy(model, memo)
-    there = {id(m) for m in res.modules()}
-    missed = {n:m for n,m in new.items() if id(m) not in there}
-    return replace_layers_(res, missed)
+    return replace_layers_(copy.deepcopy(model, memo), new)
 
 # %% ../nbs/02_layers.ipynb #68e23343
-def factored_layers(model:nn.Module)->dict: # {name: `FactoredLayer`}, each once under its first name
-    "Return the factored layers of `model`"
-    return {n:m for n,m in model.named_modules() if isinstance(m, FactoredLayer)}
-
 def recompose(model:nn.Module # left untouched
              )->nn.Module:
     "Return a copy of `model` in which every factored layer is one dense layer again"
     dense = {n: m.recompose() for n,m in factored_layers(model).items()}
     res = replace_layers(model, dense)
-    if hasattr(res, 'low_rank_plan'): del res.low_rank_plan
+    vars(res).pop('low_rank_plan', None)
     return res
 
 # %% ../nbs/02_layers.ipynb #c66e9f71

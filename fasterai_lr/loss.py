@@ -8,7 +8,6 @@ __all__ = ['classification', 'regression', 'multilabel', 'Loss', 'relative_dista
 
 # %% ../nbs/07_loss.ipynb #b5577747
 from dataclasses import dataclass, replace
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -57,16 +56,12 @@ class Loss(_Reading):
         "Draw a direction for each output, with the covariance of the loss's gradient"
         raise NotImplementedError
 
-    def _check(self, out:Tensor):
-        "Raise a `ValueError` where `out` has the wrong shape"
-
     def __call__(self,
         out, # what the model returns
         gen:torch.Generator|None=None # of the random directions
        )->Tensor: # scalar
         "Return a scalar whose gradient has the covariance of the loss's, for labels drawn from the model"
         out = self.read(out)
-        self._check(out)
         return (out*self._random(out, gen)).sum()
 
     def increase(self,
@@ -104,13 +99,11 @@ class Classification(Loss):
 
     name = 'classification'
 
-    def _check(self, out):
-        if out.ndim > 1: return
-        raise ValueError(f"loss: an output of shape {list(out.shape)} is no batch of class scores; "
-                         "give loss=regression or a function")
-
     @torch.no_grad()
     def _random(self, out, gen):
+        if out.ndim < 2:
+            raise ValueError(f"loss: an output of shape {list(out.shape)} is no batch of class scores; "
+                             "give loss=regression or a function")
         p = out.movedim(self.axis, 1).float().softmax(1)
         v = p.sqrt()*_random_signs(p, gen)
         v = v - p*v.sum(1, keepdim=True)
@@ -123,7 +116,7 @@ class Classification(Loss):
         out,want = out.movedim(self.axis, 1),want.movedim(self.axis, 1)
         divergence = self._divergence(out/temperature, want/temperature, 1, reduction='batchmean')
         positions = out.numel()/out.shape[1]
-        return temperature*temperature*divergence*len(out)/positions
+        return temperature**2*divergence*len(out)/positions
 
     @staticmethod
     def _divergence(out, want, axis, reduction):
@@ -136,7 +129,6 @@ class Classification(Loss):
         return out.shape[self.axis]*items/positions
 
 # %% ../nbs/07_loss.ipynb #e014d52e
-@dataclass(frozen=True)
 class Regression(Loss):
     "A loss for numbers: the squared error `½(out-y)²`, of unit variance"
     name = 'regression'
@@ -145,7 +137,6 @@ class Regression(Loss):
 
     def increase(self, want, out): return float(.5*(out-want).square().sum())
 
-@dataclass(frozen=True)
 class MultiLabel(Loss):
     "A loss for scores of labels, of which any number may be right"
     name = 'multilabel'
@@ -158,7 +149,7 @@ class MultiLabel(Loss):
     def increase(self, want, out): return float(self._divergence(out, want).sum())
 
     def distance(self, out, want, temperature=2.):
-        return temperature*temperature*self._divergence(out/temperature, want/temperature).mean()
+        return temperature**2*self._divergence(out/temperature, want/temperature).mean()
 
     @staticmethod
     def _divergence(out, want):
@@ -198,7 +189,7 @@ def function_name(f)->str:
     f = getattr(f, 'func', f)
     return getattr(f, '__name__', type(f).__name__)
 
-def _like(function)->Loss|None:
+def _like(function):
     "The loss that compares the outputs of `function`, by its `axis`; `None` if it has none"
     if not hasattr(function, 'axis'): return None
     return regression if function.axis is None else Classification(axis=function.axis)
@@ -215,17 +206,15 @@ _losses = {loss.name: loss for loss in (classification, regression, multilabel)}
 
 def loss_of(data)->Loss: # `data`: what `Loss.plain` returns
     "Return the loss that a file describes"
-    if isinstance(data, str):
-        if data in _losses: return _losses[data]
-        raise ValueError(f"loss {data!r} is not known here{did_you_mean(data, _losses)}")
-    if isinstance(data, Mapping) and isinstance(data.get('function'), str):
-        return OwnFunction(name=data['function'])
-    if not isinstance(data, Mapping) or 'name' not in data: raise ValueError(f"{data!r} has no 'name'")
-    return _described(data)
+    match data:
+        case str() if data in _losses: return _losses[data]
+        case str(): raise ValueError(f"loss {data!r} is not known here{did_you_mean(data, _losses)}")
+        case {'function': str(name)}: return OwnFunction(name=name)
+        case {'name': name}: return _described(loss_of(name), data)
+    raise ValueError(f"{data!r} has no 'name'")
 
-def _described(data):
-    "Return the loss that a dict of its `name` and fields describes"
-    loss = loss_of(data['name'])
+def _described(loss, data):
+    "Return a loss like `loss` with the axis in `data`"
     if not isinstance(loss, Classification): return loss
     if not isinstance(data.get('axis'), int): raise ValueError(f"{data!r} has no 'axis' of the classes")
     return Classification(axis=data['axis'])

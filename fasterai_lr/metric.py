@@ -13,6 +13,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.linalg import cholesky, solve_triangular
 
 from .linalg import lower_gram, symmetric
 from .layers import did_you_mean
@@ -79,7 +80,7 @@ def check_kind(kind):
 
 # %% ../nbs/08_metric.ipynb #1e8abfe1
 class _Price:
-    "The price of an error in one layer's weight"
+    "The price of an error in one layer's weight: classes that build on it define its `cost`"
     def __init__(self,
         geometry, # a `Geometry`
         moments:Moments,
@@ -89,16 +90,15 @@ class _Price:
         check_kind(kind)
         self.shape,self.weight = geometry.block_shape,weight.flatten(2)
         self.moments,self.centre = moments,centre
+        self._sides = {} # {joined: `side`}, as they are asked for
         A,G = moments.inputs,moments.grads
-        if A is not None and centre: A = _about(A, moments.input_mean)
-        if A is not None: A = add_diagonal(A, ridge(A))
+        if A is not None:
+            if centre: A = _about(A, moments.input_mean)
+            A = add_diagonal(A, ridge(A))
         if kind == 'activation': G = add_diagonal(torch.zeros_like(G), 1.)
         self.A = A
         self.G = add_diagonal(.99*G, .01*_mean_diagonal(G))
 
-    def cost(self, error)->float: # of the weight, `[groups, o, i, *k]`
-        "The estimated increase of the loss"
-        raise NotImplementedError
 
     @cached_property
     def total(self):
@@ -113,10 +113,7 @@ class _Price:
 class _Whitening(_Price):
     "Coordinates for a weight in which its plain error is the cost"
     @cached_property
-    def Lo(self): return torch.linalg.cholesky(self.G)
-
-    @cached_property
-    def _sides(self): return {} # {joined: `side`}, as they are asked for
+    def Lo(self): return cholesky(self.G)
 
     def side(self, joined:int): # kernel axes joined with the input channels
         "Cholesky factor of the moment of the columns"
@@ -124,7 +121,7 @@ class _Whitening(_Price):
             p = prod(self.shape[2:3+joined])
             A = self.A.unflatten(1, (p, -1)).unflatten(3, (p, -1))
             columns = torch.einsum('gpqrq->gpr', A)/A.shape[2]
-            self._sides[joined] = torch.linalg.cholesky(columns)
+            self._sides[joined] = cholesky(columns)
         return self._sides[joined]
 
     def whiten(self, blocks, joined:int): # `[groups, o, i, *k]`
@@ -139,8 +136,8 @@ class _Whitening(_Price):
         "Take factors of a whitened weight back to factors of the weight"
         first,*between,last = (t.double() for t in tensors)
         Li = self.side(joined)
-        start = torch.linalg.solve_triangular(Li, first.flatten(2), upper=False, left=False)
-        end = torch.linalg.solve_triangular(self.Lo.mT, last.flatten(2), upper=True)
+        start = solve_triangular(Li, first.flatten(2), upper=False, left=False)
+        end = solve_triangular(self.Lo.mT, last.flatten(2), upper=True)
         return [start.reshape(first.shape), *between, end.reshape(last.shape)]
 
 # %% ../nbs/08_metric.ipynb #0eaf5705
@@ -195,7 +192,7 @@ class DiagonalMetric(_Price):
     @cached_property
     def right(self): # a row for each group, or a matrix
         A = self.A
-        return A.sqrt()[:,None] if self._scales_columns else torch.linalg.cholesky(A)
+        return A.sqrt()[:,None] if self._scales_columns else cholesky(A)
 
     @property
     def _scales_columns(self): return self.A.dim() == 2
@@ -208,7 +205,7 @@ class DiagonalMetric(_Price):
     def unscaled(self, first, last): # `[groups, r, d]` and `[groups, o, r]`
         "Take factors of a scaled weight back to factors of the weight"
         if self._scales_columns: start = first/self.right
-        else: start = torch.linalg.solve_triangular(self.right, first, upper=False, left=False)
+        else: start = solve_triangular(self.right, first, upper=False, left=False)
         return start, last/self.left
 
     def cost(self, error)->float: # of the weight, `[groups, o, i, *k]`

@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['run_model', 'devices_of', 'device_of', 'first_output', 'evaluating', 'frozen', 'undisturbed', 'unfused', 'evaluated',
-           'layer_input', 'hooked', 'n_items', 'numel', 'Inputs', 'Batches', 'blaming_data', 'check_callable',
-           'check_progress', 'Use', 'Additions', 'trace']
+           'hooked', 'n_items', 'numel', 'Inputs', 'Batches', 'blaming_data', 'check_callable', 'Use', 'Additions',
+           'trace']
 
 # %% ../nbs/05_running.ipynb #9282023c
 import random, warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from weakref import ref
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .layers import Geometry
 
@@ -38,10 +38,7 @@ def run_model(
 
 def devices_of(*models)->set:
     "Return the devices of all parameters and buffers"
-    devices = set()
-    for model in models:
-        for t in (*model.parameters(), *model.buffers()): devices.add(t.device)
-    return devices
+    return {t.device for m in models for t in (*m.parameters(), *m.buffers())}
 
 def device_of(model:nn.Module)->torch.device|None: # `None` for a model without tensors
     "Return the device to move batches to for `model`"
@@ -66,7 +63,7 @@ def _switched_off(objects, flag):
         for o in objects: setattr(o, flag, False)
         yield
     finally:
-        for o,was in zip(reversed(objects), reversed(before)): setattr(o, flag, was)
+        for o,was in zip(objects, before): setattr(o, flag, was)
 
 @contextmanager
 def evaluating(*models):
@@ -111,10 +108,6 @@ def evaluated(
         return run_model(model, batch)
 
 # %% ../nbs/05_running.ipynb #0a75caf8
-def layer_input(args, kwargs):
-    "Return the first argument of a call, by position or by name; `None` if there is none"
-    return next(iter((*args, *kwargs.values())), None)
-
 @contextmanager
 def hooked(
     modules:dict, # {name: module}
@@ -122,14 +115,13 @@ def hooked(
    ):
     "Call `hook` whenever one of `modules` has been called"
     def register(name, module):
-        def after(m, args, kwargs, out): return hook(name, m, layer_input(args, kwargs), out)
+        def after(m, args, kwargs, out):
+            inputs = (*args, *kwargs.values(), None) # by position or by name, if there is any
+            return hook(name, m, inputs[0], out)
         return module.register_forward_hook(after, with_kwargs=True)
-    handles = []
-    try:
-        for name,m in modules.items(): handles.append(register(name, m))
+    with ExitStack() as handles:
+        for name,m in modules.items(): handles.enter_context(register(name, m))
         yield
-    finally:
-        for h in handles: h.remove()
 
 # %% ../nbs/05_running.ipynb #2dc32161
 def _tensors_in(batch):
@@ -138,7 +130,6 @@ def _tensors_in(batch):
 
 def n_items(batch)->int:
     "Return the number of samples in a batch, from its first tensor"
-    if isinstance(batch, Mapping): batch = dict(batch)
     tensors = _tensors_in(batch)
     if not tensors: raise TypeError("data: a batch holds no tensor")
     first = tensors[0]
@@ -151,17 +142,12 @@ def numel(batch)->int:
     return sum(t.numel() for t in _tensors_in(batch))
 
 # %% ../nbs/05_running.ipynb #5c554a8a
-def _plain_tensor(x):
-    "Return `x` without its history and fastai's types, as a tensor that autograd can use"
-    x = x.detach().as_subclass(Tensor)
-    return x.clone() if x.is_inference() else x
-
-def _to(x, device):
-    "Return `x`, a tensor or something that holds tensors, on `device`"
-    if isinstance(x, Tensor): return _plain_tensor(x).to(device)
-    if isinstance(x, dict): return type(x)((k, _to(v, device)) for k,v in x.items())
-    if type(x) in (list, tuple): return type(x)(_to(v, device) for v in x)
-    return x
+def _to(batch, device):
+    "Return `batch` on `device`: tensors that autograd can use, without their history and fastai's types"
+    def move(t):
+        t = t.detach().as_subclass(Tensor).to(device)
+        return t.clone() if t.is_inference() else t
+    return tree_map_only(Tensor, move, batch)
 
 def _inputs(batch, n_inp):
     "Return the part of `batch` that the model is called with"
@@ -182,9 +168,8 @@ def _split(batch, bs):
     lengths = [len(t) for t in _tensors_in(batch) if t.dim()]
     differ = len(set(lengths)) > 1
     if isinstance(batch, tuple) and differ:
-        counts = ' and '.join(map(str, lengths))
         raise ValueError("data: a tuple is one batch, inputs and targets, but its tensors have "
-                         f"{counts} items; give a list for several batches")
+                         f"{' and '.join(map(str, lengths))} items; give a list for several batches")
     if differ or not lengths: return [batch]
     return [_part(batch, i, i+bs) for i in range(0, max(lengths[0], 1), bs)]
 
@@ -306,14 +291,9 @@ def check_callable(
         raise TypeError(f"{name}: {value!r} is no function; give {expected}")
     try: signature(f).bind(*[None]*n)
     except TypeError:
-        arguments = f"{n} argument{'s'*(n > 1)}"
-        raise TypeError(f"{name}: {value!r} cannot be called with {arguments}; give {expected}") from None
+        raise TypeError(f"{name}: {value!r} cannot be called with {n} argument{'s'*(n > 1)}; "
+                        f"give {expected}") from None
     except ValueError: pass # some built-in functions have no signature
-
-def check_progress(value):
-    "Raise a `TypeError` where `value` is given and does not wrap an iteration"
-    if value is None: return
-    check_callable('progress', value, 'a function that wraps an iteration, like `fastprogress.progress_bar`')
 
 # %% ../nbs/05_running.ipynb #32047204
 @dataclass
@@ -338,56 +318,50 @@ class Additions(TorchFunctionMode):
         self.counts = True
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        is_sum = func in _additions and len(args) == 2 and not kwargs
-        if self.counts and is_sum: self._count(*args)
-        return func(*args, **kwargs)
+        if kwargs: return func(*args, **kwargs)
+        if self.counts and func in _additions and len(args) == 2: self._count(*args)
+        return func(*args)
 
     def _count(self, a, b):
         if not isinstance(a, Tensor) or not isinstance(b, Tensor): return
         if a.shape == b.shape: self.see(self.n, a, b)
         self.n += 1
 
-# %% ../nbs/05_running.ipynb #050ec8f4
-class _Origins:
-    "The layers that made tensors, which are not kept alive"
-    def __init__(self): self.made = []
-
-    def note(self, name, out, own): # `own`: by the layer itself, not by a BatchNorm after it
-        self.made.append((name, own, ref(out), out._version))
-
-    def of(self, tensor):
-        "Return the layer that made `tensor` as it is now, `None` if none did, and whether it did so itself"
-        for name,own,out,version in self.made:
-            if out() is tensor and tensor._version == version: return name,own
-        return None,False
-
 # %% ../nbs/05_running.ipynb #0ba3a3ce
 class _Tracer:
     "Finds the `Use` of layers while their model runs"
     def __init__(self, modules): # {name: module}, all of the model
-        self.modules,self.uses = modules,{}
-        self.origins,self.norm_calls = _Origins(),Counter()
+        self.modules,self.uses,self.norm_calls = modules,{},Counter()
+        self.made = WeakTensorKeyDictionary() # which does not keep the outputs alive
+
+    def note(self, name, out, own): # `own`: by the layer itself, not by a BatchNorm after it
+        self.made[out] = name,own,out._version
+
+    def origin(self, tensor):
+        "Return the layer that made `tensor` as it is now, `None` if none did, and whether it did so itself"
+        name,own,version = self.made.get(tensor, (None, False, None))
+        if tensor._version == version: return name,own
+        return None,False
 
     def layer_called(self, name, layer, x, out):
-        use = self.uses.pop(name, None) or Use([], [])
+        use = self.uses.pop(name, Use([], []))
         use.inputs.append(torch.empty_like(x, device='meta'))
         use.outputs.append(torch.empty_like(out, device='meta'))
         self.uses[name] = use # in the order of the last calls
-        self.origins.note(name, out, True)
+        self.note(name, out, True)
 
     def norm_called(self, norm, module, x, out):
         self.norm_calls[norm] += 1
-        name,own = self.origins.of(x)
+        name,own = self.origin(x)
         if not own or self.uses[name].add is not None: return
         is_linear = not Geometry.of(self.modules[name]).axes
         if is_linear and x.dim() != 2: return # it normalises another axis than that of the outputs
         self.uses[name].norm = norm
-        self.origins.note(name, out, False)
+        self.note(name, out, False)
 
     def added(self, i, a, b):
         for t in (a, b):
-            name,own = self.origins.of(t)
+            name,own = self.origin(t)
             if name is None: continue
             self.uses[name].add = i
             if own: self.uses[name].norm = None # a mean corrected there would be wrong here

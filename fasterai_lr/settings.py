@@ -17,7 +17,7 @@ from fastcore.meta import delegates
 
 from .layers import did_you_mean
 from .schemes import check_scheme
-from .running import check_callable, check_progress
+from .running import check_callable
 from .loss import Loss, OwnFunction, as_loss, classification, function_name, loss_of
 from .metric import check_kind
 
@@ -30,12 +30,10 @@ def check_names(
     known = [n for n in signature(caller).parameters if n != 'self']
     for name,value in kwargs.items():
         if name in known: continue
-        if name in _gone: raise TypeError(f"{name}: {_gone[name]}")
+        if name == 'moments': raise TypeError("moments: it is gone; give what `calibrate` returns as `data`")
         hint = did_you_mean(name, known) or '; it takes ' + ', '.join(known)
         called = caller.__qualname__.removesuffix('.__init__')
         raise TypeError(f"{name}={value!r}: {called} has no argument of this name{hint}")
-
-_gone = dict(moments='it is gone; give what `calibrate` returns as `data`')
 
 # %% ../nbs/09_settings.ipynb #b6b3ec37
 def checks_names(f):
@@ -50,20 +48,16 @@ def checks_names(f):
     return checked
 
 # %% ../nbs/09_settings.ipynb #763658be
-def _int_of(
-    name:str, # of the argument
-    value,
-    least:int, # allowed
-   )->int:
+def _int_of(name, value, least):
     "Return `value` as an `int`; an error where it is none, or less than `least`"
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Integral) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}: {value!r} is not an int of at least {least}")
     return int(value)
 
-def _bool_of(name, value):
+def _sequential_of(value):
     "Return `value` as a `bool`; an error where it is none"
     if isinstance(value, (bool, np.bool_)): return bool(value)
-    raise ValueError(f"{name}: {value!r} is not True or False")
+    raise ValueError(f"sequential: {value!r} is not True or False")
 
 def _schemes_of(value):
     "Return `value` as a tuple of the names of schemes"
@@ -99,25 +93,23 @@ def _unknown(argument, f):
                       f"does not hold; give it again, as {argument}=…")
 
 # %% ../nbs/09_settings.ipynb #a74b57b8
+_example_of_progress = 'a function that wraps an iteration, like `fastprogress.progress_bar`'
 _least = dict(passes=1, most=1, max_size=1, distill_steps=0, seed=0)
 
 class _Checked:
     "The checks of `Settings`"
     def __post_init__(self):
         check_kind(self.metric)
-        check_progress(self.progress)
+        if self.progress is not None: check_callable('progress', self.progress, _example_of_progress)
         for name in _functions: _check_function(name, getattr(self, name))
-        self._set('loss', as_loss(self.loss).reading(self.output))
-        self._set('output', self.loss.output)
-        self._set('schemes', _schemes_of(self.schemes))
-        self._set('sequential', _bool_of('sequential', self.sequential))
-        for name,least in _least.items(): self._set(name, _int_of(name, getattr(self, name), least))
+        checked = vars(self) # the values themselves: `self` is frozen
+        checked['loss'] = as_loss(self.loss).reading(self.output)
+        checked['output'] = self.loss.output
+        checked['schemes'] = _schemes_of(self.schemes)
+        checked['sequential'] = _sequential_of(self.sequential)
+        for name,least in _least.items(): checked[name] = _int_of(name, checked[name], least)
         if self.seed >= 2**63:
             raise ValueError(f"seed: {self.seed} is too large for torch; give an int below 2**63")
-
-    def _set(self, name, checked):
-        "Put a checked value in place of the one given"
-        object.__setattr__(self, name, checked)
 
     def check_functions(self):
         "Raise a `ValueError` for a function that is only known by its name"
@@ -156,8 +148,8 @@ class Settings(_Checked):
 
     def plain(self)->dict: # what JSON can hold
         "Describe the settings by plain data, functions by their names; `settings_of` reads it"
-        data = {name: getattr(self, name) for name in _in_files()}
-        data |= dict(loss=self.loss.plain(), schemes=list(self.schemes))
+        data = vars(self) | dict(loss=self.loss.plain(), schemes=list(self.schemes))
+        del data['progress']
         for name in _functions:
             if data[name] is not None: data[name] = dict(function=function_name(data[name]))
         return data
@@ -167,23 +159,20 @@ class Settings(_Checked):
         return (self.progress or iter)(steps)
 
 # %% ../nbs/09_settings.ipynb #0ee02ad5
-def _in_files():
-    "The names of the settings that a file holds"
-    return [f.name for f in fields(Settings) if f.name != 'progress']
-
 def _function_of(data):
     "Return the function, known by its name, that a file describes"
-    if data is None: return None
-    if isinstance(data, Mapping) and 'function' in data: return UserFunction(data['function'])
+    match data:
+        case None: return None
+        case {'function': name}: return UserFunction(name)
     raise ValueError(f"{data!r} has no 'function'")
 
 def settings_of(data:dict)->Settings: # `data`: what `Settings.plain` returns
     "Return the settings that a file describes"
     if not isinstance(data, Mapping): raise ValueError(f"settings: {data!r} is not a dict")
-    known = _in_files()
+    known = [f.name for f in fields(Settings) if f.name != 'progress']
     for name in data:
-        if name in known: continue
-        raise ValueError(f"settings: {name!r} is not known here{did_you_mean(name, known)}")
+        if name not in known:
+            raise ValueError(f"settings: {name!r} is not known here{did_you_mean(name, known)}")
     values = dict(data)
     try:
         if 'loss' in data: values['loss'] = loss_of(data['loss'])
