@@ -385,19 +385,16 @@ def factorize(
         settings = Settings.of(kwargs, factorize, what.settings) # its own where the call does not say
         return carry_out(what, model, data, settings)
     if what is None: what = half_saved(dense_model(model), Batches.of(data, model).first)
-    if isinstance(what, Budget): return _by_budget(what, model, data, settings, evaluate, sample)
-    return _by_decomposers(as_decomposers(what), model, Selection(), data, settings)
-
-def _by_budget(budget, model, data, settings, evaluate, sample):
-    "Decompose `model` for a budget"
+    if not isinstance(what, Budget):
+        return _by_decomposers(as_decomposers(what), model, Selection(), data, settings)
     dense = dense_model(model)
-    value = check_evaluate(dense, budget, evaluate)
+    value = check_evaluate(dense, what, evaluate)
     first = Batches.of(data if sample is None else [sample], dense).first
-    check_reach(dense, budget, first, settings.schemes)
+    check_reach(dense, what, first, settings.schemes)
     calibration = calibrated(dense, data, settings)
     planner = Planner(calibration, sample)
-    if budget.kind == 'max_drop': return search_drop(planner, budget, evaluate, value, model)
-    return carry_out(planner.make(budget), model, calibration, settings)
+    if what.kind == 'max_drop': return search_drop(planner, what, evaluate, value, model)
+    return carry_out(planner.make(what), model, calibration, settings)
 
 # %% ../nbs/16_decomposer.ipynb #b288ee40
 @delegates(factorize)
