@@ -50,7 +50,7 @@ def _schedule(at_epoch, what):
     for epoch,what in at_epoch.items():
         if not isinstance(epoch, Integral) or not _from_zero(epoch):
             raise ValueError(f"at_epoch: {epoch!r} is not the number of an epoch, an int from 0")
-        if what is not None and not needs_data(what): what = as_decomposers(what)
+        if not needs_data(what): what = as_decomposers(what)
         res[int(epoch)] = what
     return dict(sorted(res.items()))
 
@@ -82,7 +82,7 @@ def _replaceable(model, whats):
     "The layers of `model` that one of `whats` may replace"
     types = set()
     for what in whats:
-        if what is None or needs_data(what): types.update(layer_types)
+        if needs_data(what): types.update(layer_types)
         else:
             for decomposer in what: types.update(decomposer.types)
     return [found.layer for found in find_layers(model, tuple(types)) if found.reason is None]
@@ -193,15 +193,13 @@ def _size_change(record, kind, unit):
     after = record[f'{kind}_after']
     return f", {before:,} -> {after:,} {unit} ({after/before:.2f}x)"
 
-def _value_change(record): return f"{record['metric_before']:.4f} -> {record['metric_after']:.4f}"
-
 def _line(record, max_drop):
     "A record in one line"
-    line = f"epoch {record['epoch']}: decomposed {record['decomposed']} of {record['layers']} layers"
+    line = 'epoch {epoch}: decomposed {decomposed} of {layers} layers'.format_map(record)
     line += _size_change(record, 'params', 'parameters')
     if 'macs_after' in record: line += _size_change(record, 'macs', 'MACs')
     if 'metric' not in record: return line
-    line += f", {record['metric']} {_value_change(record)}"
+    line += ', {metric} {metric_before:.4f} -> {metric_after:.4f}'.format_map(record)
     return line if record['decomposed'] else f'{line}: more than max_drop={max_drop}, undone'
 
 # %% ../nbs/20_callback.ipynb #3a0fa88b
@@ -269,7 +267,7 @@ def before_train(self:DecomposeCallback):
     due = [e for e in self.schedule if e <= self.epoch and e not in self._passed]
     if due: self._decompose(self.schedule[due[-1]])
     self._passed.update(due)
-    if self.teacher is not None: reset_model(self.teacher)
+    reset_model(self.teacher)
 
 @patch
 def _begin(self:DecomposeCallback):
@@ -359,8 +357,9 @@ def _print_values(self:DecomposeCallback):
     "Print the values of the metric around each decomposition, and at the end"
     records = [rec for rec in self.history[self._n_before:] if rec['decomposed'] and 'metric_end' in rec]
     if not records: return
-    steps = [f"{_value_change(rec)} in epoch {rec['epoch']}" for rec in records]
-    print(f"{records[0]['metric']}: {', '.join(steps)}, {records[-1]['metric_end']:.4f} at the end")
+    step = '{metric_before:.4f} -> {metric_after:.4f} in epoch {epoch}'
+    steps = ', '.join(map(step.format_map, records))
+    print('{metric}: {steps}, {metric_end:.4f} at the end'.format(steps=steps, **records[-1]))
 
 @patch
 def _warn_of_missed(self:DecomposeCallback):

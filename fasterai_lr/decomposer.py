@@ -92,7 +92,7 @@ def _check_smaller(scheme, rank, wish):
     if after == before and isinstance(wish, float) and not scheme.k: return
     raise Refused(f"rank {rank} would not make it smaller: {before:,} → {after:,} parameters")
 
-def _pair_note(scheme, wish, rank)->str: # empty if there is nothing to say
+def _pair_note(scheme, wish, rank): # empty if there is nothing to say
     "Say what was changed about a pair"
     if not isinstance(wish, tuple): return ''
     if not scheme.takes_pairs: return f'rank {wish} means {rank} for a matrix'
@@ -222,7 +222,7 @@ def _note(record, solver, measured_in, text=''):
     record.error_of = record.scheme,record.rank,measured_in
     record.reason = f'{record.reason}; {text}'.strip('; ')
 
-def _by_decomposers(decomposers, model, selection, data, settings)->Change:
+def _by_decomposers(decomposers, model, selection, data, settings):
     "Decompose `model` by `decomposers`: fitted to the data, or without any each weight by itself"
     if data is not None: return _fitted_to(calibrated(model, data, settings), decomposers, selection)
     records,new = {},{}
@@ -286,8 +286,8 @@ class FC_Decomposer(Decomposer):
        )->nn.Sequential: # of two `nn.Linear` layers
         "Make two linear layers of one, whatever that does to its size"
         if type(layer) is not nn.Linear: raise TypeError(f"layer: {type(layer).__name__} is not an nn.Linear")
-        whole = Selection(rank_fraction(percent_removed))
-        change = _by_decomposers([FC_Decomposer(force=True)], layer, whole, None, Settings())
+        decomposer = FC_Decomposer(rank_fraction(percent_removed), force=True)
+        change = _by_decomposers([decomposer], layer, Selection(), None, Settings())
         if not change.modules: raise ValueError(f"layer: {change.plan.layers[''].reason}")
         return change.finished()
 
@@ -334,8 +334,8 @@ def _rather(what):
 
 # %% ../nbs/16_decomposer.ipynb #b5906929
 def needs_data(what)->bool:
-    "Tell whether `what` is a budget or a plan, which are about the dense model"
-    return isinstance(what, (Budget, Plan))
+    "Tell whether `what` is about the dense model: a plan or a budget; `None` becomes one"
+    return what is None or isinstance(what, (Budget, Plan))
 
 def check_what(
     whats:list, # what is to be decomposed, and how: decomposers, budgets, plans, `None`
@@ -346,12 +346,12 @@ def check_what(
     "Raise a `TypeError` for an argument that is given and that nothing in `whats` makes use of"
     if evaluate is not None:
         check_callable('evaluate', evaluate, 'a function from a model to a number, larger is better')
-    budgets = [w for w in whats if w is None or isinstance(w, Budget)] # `None` becomes one of MACs
+    kinds = {w.kind if w else 'macs' for w in whats if w is None or isinstance(w, Budget)}
     given = dict(evaluate=evaluate, sample=sample, schemes=kwargs.get('schemes'))
-    names = [name for name,value in given.items() if value is not None]
-    if names and not budgets: raise TypeError(f"{', '.join(names)}: only with a Budget")
-    if evaluate is not None and not any(budget and budget.kind == 'max_drop' for budget in budgets):
-        raise TypeError("evaluate: only with a Budget of max_drop")
+    names = ', '.join(name for name,value in given.items() if value is not None)
+    if names and not kinds: raise TypeError(f"{names}: only with a Budget")
+    if evaluate is None or 'max_drop' in kinds: return
+    raise TypeError("evaluate: only with a Budget of max_drop")
 
 def _check_enough(what):
     "Raise a `ValueError` where there is too little to go by without data"

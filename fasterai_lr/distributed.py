@@ -48,15 +48,6 @@ def check_wrapper(
 # %% ../nbs/17_distributed.ipynb #03b36f72
 def _state_tensors(module): return chain(module.parameters(), module.buffers())
 
-def _without_values(module):
-    "Copy `module` to the meta device, without the values of its tensors"
-    memo = {}
-    for t in _state_tensors(module):
-        empty = t.detach().to('meta')
-        if isinstance(t, nn.Parameter): empty = nn.Parameter(empty, t.requires_grad)
-        memo[id(t)] = empty
-    return copy.deepcopy(module, memo)
-
 def _attempt(f):
     "Return what `f` returns, what it raises, and that as text"
     try: return f(),None,None
@@ -73,7 +64,8 @@ def on_first_rank(
     first = dist.get_rank() == 0
     res,err,text = _attempt(f) if first else (None,None,None)
     layers,data = res or ({},None)
-    told = [{name: _without_values(layer) for name,layer in layers.items()}, data, text]
+    structure = {name: copy.deepcopy(layer).to('meta') for name,layer in layers.items()}
+    told = [structure, data, text]
     dist.broadcast_object_list(told, 0, device=model.device)
     if err is not None: raise err
     structure,data,text = told
@@ -180,9 +172,8 @@ def rewrap_(
     del ddp.reducer,ddp.logger  # and with them their hooks on the parameters that stay
     ddp.__setstate__(state)
     if static: ddp._set_static_graph()  # the graph is another one now
-    ddp._module_parameters = []
-    for name,p in ddp.module.named_parameters():
-        if name not in ddp.parameters_to_ignore: ddp._module_parameters.append(p)
+    params = ddp.module.named_parameters()
+    ddp._module_parameters = [p for name,p in params if name not in ddp.parameters_to_ignore]
     return ddp
 
 # %% ../nbs/17_distributed.ipynb #77d7db25

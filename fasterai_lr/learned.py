@@ -63,8 +63,7 @@ def calibration_batches(
    )->list: # of tuples of inputs, each `[batch size, ...]`
     "Draw training items and return their inputs, without random augmentation; random states are left alone"
     train = _whole(learn.dls.train)
-    rng = getattr(train, 'rng', None)               # a torch `DataLoader` has none
-    state = rng and rng.getstate()
+    rng = copy.copy(getattr(train, 'rng', None))    # a torch `DataLoader` has none
     batches = Inputs()
     with no_random(seed):
         for batch in _calibration_dl(learn.dls, n):
@@ -73,7 +72,7 @@ def calibration_batches(
             batches.append(inputs)
             batches.n_inp = len(inputs)
             n -= n_items(inputs)
-    if rng: train.rng.setstate(state)               # going through `train` gives it another `rng`
+    if rng: train.rng = rng                         # going through `train` gives it another one
     return batches
 
 # %% ../nbs/19_learned.ipynb #a69cdf7d
@@ -97,8 +96,7 @@ def check_data(
     data # as for `decompose`
    ):
     "Raise an error where the model cannot be called with `data`"
-    model = dense_model(get_model(learn.model))
-    trace(model, [], sample_of(learn, data))
+    trace(dense_model(get_model(learn.model)), [], sample_of(learn, data))
 
 # %% ../nbs/19_learned.ipynb #04e75ea4
 _classifying = nn.CrossEntropyLoss, nn.NLLLoss, FocalLoss, LabelSmoothingCrossEntropy
@@ -234,7 +232,7 @@ def check_arguments(
     check_what(whats, kwargs, evaluate, sample)
     for what in whats:
         if isinstance(what, Plan): Settings.of(kwargs, factorize, what.settings).check_functions()
-    if data is None and not any(what is None or needs_data(what) for what in whats):
+    if data is None and not any(map(needs_data, whats)):
         check_without_data(kwargs, evaluate, sample)
 
 # %% ../nbs/19_learned.ipynb #49f758de
@@ -300,7 +298,7 @@ def decompose_learner(
     model = get_model(learn.model)
     reset_model(model)
     what,data,kwargs = in_all(partial(_arguments, learn, what, data, kwargs), learn.model)
-    kwargs = kwargs | dict(progress=layers_bar(learn, mbar))
+    kwargs['progress'] = layers_bar(learn, mbar)
     new,plan = _new_layers(learn, what, data, kwargs)
     before = count_params(model)
     swap_layers(learn, new)

@@ -48,8 +48,7 @@ def low_rank_summary(self:Learner,
     sample=None # an input, a tuple or a dict of inputs to count MACs for; `None`: a training item
    )->Summary: # a `DataFrame` that shows itself as a table in a notebook, as text in a terminal
     "List what became of each layer, what it costs, and why it stayed as it was; see `summarize`"
-    if sample is None and len(self.dls.train) > 0:
-        sample = sample_of(self)
+    if sample is None and len(self.dls.train): sample = sample_of(self)
     return summarize(get_model(self.model), sample)
 
 # %% ../nbs/23_learner.ipynb #96118721

@@ -85,7 +85,7 @@ def rebind_opt(
     if isinstance(opt, Lookahead):
         rebind_opt(opt.opt, follow)
         opt._init_state()
-        return opt
+        return
     groups = opt.param_lists
     opt.param_lists = type(groups)(type(group)(_renewed(group, follow)) for group in groups)
     live = set(chain(*opt.param_lists))
@@ -97,7 +97,6 @@ def rebind_opt(
             if p in live: state.setdefault(p, marks.copy())
     opt.state = state
     if isinstance(opt, OptimWrapper): _rebind_torch(opt.opt, live)
-    return opt
 
 # %% ../nbs/18_optimizer.ipynb #e2ae7ceb
 def swap_layers(
