@@ -7,7 +7,6 @@ __all__ = ['DecomposeCallback']
 
 # %% ../nbs/20_callback.ipynb #4b46d69a
 import math
-from copy import deepcopy
 from functools import partial
 from numbers import Integral, Real
 from warnings import warn
@@ -29,12 +28,13 @@ from .cost import count_macs
 from .budget import Budget, check_reach, dense_model
 from .decomposer import as_decomposers, factorize, needs_data
 from .distributed import check_wrapper, on_first_rank
-from .layers import FactoredLayer, factored_layers, find_layers, layer_types, moved
+from .layers import (
+    FactoredLayer, factored_layers, find_layers, layer_types, moved, replace_layers)
 from .optimizer import check_opt, swap_layers
 from .plan import Plan
-from .learned import check_arguments, check_data, check_max_drop, decompose_learner, goes_by_metric
-from .learned import (learner_metric, measure_metric, output_kind, reset_model, sample_of,
-                                 signed_value)
+from .learned import (
+    check_arguments, check_data, check_max_drop, decompose_learner, goes_by_metric, learner_metric,
+    measure_metric, output_kind, reset_model, sample_of, signed_value)
 
 # %% ../nbs/20_callback.ipynb #f620afe6
 def _from_zero(v):
@@ -310,10 +310,10 @@ def _check_budget(self:DecomposeCallback, budget):
 @patch
 def _arguments_for(self:DecomposeCallback, what):
     "The arguments of `decompose` that `what`, an entry of the schedule, makes use of"
-    if what is None: return self.kwargs
+    if self.data is None and not needs_data(what): return {}    # decomposers without data take none
     unused = ['evaluate', 'sample', 'schemes']
+    if what is None: unused = ['evaluate']                      # it becomes a budget of MACs
     if isinstance(what, Budget): unused = [] if what.kind == 'max_drop' else ['evaluate']
-    elif self.data is None and not isinstance(what, Plan): return {}    # decomposers without data take none
     return {name: v for name,v in self.kwargs.items() if name not in unused}
 
 @patch
@@ -321,7 +321,7 @@ def _decompose(self:DecomposeCallback, what):
     "Carry out an entry of the schedule, and train on with what it leaves"
     learn,teacher = self.learn,self.teacher
     if self.distill and teacher is None:
-        teacher = deepcopy(get_model(self.model)).eval().requires_grad_(False)
+        teacher = replace_layers(get_model(self.model), {}).eval().requires_grad_(False)
     mbar = getattr(getattr(self, 'progress', None), 'mbar', None)
     decompose = partial(decompose_learner, learn, what, self.data, mbar, **self._arguments_for(what))
     record = dict(epoch=self.epoch, step=self.train_iter) | _watched(learn, self.max_drop, decompose)

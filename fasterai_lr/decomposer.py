@@ -9,6 +9,7 @@ __all__ = ['Selection', 'rank_fraction', 'wish_for', 'Refused', 'check_full_rank
 
 # %% ../nbs/16_decomposer.ipynb #454a7e6f
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -381,9 +382,8 @@ def factorize(
     if data is None:
         check_without_data(kwargs, evaluate, sample)
         _check_enough(what)
-    if isinstance(what, Plan):
-        settings = Settings.of(kwargs, factorize, what.settings) # its own where the call does not say
-        return carry_out(what, model, data, settings)
+    if isinstance(what, Plan): # its own settings hold where the call does not say
+        return carry_out(what, model, data, Settings.of(kwargs, factorize, what.settings))
     if what is None: what = half_saved(dense_model(model), Batches.of(data, model).first)
     if not isinstance(what, Budget):
         return _by_decomposers(as_decomposers(what), model, Selection(), data, settings)
@@ -417,12 +417,12 @@ def project_(
     "Replace each weight by the nearest one of the given rank, as a matrix (o | i h w); its shape stays"
     rank = Decomposer(rank).rank
     _,chosen = _selected(layer_types, model, rank, Selection(layers=layers))
-    new,reasons = {},{}
+    new,reasons = {},defaultdict(list)
     for f in chosen:
         wish,named = wish_for(f, rank)
         if wish is None: continue
         try: new[f.layer] = _projected(f, wish, named or layers is not None)
-        except Refused as e: reasons[f.name] = str(e)
+        except Refused as e: reasons[str(e)].append(repr(f.name))
     if not new: warnings.warn(f"rank: {rank!r}: {_all_reasons(reasons)}; nothing was changed")
     with torch.no_grad():
         for layer,weight in new.items(): layer.weight.copy_(weight)
@@ -431,18 +431,23 @@ def project_(
 def _projected(found, wish, named):
     "Compute the weight of a layer at the rank that `wish` means, or refuse"
     if 'weight' not in found.layer._parameters: raise Refused('its weight is computed from other parameters')
-    scheme = Svd(Geometry.of(found.layer), found.name)
+    scheme = scheme_for(found.layer, 'svd', found.name)
     solver = scheme.solver(found.layer.weight)
     rank,full = _resolved(solver, wish),scheme.full()
     if named: check_full_rank(scheme, rank, named)
     if rank < full: return solver.nearest(rank)
     raise Refused('its weight is of this rank already')
 
-def _all_reasons(reasons): # {layer name: reason}
-    "Say why nothing was projected, for all layers at once where they have one reason"
-    given = set(reasons.values()) or {'no layer was chosen'}
-    if len(given) == 1: return given.pop().replace('its weight', 'every weight')
-    return ', '.join(f'{name!r}: {reason}' for name,reason in reasons.items())
+def _all_reasons(reasons): # {reason: the names of layers, quoted}
+    "Say why nothing was projected, with some names where the layers have several reasons"
+    if not reasons: return 'no layer was chosen'
+    if len(reasons) == 1: return min(reasons).replace('its weight', 'every weight')
+    texts = []
+    for why,names in reasons.items():
+        shown = ', '.join(names[:3])
+        if len(names) > 3: shown += ', …'
+        texts.append(f'{why} ({shown})')
+    return ', '.join(texts)
 
 # %% ../nbs/16_decomposer.ipynb #f23e1cd9
 __getattr__ = moved(__name__,

@@ -30,8 +30,8 @@ from .loss import Classification, Loss, MultiLabel, Regression, classification
 from .calibrate import Calibration
 from .settings import Settings, check_names
 from .cost import count_params
-from .decomposer import as_decomposers, check_what, factorize, needs_data
-from .decomposer import warn_if_unchanged
+from .decomposer import (
+    as_decomposers, check_what, factorize, needs_data, warn_if_unchanged)
 from .distributed import in_all, on_first_rank, shared_calibration
 from .layers import FactoredLayer
 from .optimizer import swap_layers
@@ -133,11 +133,10 @@ def _validated(learn, model, batch, n_inp):
     xb,yb = batch[:n_inp],batch[n_inp:]
     pred = model(*xb)
     if hasattr(learn, 'rnn'): pred = pred[0]        # as `RNNCallback` does
-    res = SimpleNamespace(model=model, training=False, pred=pred, xb=xb, yb=yb, x=xb[0])
-    res.y = yb[0] if len(yb) == 1 else yb
-    res.loss = _given_loss(learn)(pred, *yb)
-    res.to_detach = partial(to_detach, gather=False)
-    return res
+    y = yb[0] if len(yb) == 1 else yb
+    return SimpleNamespace(
+        model=model, training=False, pred=pred, xb=xb, yb=yb, x=xb[0], y=y,
+        loss=_given_loss(learn)(pred, *yb), to_detach=partial(to_detach, gather=False))
 
 def measure_metric(
     learn, # a `Learner`
@@ -239,9 +238,8 @@ def check_arguments(
 def _known_arguments(learn, what, data, kwargs):
     "Add to the arguments of `factorize` those that the learner knows"
     known = dict(kwargs)
-    has_loss = isinstance(data, Calibration)
-    if isinstance(what, Plan): has_loss |= what.settings.loss != classification
-    if not has_loss: known.setdefault('loss', output_kind(learn))
+    is_planned = isinstance(what, Plan) and what.settings.loss != classification
+    if not is_planned and not isinstance(data, Calibration): known.setdefault('loss', output_kind(learn))
     if goes_by_metric(what, kwargs):
         check_max_drop(learn, what.value)
         known['evaluate'] = evaluation_by(learn, metric_value)

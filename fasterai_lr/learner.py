@@ -190,7 +190,6 @@ def export_onnx(self:Learner,
     "Write the model as ONNX, for batches of any size, and compare its outputs on real inputs"
     model = get_model(self.model)
     if sample is None: sample = _valid_inputs(self)
-    untyped = {} # a `ToTensorBase` is at the end of a U-Net, and ONNX has no tensor classes
-    for name,module in model.named_modules():
-        if isinstance(module, ToTensorBase): untyped[name] = nn.Identity()
+    # a `ToTensorBase` is at the end of a U-Net, and ONNX has no tensor classes
+    untyped = {name: nn.Identity() for name,m in model.named_modules() if isinstance(m, ToTensorBase)}
     return export_onnx(replace_layers(model, untyped), sample, self.path/file)
