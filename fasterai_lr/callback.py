@@ -6,11 +6,13 @@
 __all__ = ['DecomposeCallback']
 
 # %% ../nbs/20_callback.ipynb #4b46d69a
-import copy, math
+import math
+from functools import partial
 from numbers import Integral, Real
 from warnings import warn
 
 import torch
+from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -26,18 +28,20 @@ from .cost import count_macs
 from .budget import Budget, check_reach, dense_model
 from .decomposer import as_decomposers, factorize, needs_data
 from .distributed import check_wrapper, on_first_rank
-from .layers import FactoredLayer, factored_layers, find_layers, layer_types, moved
+from .layers import (
+    FactoredLayer, factored_layers, find_layers, layer_types, moved, replace_layers)
 from .optimizer import check_opt, swap_layers
 from .plan import Plan
-from .learned import check_arguments, check_data, check_max_drop, decompose_learner, goes_by_metric
-from .learned import output_kind, reset_model, sample_of, signed_value
+from .learned import (
+    check_arguments, check_data, check_max_drop, decompose_learner, goes_by_metric,
+    output_kind, reset_model, sample_of, signed_value)
 from .loop import learner_metric, measure_metric, output_of
 from .running import Batches, device_of, first_output
 
 # %% ../nbs/20_callback.ipynb #f620afe6
-def _is_finite(v): return isinstance(v, Real) and not isinstance(v, bool) and v < math.inf
-
-def _is_epoch(v): return isinstance(v, Integral) and _is_finite(v) and v >= 0
+def _from_zero(v):
+    "Tell whether `v` is a finite number of at least 0"
+    return isinstance(v, Real) and not isinstance(v, bool) and 0 <= v < math.inf
 
 def _schedule(at_epoch, what):
     "{epoch: what}, in the order of the epochs, with lists of decomposers"
@@ -46,9 +50,9 @@ def _schedule(at_epoch, what):
     if not at_epoch: raise ValueError("at_epoch: an empty schedule; give {epoch: what}")
     res = {}
     for epoch,what in at_epoch.items():
-        if not _is_epoch(epoch):
+        if not isinstance(epoch, Integral) or not _from_zero(epoch):
             raise ValueError(f"at_epoch: {epoch!r} is not the number of an epoch, an int from 0")
-        if what is not None and not needs_data(what): what = as_decomposers(what)
+        if not needs_data(what): what = as_decomposers(what)
         res[int(epoch)] = what
     return dict(sorted(res.items()))
 
@@ -56,15 +60,14 @@ _tails = dict(cosine=SchedCos, constant=SchedNo)
 
 def _check_options(ft_lr, tail, distill, max_drop):
     "Raise a `ValueError` for an option of the callback that is out of range"
-    if not _is_finite(ft_lr) or not ft_lr > 0:
+    if not _from_zero(ft_lr) or not ft_lr:
         raise ValueError(f"ft_lr: {ft_lr!r} is not a learning rate, a number above 0")
     if tail not in _tails:
         raise ValueError(f"tail: {tail!r} is not one of {', '.join(map(repr, _tails))}")
-    if not _is_finite(distill) or distill < 0:
+    if not _from_zero(distill):
         raise ValueError(f"distill: {distill!r} is not a weight for the teacher's part of the loss, "
                          "a number from 0")
-    if max_drop is None: return
-    if not _is_finite(max_drop) or max_drop < 0:
+    if max_drop is not None and not _from_zero(max_drop):
         raise ValueError(f"max_drop: {max_drop!r} is not the most that the metric may get worse, "
                          "a number from 0")
 
@@ -81,7 +84,7 @@ def _replaceable(model, whats):
     "The layers of `model` that one of `whats` may replace"
     types = set()
     for what in whats:
-        if what is None or needs_data(what): types.update(layer_types)
+        if needs_data(what): types.update(layer_types)
         else:
             for decomposer in what: types.update(decomposer.types)
     return [found.layer for found in find_layers(model, tuple(types)) if found.reason is None]
@@ -119,32 +122,28 @@ def _states(opt):
         if hasattr(opt, 'state'): yield opt.state
         opt = getattr(opt, 'opt', None)
 
-class _Before:
-    "A learner as it was before a decomposition"
-    def __init__(self, learn):
-        self.learn = learn
+def _replaced(before, model): # `before`: {name: module} of the model before
+    "{name: module} for the modules of which `model` has others now"
+    res,now = {},dict(model.named_modules())
+    for name,module in before.items():
+        new = now.get(name, module)
+        if new is module: continue
+        if isinstance(new, FactoredLayer) or not list(module.children()): res[name] = module
+    return res
+
+def _way_back(learn):
+    "Return a function that undoes a decomposition of `learn` after this call"
+    model = get_model(learn.model)
+    modules = dict(model.named_modules())
+    plan = vars(model).get('low_rank_plan')
+    states = [dict(state) for state in _states(learn.opt)]
+    def restore():
+        swap_layers(learn, _replaced(modules, get_model(learn.model)))
+        for state,before in zip(_states(learn.opt), states): state.update(before)
         model = get_model(learn.model)
-        self.modules = dict(model.named_modules())
-        self.plan = vars(model).get('low_rank_plan')
-        self.states = [dict(state) for state in _states(learn.opt)]
-
-    def replaced(self):
-        "{name: module} for the modules that are others now"
-        res = {}
-        now = dict(get_model(self.learn.model).named_modules())
-        for name,module in self.modules.items():
-            new = now.get(name, module)
-            if new is module: continue
-            if isinstance(new, FactoredLayer) or not list(module.children()): res[name] = module
-        return res
-
-    def restore(self):
-        "Undo the decomposition"
-        swap_layers(self.learn, self.replaced())
-        for state,before in zip(_states(self.learn.opt), self.states): state.update(before)
-        model = get_model(self.learn.model)
         vars(model).pop('low_rank_plan', None)
-        if self.plan is not None: model.low_rank_plan = self.plan
+        if plan is not None: model.low_rank_plan = plan
+    return restore
 
 # %% ../nbs/20_callback.ipynb #030a0bcf
 def _count_macs(learn):
@@ -152,9 +151,12 @@ def _count_macs(learn):
     try: return count_macs(get_model(learn.model), sample_of(learn)) or None
     except Exception: return None
 
-def _measured_value(learn):
-    "The value of the learner's metric now, which the first process measures for all"
-    _,value = on_first_rank(lambda: ({}, measure_metric(learn)), learn.model)
+def _measured_value(learn, needed):
+    "The learner's metric, which the first process measures for all; `None` if that fails and is not `needed`"
+    try: _,value = on_first_rank(lambda: ({}, measure_metric(learn)), learn.model)
+    except Exception:
+        if needed: raise
+        return None
     return value
 
 def _last_value(learn):
@@ -167,42 +169,24 @@ def _last_value(learn):
     return float(value) if isinstance(value, Real) else None
 
 # %% ../nbs/20_callback.ipynb #5fa9a3e1
-class _Change:
-    "A decomposition of a learner: the record of it, and the way back if it costs more than `max_drop`"
-    def __init__(self, learn, max_drop, **record):
-        self.learn = learn
-        self.max_drop = max_drop
-        self.record = record
-        self.before = None if max_drop is None else _Before(learn)
-        self.value = _last_value(learn) if max_drop is None else None
-        if self.value is None: self.value = self.measure()
-        self.macs = _count_macs(learn)
-
-    def measure(self):
-        "Measure the metric; return `None` where that fails and `max_drop` does not need it"
-        try: return _measured_value(self.learn)
-        except Exception:
-            if self.max_drop is not None: raise
-
-    def too_costly(self, value):
-        "Has the metric got worse by more than `max_drop`, or become NaN?"
-        if self.max_drop is None: return False
-        drop = signed_value(self.learn, self.value) - signed_value(self.learn, value)
-        return not drop <= self.max_drop
-
-    def finish(self, counts): # from `decompose_learner`
-        "Complete the record, and undo what is too costly"
-        self.record |= counts
-        if not counts['decomposed']: return
-        value = self.measure()
-        if self.too_costly(value):
-            self.before.restore()
-            self.record |= dict(decomposed=0, params_after=counts['params_before'])
-        macs = _count_macs(self.learn)
-        if None not in (self.value, value):
-            name = learner_metric(self.learn).name
-            self.record |= dict(metric=name, metric_before=self.value, metric_after=value)
-        if None not in (self.macs, macs): self.record |= dict(macs_before=self.macs, macs_after=macs)
+def _watched(learn, max_drop, decompose):
+    "Return the record of a decomposition, with metric and MACs; undo it if it costs more than `max_drop`"
+    guarded,before = max_drop is not None,None
+    if guarded: restore = _way_back(learn)
+    else: before = _last_value(learn)
+    if before is None: before = _measured_value(learn, guarded)
+    macs = _count_macs(learn)
+    record = decompose()
+    if not record['decomposed']: return record
+    after = _measured_value(learn, guarded)
+    if guarded and not signed_value(learn, before-after) <= max_drop: # NaN is too costly, too
+        restore()
+        record |= dict(decomposed=0, params_after=record['params_before'])
+    macs_after = _count_macs(learn)
+    if None not in (before, after):
+        record |= dict(metric=learner_metric(learn).name, metric_before=before, metric_after=after)
+    if None not in (macs, macs_after): record |= dict(macs_before=macs, macs_after=macs_after)
+    return record
 
 # %% ../nbs/20_callback.ipynb #cf21901d
 def _size_change(record, kind, unit):
@@ -211,15 +195,13 @@ def _size_change(record, kind, unit):
     after = record[f'{kind}_after']
     return f", {before:,} -> {after:,} {unit} ({after/before:.2f}x)"
 
-def _value_change(record): return f"{record['metric_before']:.4f} -> {record['metric_after']:.4f}"
-
 def _line(record, max_drop):
     "A record in one line"
-    line = f"epoch {record['epoch']}: decomposed {record['decomposed']} of {record['layers']} layers"
+    line = 'epoch {epoch}: decomposed {decomposed} of {layers} layers'.format_map(record)
     line += _size_change(record, 'params', 'parameters')
     if 'macs_after' in record: line += _size_change(record, 'macs', 'MACs')
     if 'metric' not in record: return line
-    line += f", {record['metric']} {_value_change(record)}"
+    line += ', {metric} {metric_before:.4f} -> {metric_after:.4f}'.format_map(record)
     return line if record['decomposed'] else f'{line}: more than max_drop={max_drop}, undone'
 
 # %% ../nbs/20_callback.ipynb #3a0fa88b
@@ -288,7 +270,7 @@ def before_train(self:DecomposeCallback):
     due = [e for e in self.schedule if e <= self.epoch and e not in self._passed]
     if due: self._decompose(self.schedule[due[-1]])
     self._passed.update(due)
-    if self.teacher is not None: reset_model(self.teacher)
+    reset_model(self.teacher)
 
 @patch
 def _begin(self:DecomposeCallback):
@@ -310,7 +292,8 @@ def _check(self:DecomposeCallback):
     check_wrapper(self.model)
     check_opt(self.opt)
     _refuse_holders(self.learn.cbs, _replaceable(model, self.schedule.values()))
-    if self.data is not None or any(map(needs_data, self.schedule.values())):
+    given = [what for what in self.schedule.values() if what is not None]
+    if self.data is not None or any(map(needs_data, given)):
         check_data(self.learn, self.data, self.kwargs.get('loss'))
     for what in self.schedule.values():
         if isinstance(what, Budget): self._check_budget(what)
@@ -327,43 +310,39 @@ def _check_budget(self:DecomposeCallback, budget):
     sample = self.kwargs.get('sample')
     if sample is None: sample = sample_of(self.learn, self.data)
     else: sample = Batches([sample], device_of(model)).first
-    check_reach(model, budget, sample, self.kwargs.get('schemes', Settings().schemes))
+    check_reach(model, budget, sample, self.kwargs.get('schemes', Settings.schemes))
 
 # %% ../nbs/20_callback.ipynb #c625c140
 @patch
 def _arguments_for(self:DecomposeCallback, what):
     "The arguments of `decompose` that `what`, an entry of the schedule, makes use of"
-    if what is None: return self.kwargs
+    if self.data is None and not needs_data(what): return {}    # decomposers without data take none
     unused = ['evaluate', 'sample', 'schemes']
+    if what is None: unused = ['evaluate']                      # it becomes a budget of MACs
     if isinstance(what, Budget): unused = [] if what.kind == 'max_drop' else ['evaluate']
-    elif self.data is None and not isinstance(what, Plan): return {}    # decomposers without data take none
     return {name: v for name,v in self.kwargs.items() if name not in unused}
 
 @patch
 def _decompose(self:DecomposeCallback, what):
     "Carry out an entry of the schedule, and train on with what it leaves"
-    change = _Change(self.learn, self.max_drop, epoch=self.epoch, step=self.train_iter)
-    teacher = self.teacher
-    if self.distill and teacher is None: teacher = _frozen_copy(self.model)
+    learn,teacher = self.learn,self.teacher
+    if self.distill and teacher is None:
+        teacher = replace_layers(get_model(self.model), {}).eval().requires_grad_(False)
     mbar = getattr(getattr(self, 'progress', None), 'mbar', None)
-    change.finish(decompose_learner(self.learn, what, self.data, mbar, **self._arguments_for(what)))
+    decompose = partial(decompose_learner, learn, what, self.data, mbar, **self._arguments_for(what))
+    record = dict(epoch=self.epoch, step=self.train_iter) | _watched(learn, self.max_drop, decompose)
     if mbar is not None: mbar.add_child(self.progress.pbar)     # the epoch's bar again
     reset_model(get_model(self.model))
-    self._put_on_record(change)
-    if not change.record['decomposed']: return
+    self.history.append(record)
+    if hasattr(self, 'recorder'): self.recorder.decomposed.append(record)
+    if self.logger is not noop: print(_line(record, self.max_drop))
+    if not record['decomposed']: return
     self.opt.zero_grad()
     self._start = self.epoch/self.n_epoch
     self.teacher = teacher
-    for cb in self.learn.cbs: _start_over(cb)
+    for cb in learn.cbs: _start_over(cb)
 
 # %% ../nbs/20_callback.ipynb #b4752f6d
-@patch
-def _put_on_record(self:DecomposeCallback, change):
-    "Put a change on record and in the log"
-    self.history.append(change.record)
-    if hasattr(self, 'recorder'): self.recorder.decomposed.append(change.record)
-    if self.logger is not noop: print(_line(change.record, self.max_drop))
-
 @patch
 def after_epoch(self:DecomposeCallback):
     "Note what the metric has come to"
@@ -384,8 +363,9 @@ def _print_values(self:DecomposeCallback):
     "Print the values of the metric around each decomposition, and at the end"
     records = [rec for rec in self.history[self._n_before:] if rec['decomposed'] and 'metric_end' in rec]
     if not records: return
-    steps = [f"{_value_change(rec)} in epoch {rec['epoch']}" for rec in records]
-    print(f"{records[0]['metric']}: {', '.join(steps)}, {records[-1]['metric_end']:.4f} at the end")
+    step = '{metric_before:.4f} -> {metric_after:.4f} in epoch {epoch}'
+    steps = ', '.join(map(step.format_map, records))
+    print('{metric}: {steps}, {metric_end:.4f} at the end'.format(steps=steps, **records[-1]))
 
 @patch
 def _warn_of_missed(self:DecomposeCallback):
@@ -396,9 +376,7 @@ def _warn_of_missed(self:DecomposeCallback):
          f"this fit of {self.n_epoch} epochs ended in epoch {self.epoch}, and the first is 0")
 
 # %% ../nbs/20_callback.ipynb #2ec01f59
-def _frozen_copy(model): return copy.deepcopy(get_model(model)).eval().requires_grad_(False)
-
-def _outputs(o): return list(o) if isinstance(o, (tuple,list)) else [first_output(o)]
+def _outputs(o): return tree_leaves(o) if isinstance(o, (tuple, list)) else [first_output(o)]
 
 @patch
 def after_pred(self:DecomposeCallback):

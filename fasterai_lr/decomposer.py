@@ -9,6 +9,7 @@ __all__ = ['Selection', 'rank_fraction', 'wish_for', 'Refused', 'check_full_rank
 
 # %% ../nbs/16_decomposer.ipynb #454a7e6f
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -92,7 +93,7 @@ def _check_smaller(scheme, rank, wish):
     if after == before and isinstance(wish, float) and not scheme.k: return
     raise Refused(f"rank {rank} would not make it smaller: {before:,} → {after:,} parameters")
 
-def _pair_note(scheme, wish, rank)->str: # empty if there is nothing to say
+def _pair_note(scheme, wish, rank): # empty if there is nothing to say
     "Say what was changed about a pair"
     if not isinstance(wish, tuple): return ''
     if not scheme.takes_pairs: return f'rank {wish} means {rank} for a matrix'
@@ -222,7 +223,7 @@ def _note(record, solver, measured_in, text=''):
     record.error_of = record.scheme,record.rank,measured_in
     record.reason = f'{record.reason}; {text}'.strip('; ')
 
-def _by_decomposers(decomposers, model, selection, data, settings)->Change:
+def _by_decomposers(decomposers, model, selection, data, settings):
     "Decompose `model` by `decomposers`: fitted to the data, or without any each weight by itself"
     if data is not None: return _fitted_to(calibrated(model, data, settings), decomposers, selection)
     records,new = {},{}
@@ -286,8 +287,8 @@ class FC_Decomposer(Decomposer):
        )->nn.Sequential: # of two `nn.Linear` layers
         "Make two linear layers of one, whatever that does to its size"
         if type(layer) is not nn.Linear: raise TypeError(f"layer: {type(layer).__name__} is not an nn.Linear")
-        whole = Selection(rank_fraction(percent_removed))
-        change = _by_decomposers([FC_Decomposer(force=True)], layer, whole, None, Settings())
+        decomposer = FC_Decomposer(rank_fraction(percent_removed), force=True)
+        change = _by_decomposers([decomposer], layer, Selection(), None, Settings())
         if not change.modules: raise ValueError(f"layer: {change.plan.layers[''].reason}")
         return change.finished()
 
@@ -334,8 +335,8 @@ def _rather(what):
 
 # %% ../nbs/16_decomposer.ipynb #b5906929
 def needs_data(what)->bool:
-    "Tell whether `what` is a budget or a plan, which are about the dense model"
-    return isinstance(what, (Budget, Plan))
+    "Tell whether `what` is about the dense model: a plan or a budget; `None` becomes one"
+    return what is None or isinstance(what, (Budget, Plan))
 
 def check_what(
     whats:list, # what is to be decomposed, and how: decomposers, budgets, plans, `None`
@@ -346,12 +347,12 @@ def check_what(
     "Raise a `TypeError` for an argument that is given and that nothing in `whats` makes use of"
     if evaluate is not None:
         check_callable('evaluate', evaluate, 'a function from a model to a number, larger is better')
-    budgets = [w for w in whats if w is None or isinstance(w, Budget)] # `None` becomes one of MACs
+    kinds = {w.kind if w else 'macs' for w in whats if w is None or isinstance(w, Budget)}
     given = dict(evaluate=evaluate, sample=sample, schemes=kwargs.get('schemes'))
-    names = [name for name,value in given.items() if value is not None]
-    if names and not budgets: raise TypeError(f"{', '.join(names)}: only with a Budget")
-    if evaluate is not None and not any(budget and budget.kind == 'max_drop' for budget in budgets):
-        raise TypeError("evaluate: only with a Budget of max_drop")
+    names = ', '.join(name for name,value in given.items() if value is not None)
+    if names and not kinds: raise TypeError(f"{names}: only with a Budget")
+    if evaluate is None or 'max_drop' in kinds: return
+    raise TypeError("evaluate: only with a Budget of max_drop")
 
 def _check_enough(what):
     "Raise a `ValueError` where there is too little to go by without data"
@@ -381,23 +382,19 @@ def factorize(
     if data is None:
         check_without_data(kwargs, evaluate, sample)
         _check_enough(what)
-    if isinstance(what, Plan):
-        settings = Settings.of(kwargs, factorize, what.settings) # its own where the call does not say
-        return carry_out(what, model, data, settings)
+    if isinstance(what, Plan): # its own settings hold where the call does not say
+        return carry_out(what, model, data, Settings.of(kwargs, factorize, what.settings))
     if what is None: what = half_saved(dense_model(model), Batches.of(data, model).first)
-    if isinstance(what, Budget): return _by_budget(what, model, data, settings, evaluate, sample)
-    return _by_decomposers(as_decomposers(what), model, Selection(), data, settings)
-
-def _by_budget(budget, model, data, settings, evaluate, sample):
-    "Decompose `model` for a budget"
+    if not isinstance(what, Budget):
+        return _by_decomposers(as_decomposers(what), model, Selection(), data, settings)
     dense = dense_model(model)
-    value = check_evaluate(dense, budget, evaluate)
+    value = check_evaluate(dense, what, evaluate)
     first = Batches.of(data if sample is None else [sample], dense).first
-    check_reach(dense, budget, first, settings.schemes)
+    check_reach(dense, what, first, settings.schemes)
     calibration = calibrated(dense, data, settings)
     planner = Planner(calibration, sample)
-    if budget.kind == 'max_drop': return search_drop(planner, budget, evaluate, value, model)
-    return carry_out(planner.make(budget), model, calibration, settings)
+    if what.kind == 'max_drop': return search_drop(planner, what, evaluate, value, model)
+    return carry_out(planner.make(what), model, calibration, settings)
 
 # %% ../nbs/16_decomposer.ipynb #b288ee40
 @delegates(factorize)
@@ -420,12 +417,12 @@ def project_(
     "Replace each weight by the nearest one of the given rank, as a matrix (o | i h w); its shape stays"
     rank = Decomposer(rank).rank
     _,chosen = _selected(layer_types, model, rank, Selection(layers=layers))
-    new,reasons = {},{}
+    new,reasons = {},defaultdict(list)
     for f in chosen:
         wish,named = wish_for(f, rank)
         if wish is None: continue
         try: new[f.layer] = _projected(f, wish, named or layers is not None)
-        except Refused as e: reasons[f.name] = str(e)
+        except Refused as e: reasons[str(e)].append(repr(f.name))
     if not new: warnings.warn(f"rank: {rank!r}: {_all_reasons(reasons)}; nothing was changed")
     with torch.no_grad():
         for layer,weight in new.items(): layer.weight.copy_(weight)
@@ -434,18 +431,23 @@ def project_(
 def _projected(found, wish, named):
     "Compute the weight of a layer at the rank that `wish` means, or refuse"
     if 'weight' not in found.layer._parameters: raise Refused('its weight is computed from other parameters')
-    scheme = Svd(Geometry.of(found.layer), found.name)
+    scheme = scheme_for(found.layer, 'svd', found.name)
     solver = scheme.solver(found.layer.weight)
     rank,full = _resolved(solver, wish),scheme.full()
     if named: check_full_rank(scheme, rank, named)
     if rank < full: return solver.nearest(rank)
     raise Refused('its weight is of this rank already')
 
-def _all_reasons(reasons): # {layer name: reason}
-    "Say why nothing was projected, for all layers at once where they have one reason"
-    given = set(reasons.values()) or {'no layer was chosen'}
-    if len(given) == 1: return given.pop().replace('its weight', 'every weight')
-    return ', '.join(f'{name!r}: {reason}' for name,reason in reasons.items())
+def _all_reasons(reasons): # {reason: the names of layers, quoted}
+    "Say why nothing was projected, with some names where the layers have several reasons"
+    if not reasons: return 'no layer was chosen'
+    if len(reasons) == 1: return min(reasons).replace('its weight', 'every weight')
+    texts = []
+    for why,names in reasons.items():
+        shown = ', '.join(names[:3])
+        if len(names) > 3: shown += ', …'
+        texts.append(f'{why} ({shown})')
+    return ', '.join(texts)
 
 # %% ../nbs/16_decomposer.ipynb #f23e1cd9
 __getattr__ = moved(__name__,

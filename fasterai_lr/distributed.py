@@ -48,27 +48,11 @@ def check_wrapper(
 # %% ../nbs/17_distributed.ipynb #03b36f72
 def _state_tensors(module): return chain(module.parameters(), module.buffers())
 
-def _without_values(module):
-    "Copy `module` to the meta device, without the values of its tensors"
-    memo = {}
-    for t in _state_tensors(module):
-        empty = t.detach().to('meta')
-        if isinstance(t, nn.Parameter): empty = nn.Parameter(empty, t.requires_grad)
-        memo[id(t)] = empty
-    return copy.deepcopy(module, memo)
-
 def _attempt(f):
-    "Return what `f` returns, and what it raises"
-    try: return f(),None
-    except BaseException as e: return None,e  # an interrupt too: the others are waiting
-
-def _as_text(err): return None if err is None else f'{type(err).__name__}: {err}'
-
-def _send(t):
-    "Give every process the values that the first one has in `t`"
-    values = t.detach().contiguous()  # backends want that; `t` may be channels last
-    dist.broadcast(values, 0)
-    with torch.no_grad(): t.copy_(values)
+    "Return what `f` returns, what it raises, and that as text"
+    try: return f(),None,None
+    except BaseException as e:  # an interrupt too: the others are waiting
+        return None,e,f'{type(e).__name__}: {e}'
 
 # %% ../nbs/17_distributed.ipynb #a83f4122
 def on_first_rank(
@@ -78,9 +62,10 @@ def on_first_rank(
     "Compute new layers for `model` in the first process and send them to all; an error there is one in all"
     if not isinstance(model, DistributedDataParallel): return f()
     first = dist.get_rank() == 0
-    res,err = _attempt(f) if first else (None,None)
+    res,err,text = _attempt(f) if first else (None,None,None)
     layers,data = res or ({},None)
-    told = [{name: _without_values(layer) for name,layer in layers.items()}, data, _as_text(err)]
+    structure = {name: copy.deepcopy(layer).to('meta') for name,layer in layers.items()}
+    told = [structure, data, text]
     dist.broadcast_object_list(told, 0, device=model.device)
     if err is not None: raise err
     structure,data,text = told
@@ -90,8 +75,10 @@ def on_first_rank(
         for name,layer in layers.items():
             replaced = model.module.get_submodule(name)
             layer.to_empty(device=next(_state_tensors(replaced)).device)
-    for layer in layers.values():
-        for t in _state_tensors(layer): _send(t)
+    for t in chain(*map(_state_tensors, layers.values())):
+        values = t.detach().contiguous()  # backends want that; `t` may be channels last
+        dist.broadcast(values, 0)
+        with torch.no_grad(): t.copy_(values)
     return layers,data
 
 # %% ../nbs/17_distributed.ipynb #b4c8db34
@@ -110,8 +97,8 @@ def in_all(
 ): # What `f` returns here
     "Call `f` in every process; an error in one is an error in all"
     if not isinstance(model, DistributedDataParallel): return f()
-    res,err = _attempt(f)
-    texts = _exchange(_as_text(err), model.device)
+    res,err,text = _attempt(f)
+    texts = _exchange(text, model.device)
     if err is not None: raise err
     for process,text in enumerate(texts):
         if text: raise RuntimeError(f'in process {process}: {text}')
@@ -185,9 +172,8 @@ def rewrap_(
     del ddp.reducer,ddp.logger  # and with them their hooks on the parameters that stay
     ddp.__setstate__(state)
     if static: ddp._set_static_graph()  # the graph is another one now
-    ddp._module_parameters = []
-    for name,p in ddp.module.named_parameters():
-        if name not in ddp.parameters_to_ignore: ddp._module_parameters.append(p)
+    params = ddp.module.named_parameters()
+    ddp._module_parameters = [p for name,p in params if name not in ddp.parameters_to_ignore]
     return ddp
 
 # %% ../nbs/17_distributed.ipynb #77d7db25

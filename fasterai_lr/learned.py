@@ -28,8 +28,8 @@ from .loss import Classification, Loss, as_loss, classification, multilabel, reg
 from .calibrate import Calibration
 from .settings import Settings, check_names
 from .cost import count_params
-from .decomposer import as_decomposers, check_what, factorize, needs_data
-from .decomposer import warn_if_unchanged
+from .decomposer import (
+    as_decomposers, check_what, factorize, needs_data, warn_if_unchanged)
 from .distributed import in_all, on_first_rank, shared_calibration
 from .layers import FactoredLayer
 from .optimizer import swap_layers
@@ -190,17 +190,17 @@ def check_arguments(
     check_what(whats, kwargs, evaluate, sample)
     for what in whats:
         if isinstance(what, Plan): Settings.of(kwargs, factorize, what.settings).check_functions()
-    if data is None and not any(what is None or needs_data(what) for what in whats):
+    if data is None and not any(map(needs_data, whats)):
         check_without_data(kwargs, evaluate, sample)
 
 # %% ../nbs/19_learned.ipynb #49f758de
 def _known_arguments(learn, what, data, kwargs):
     "Add to the arguments of `factorize` those that the learner knows"
     known = dict(kwargs)
-    has_loss = isinstance(data, Calibration)
-    if isinstance(what, Plan): has_loss |= what.settings.loss.plain() != classification.plain()
-    if not has_loss: known.setdefault('loss', output_kind(learn))
-    if not isinstance(data, Calibration) and (read := output_of(learn)): known.setdefault('output', read)
+    is_planned = isinstance(what, Plan) and what.settings.loss.plain() != classification.plain()
+    if not isinstance(data, Calibration):
+        if not is_planned: known.setdefault('loss', output_kind(learn))
+        if read := output_of(learn): known.setdefault('output', read)
     if goes_by_metric(what, kwargs):
         check_max_drop(learn, what.value)
         known['evaluate'] = evaluation_by(learn, metric_value)
@@ -257,7 +257,7 @@ def decompose_learner(
     model = get_model(learn.model)
     reset_model(model)
     what,data,kwargs = in_all(partial(_arguments, learn, what, data, kwargs), learn.model)
-    kwargs = kwargs | dict(progress=layers_bar(learn, mbar))
+    kwargs['progress'] = layers_bar(learn, mbar)
     new,plan = _new_layers(learn, what, data, kwargs)
     before = count_params(model)
     swap_layers(learn, new)

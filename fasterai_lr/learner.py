@@ -48,8 +48,7 @@ def low_rank_summary(self:Learner,
     sample=None # an input, a tuple or a dict of inputs to count MACs for; `None`: a training item
    )->Summary: # a `DataFrame` that shows itself as a table in a notebook, as text in a terminal
     "List what became of each layer, what it costs, and why it stayed as it was; see `summarize`"
-    if sample is None and len(self.dls.train) > 0:
-        sample = sample_of(self)
+    if sample is None and len(self.dls.train): sample = sample_of(self)
     return summarize(get_model(self.model), sample)
 
 # %% ../nbs/23_learner.ipynb #96118721
@@ -188,7 +187,6 @@ def export_onnx(self:Learner,
     "Write the model as ONNX, for batches of any size, and compare its outputs on real inputs"
     model = get_model(self.model)
     if sample is None: sample = _valid_inputs(self)
-    untyped = {} # a `ToTensorBase` is at the end of a U-Net, and ONNX has no tensor classes
-    for name,module in model.named_modules():
-        if isinstance(module, ToTensorBase): untyped[name] = nn.Identity()
+    # a `ToTensorBase` is at the end of a U-Net, and ONNX has no tensor classes
+    untyped = {name: nn.Identity() for name,m in model.named_modules() if isinstance(m, ToTensorBase)}
     return export_onnx(replace_layers(model, untyped), sample, self.path/file)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer, OptimWrapper, Lookahead
-from fastai.torch_core import get_model
+from fastai.torch_core import get_model, to_device
 
 from .distributed import rewrap_
 from .layers import replace_layers_
@@ -61,9 +61,7 @@ def check_opt(
 # %% ../nbs/18_optimizer.ipynb #2e67b9cc
 def _renewed(group, follow):
     "The parameters of `group` with each one in `follow` replaced by those that follow it"
-    res = []
-    for p in group: res += follow.get(p, [p])
-    return res
+    return [new for p in group for new in follow.get(p, [p])]
 
 def _keep_live(state, live):
     "The part of `state` for the parameters in `live`, as a `defaultdict` (after `load` it is a plain dict)"
@@ -87,7 +85,7 @@ def rebind_opt(
     if isinstance(opt, Lookahead):
         rebind_opt(opt.opt, follow)
         opt._init_state()
-        return opt
+        return
     groups = opt.param_lists
     opt.param_lists = type(groups)(type(group)(_renewed(group, follow)) for group in groups)
     live = set(chain(*opt.param_lists))
@@ -99,7 +97,6 @@ def rebind_opt(
             if p in live: state.setdefault(p, marks.copy())
     opt.state = state
     if isinstance(opt, OptimWrapper): _rebind_torch(opt.opt, live)
-    return opt
 
 # %% ../nbs/18_optimizer.ipynb #e2ae7ceb
 def swap_layers(
@@ -133,8 +130,7 @@ def _names(opt, model, new):
     follow = follow_params(model, new)
     res = []
     for group in opt.param_lists:
-        params = _renewed(group, follow)
-        res.append([names.get(p, '') for p in params])
+        res.append([names.get(p, '') for p in _renewed(group, follow)])
     return res
 
 def opt_state(
@@ -168,13 +164,6 @@ def check_opt_state(
         if a != b: raise ValueError(f"its optimizer has {a!r} in the place of {b!r}")
 
 # %% ../nbs/18_optimizer.ipynb #f89b7a11
-def _moved(state, p):
-    "The `state` of one parameter with its tensors on the device of `p`"
-    res = dict(state)
-    for key,value in state.items():
-        if torch.is_tensor(value): res[key] = value.to(p.device)
-    return res
-
 def load_opt_state(
     opt:Optimizer|OptimWrapper, # Changed in place
     saved:dict # From `opt_state`, checked
@@ -184,7 +173,7 @@ def load_opt_state(
     if 'hypers' in state:  # fastai's; torch's optimizers move their state themselves
         state['hypers'] = L(state['hypers'])
         params = chain(*opt.param_lists)
-        state['state'] = [_moved(s, p) for s,p in zip(state['state'], params, strict=True)]
+        state['state'] = [to_device(s, p.device) for s,p in zip(state['state'], params, strict=True)]
     if state.get('slow_weights'):  # of `Lookahead`
         slow = []
         for weights,group in zip(state['slow_weights'], opt.param_lists, strict=True):

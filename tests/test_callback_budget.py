@@ -179,6 +179,11 @@ def test_a_plan_in_the_callback():
     with pytest.raises(ValueError, match="layer '0' is Conv2d, not Linear"): quiet_fit(learn, 2, DecomposeCallback(1, other))
     assert not factored_layers(learn.model)
 
+def test_a_schedule_may_begin_with_the_default_and_end_with_a_budget_of_its_own_metric():
+    learn,c = learner(),DecomposeCallback({0: None, 1: Budget(max_drop=500.)}, data=X[:250], passes=2, evaluate=lambda m: -count_params(m))
+    quiet_fit(learn, 2, c)
+    assert [h['epoch'] for h in c.history] == [0, 1] and factored_layers(learn.model)
+
 def test_accuracy_as_a_budget():
     learn = learner()
     quiet_fit(learn, 4, [])

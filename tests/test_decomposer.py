@@ -152,8 +152,8 @@ def normed(i, o): return nn.utils.parametrizations.weight_norm(nn.Linear(i, o))
 @pytest.mark.parametrize('layers, rank, why', [
     (lambda: [nn.Linear(24, 32)], 'evbmf', 'EVBMF finds nothing above the noise'),
     (lambda: [normed(8, 8), normed(8, 4)], 2, 'every weight is computed from other parameters'),
-    (lambda: [nn.Linear(24, 32), normed(32, 4), nn.Linear(4, 2)], {'0': 'evbmf', '*': 2}, "'0': EVBMF finds nothing above the noise, "
-     "'1': its weight is computed from other parameters, '2': its weight is of this rank already")])
+    (lambda: [nn.Linear(24, 32), normed(32, 4), *[nn.Linear(4, 2) for _ in range(4)]], {'0': 'evbmf', '*': 2}, r"EVBMF finds nothing above the noise \('0'\), "
+     r"its weight is computed from other parameters \('1'\), its weight is of this rank already \('2', '3', '4', …\)")])
 def test_a_projection_that_changes_nothing_says_why(layers, rank, why):
     model = nn.Sequential(*layers())
     before = copy.deepcopy(model.state_dict())
