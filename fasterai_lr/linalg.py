@@ -9,6 +9,7 @@ __all__ = ['check_finite', 'compute_dtype', 'split_scale', 'full_precision', 'lo
 # %% ../nbs/00_linalg.ipynb #1d23abda
 import math
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal, get_blas_funcs, get_lapack_funcs
@@ -21,8 +22,7 @@ def check_finite(
 ):
     "Raise a `ValueError` that names `name` if `A` holds NaN or Inf"
     if A.numel()==0 or torch.stack(A.aminmax()).isfinite().all(): return
-    bad = int((~A.isfinite()).sum())
-    raise ValueError(f"{name} holds {bad} NaN or Inf among its {A.numel()} entries: "
+    raise ValueError(f"{name} holds {(~A.isfinite()).sum()} NaN or Inf among its {A.numel()} entries: "
                      "only finite numbers can be decomposed")
 
 # %% ../nbs/00_linalg.ipynb #3e02374d
@@ -135,15 +135,17 @@ class Eigen:
         self.reflectors,*parts,_ = sytrd(G, lower=1, lwork=64*len(G), overwrite_a=1)
         diagonal,below,self.tau = parts
         self.tridiagonal = (diagonal.astype('float64'), below.astype('float64'))
-        self.Z = None # eigenvectors of the tridiagonal matrix
         values = eigvalsh_tridiagonal(*self.tridiagonal, lapack_driver='sterf')
         return torch.from_numpy(values.astype(G.dtype))
 
+    @cached_property
+    def Z(self):
+        "The eigenvectors of the tridiagonal matrix"
+        _,Z = eigh_tridiagonal(*self.tridiagonal, lapack_driver='stevd')
+        return Z.astype(self.reflectors.dtype)
+
     def _reflect_back(self, rank):
         "Return the first `rank` eigenvectors of `G`, from those of the tridiagonal matrix"
-        if self.Z is None:
-            _,Z = eigh_tridiagonal(*self.tridiagonal, lapack_driver='stevd')
-            self.Z = Z.astype(self.reflectors.dtype)
         U = self.Z[:,:-rank-1:-1].copy(order='F')
         if len(U)>1:
             U[1:] = self.ormqr('L', 'N', self.reflectors[1:,:-1], self.tau, U[1:], 64*rank)[0]
@@ -153,8 +155,7 @@ class Eigen:
         rank:int # 1 to m
     )->Tensor: # `[m,rank]`
         "Return the eigenvectors of the `rank` largest eigenvalues"
-        if self.U is None or self.U.shape[1]<rank:
-            self.U = self._reflect_back(rank)
+        if self.U is None or self.U.shape[1]<rank: self.U = self._reflect_back(rank)
         return self.U[:,:rank]
 
 # %% ../nbs/00_linalg.ipynb #56955c40
@@ -216,8 +217,7 @@ class _GramRoute:
         "Return an `Eigen` whose values pass `is_right(values, *args)`, or `None` if no dtype is wide enough"
         if self.eig is None: self.eig = Eigen(lower_gram(self.A))
         values = self.eig.values
-        if not self.exact or values.dtype!=self.A.dtype: return self.eig
-        if is_right(values, *args): return self.eig
+        if not self.exact or values.dtype!=self.A.dtype or is_right(values, *args): return self.eig
         if values.dtype==torch.float64: return None
         self.eig = None # frees its memory before the wider one takes more
         self.eig = Eigen(lower_gram(self.A, torch.float64))
@@ -305,10 +305,9 @@ class _Routes:
         "Return `U`, `S`, `V` of `wide` by the randomised or the Gram route, or `None` if neither serves"
         if self.small or self._svd is not None: return None
         passes = _passes(*self.wide.shape, rank)
-        found = None
         if passes>=4 and self._gram_route.eig is None:
-            found = _randomized(self.wide, rank, min(passes, 12))
-        return found or self._gram_route.truncate(rank)
+            if found := _randomized(self.wide, rank, min(passes, 12)): return found
+        return self._gram_route.truncate(rank)
 
     def _truncate(self, rank):
         "Return `U`, `S`, `Vh` of `A` by the quickest route that keeps the promise"
@@ -318,12 +317,6 @@ class _Routes:
             return U[...,:rank].clone(), S[...,:rank], Vh[...,:rank,:].clone()
         U,S,V = found
         return (V.mT, S, U.mT) if self.tall else found
-
-# %% ../nbs/00_linalg.ipynb #f92eec25
-def _check_rank(rank, full_rank, name):
-    "Raise a `ValueError` if `rank` is not an integer from 1 to `full_rank`"
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1<=rank<=full_rank:
-        raise ValueError(f"the rank of {name} must be an integer from 1 to {full_rank}, got {rank!r}")
 
 # %% ../nbs/00_linalg.ipynb #7e985e3c
 class SVD(_Routes):
@@ -348,7 +341,9 @@ class SVD(_Routes):
         rank:int # how many singular values to keep, 1 to min(m,n)
     ): # `U` `[...,m,rank]`, `S` `[...,rank]`, `Vh` `[...,rank,n]`
         "Return the best approximation of this rank"
-        _check_rank(rank, self.full_rank, self.name)
+        if type(rank) is not int or not 1<=rank<=self.full_rank:
+            raise ValueError(f"the rank of {self.name} must be an integer from 1 to {self.full_rank}, "
+                             f"got {rank!r}")
         with full_precision(self.A.device):
             U,S,Vh = self._truncate(rank)
             self._kept[rank] = float(_energy(S))
@@ -358,7 +353,6 @@ class SVD(_Routes):
         rank:int # as in `truncate`
     )->float: # ‖A − U·S·Vh‖ / ‖A‖ (Frobenius), 0 for a zero matrix
         "Return the relative error of `truncate(rank)`, at next to no cost after it"
-        _check_rank(rank, self.full_rank, self.name)
         if rank not in self._kept: self.truncate(rank)
         total = float(_squared_norm(self.A))
         lost = total - self._kept[rank]
@@ -386,9 +380,9 @@ def singular_values(
 class FromGram:
     "Singular values and left singular vectors of matrices `A`, from their Gram matrices"
     def __init__(self,
-        G:Tensor # `A @ A.mT`, `[blocks,m,m]`
+        G:Tensor # `A @ A.mT`, `[blocks,m,m]`; may be overwritten
     ):
-        self.eigen = [Eigen(g.clone()) for g in G]
+        self.eigen = list(map(Eigen, G))
 
     @property
     def spectrum(self): # `[blocks,m]`

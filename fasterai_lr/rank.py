@@ -8,7 +8,6 @@ __all__ = ['Energy', 'evbmf_rank', 'EVBMF', 'check_rank', 'resolve_rank']
 # %% ../nbs/03_rank.ipynb #ff1c6a7d
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from numbers import Integral, Real
 
 import numpy as np
@@ -18,20 +17,19 @@ import torch
 def _clean_svals(
     s, # Singular values [n] or, for the blocks of a grouped layer, [blocks,n]: tensor, array or list
     shape, # Rows and columns of the matrix (of one block)
-)->np.ndarray: # float64 [blocks,n], descending, rounding errors set to zero
+): # float64 [blocks,n], descending, rounding errors set to zero
     "Check and sort singular values, and set rounding errors among them to zero"
     if isinstance(s, torch.Tensor):
         s = s.detach().cpu()
-        if s.dtype != torch.float64: s = s.float()
-        s = s.numpy()
+        s = s.to(torch.promote_types(s.dtype, torch.float32)).numpy()
     s = np.atleast_2d(s)
     eps = np.finfo(s.dtype if s.dtype==np.float32 else float).eps
     s = np.sort(s.astype(float), -1)[:,::-1]
     n = s.shape[-1]
     full = min(shape)
     if n != full: raise ValueError(f"{n} singular values given for shape={tuple(shape)}: expected {full}")
-    valid = np.isfinite(s) & (s>=0)
-    if not valid.all(): raise ValueError("singular values must be finite and not negative")
+    if not ((s>=0) & (s<np.inf)).all():
+        raise ValueError("singular values must be finite and not negative")
     rounding = eps*sum(map(math.sqrt, shape))*s[:,:1]
     return np.where(s>rounding, s, 0.)
 
@@ -66,10 +64,9 @@ class Energy:
 # %% ../nbs/03_rank.ipynb #6948d46b
 def _phi(z): return math.log1p(z)/z - .5
 
-@lru_cache(maxsize=None)
 def _evb_tau(
-    alpha:float # L/M, 0<alpha<=1
-)->float:
+    alpha # L/M, 0<alpha<=1
+):
     "The root τ of Φ(τ)+Φ(τ/α)=0"
     from scipy.optimize import brentq  # slow to import, and only EVBMF needs it
     def equation(tau): return _phi(tau) + _phi(tau/alpha)
@@ -78,9 +75,9 @@ def _evb_tau(
 
 # %% ../nbs/03_rank.ipynb #e87e7192
 def _free_energy(
-    g:np.ndarray, # Squared singular values [L], descending
-    M:int, # The larger side
-    x_min:float, # Threshold on g/(M σ²)
+    g, # Squared singular values [L], descending
+    M, # The larger side
+    x_min, # Threshold on g/(M σ²)
 ): # Function of u=log σ²
     "The empirical VB free energy, less a constant"
     L = len(g)
@@ -96,36 +93,34 @@ def _free_energy(
     return energy
 
 # %% ../nbs/03_rank.ipynb #739044dd
-def _between(x, lo, hi): return x[(x>lo) & (x<hi)]
+def _between(x, lo, hi):
+    return x[(x>lo) & (x<hi)]
 
 def _best_intervals(
-    seen:dict # {point: value}
-)->list: # Pairs of points
+    seen # {point: value}
+): # Pairs of points
     "The intervals around the four points of the lowest values, each from its left to its right neighbour"
     points = sorted(seen)
-    padded = [points[0], *points, points[-1]]
-    res = []
-    for best in sorted(points, key=seen.get)[:4]:
-        i = points.index(best)
-        res.append((padded[i], padded[i+2]))
-    return res
+    lefts = points[:1] + points
+    rights = points[1:] + points[-1:]
+    values = map(seen.get, points)
+    best = sorted(zip(values, lefts, rights))[:4]
+    return [interval for _,*interval in best]
 
 def _noise_var(
-    g:np.ndarray, # Squared singular values [L], descending
-    M:int, # The larger side
-    x_min:float, # Threshold on g/(M σ²)
-    h:int, # The largest number of components
-)->float: # σ²
+    g, # Squared singular values [L], descending
+    M, # The larger side
+    x_min, # Threshold on g/(M σ²)
+    h, # The largest number of components
+): # σ²
     "The noise variance that minimises the free energy"
     from scipy.optimize import minimize_scalar
-    L = len(g)
     energy = _free_energy(g, M, x_min)
-    lo = math.log(max(g[h]/x_min, g[h:].sum()/(L-h))/M)
-    hi = math.log(g.sum()/(L*M))
+    lo = math.log(max(g[h]/x_min, g[h:].mean())/M)
+    hi = math.log(g.sum()/(len(g)*M))
     kinks = _between(np.log(g[:h+1]/(M*x_min)), lo, hi)
     seen = {}
-    def look(us):
-        for u in us: seen[u] = energy(u)
+    def look(us): seen.update(zip(us, map(energy, us)))
     look(np.linspace(lo, hi, 64))
     look(kinks[::len(kinks)//256+1])
     for interval in _best_intervals(seen): look(_between(kinks, *interval))
@@ -190,8 +185,7 @@ def check_rank(
     if isinstance(wish, dict):
         return {key: _check_entry(key, o, argument) for key,o in wish.items()}
     if isinstance(wish, (tuple,list)) and len(wish)==2:
-        out,inp = wish
-        return _check_number(out, f'{argument}[0]'), _check_number(inp, f'{argument}[1]')
+        return tuple(_check_number(o, f'{argument}[{n}]') for n,o in enumerate(wish))
     return _check_number(wish, argument, _wishes)
 
 def _check_number(o, argument, expected=_numbers):

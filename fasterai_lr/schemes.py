@@ -8,7 +8,7 @@ __all__ = ['schemes', 'Link', 'Shuffle', 'Mode', 'Scheme', 'Solver', 'register',
 
 # %% ../nbs/04_schemes.ipynb #1d85495f
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 
 import torch
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import einsum, nn, Tensor
 from torch.linalg import cholesky, qr, solve, solve_triangular
 
-from .linalg import SVD, FromGram, check_finite
+from .linalg import SVD, FromGram, check_finite, compute_dtype, singular_values
 from .tensor import cp, cp_exact_rank, cp_to_kernel, tucker2, tucker2_full_ranks, tucker2_to_kernel
 from .layers import (
     ChannelShuffle, FactoredLayer, FactoredTranspose, Geometry, did_you_mean, fill, product)
@@ -143,15 +143,14 @@ def macs(self:Scheme,
 def _factor(self:Scheme, part, bias=False):
     "The layer for one part of the chain, on the meta device"
     if isinstance(part, Shuffle): return ChannelShuffle(self.groups, part.rows, len(self.k))
-    inp,out,groups = [self.groups*n for n in (part.inp, part.out, part.inner)]
-    return self.geom.factor(inp, out, part.axes, groups, bias)
+    n = self.groups
+    return self.geom.factor(n*part.inp, n*part.out, part.axes, n*part.inner, bias)
 
 @patch
 def skeleton(self:Scheme, rank)->FactoredLayer: # on the meta device
     "Make the chain at `rank` without weights"
     *before,last = self.chain(rank)
-    factors = [self._factor(part) for part in before]
-    factors.append(self._factor(last, self.geom.bias))
+    factors = *map(self._factor, before), self._factor(last, self.geom.bias)
     cls = FactoredTranspose if self.geom.transposed else FactoredLayer
     return cls(*factors, geometry=self.geom, scheme=self.name, rank=rank)
 
@@ -164,6 +163,7 @@ class Solver:
         metric=None): # a `Metric`; `None`: the plain Frobenius norm
         self.scheme,self.geom = scheme,scheme.geom
         self.weight,self.metric = weight,metric
+        self.whitens = metric is not None and scheme.joined is not None # works in coordinates of the metric?
 
     def modes(self)->list:
         "The unfoldings whose ranks are chosen: a `Mode` for each rank"
@@ -181,7 +181,7 @@ class Solver:
     def blocks(self)->Tensor:
         "The weight as `[groups, o, i, *k]`, at least in float32, checked for NaN and infinity"
         blocks = self.geom.to_blocks(self.weight.detach())
-        if blocks.dtype not in (torch.float32, torch.float64): blocks = blocks.float()
+        blocks = blocks.to(compute_dtype(blocks))
         name = self.scheme.layer
         check_finite(blocks, f'layer {name!r}' if name else 'the layer')
         return blocks
@@ -196,8 +196,7 @@ class Solver:
 @patch
 def misfit(self:Solver, rank=1)->str|None:
     "The reason why this weight cannot be factored so at `rank`, `None` if it can"
-    why = self.scheme.misfit(rank)
-    if why: return why
+    if why := self.scheme.misfit(rank): return why
     if self.metric is not None and self.metric.inputs is None:
         return 'its moments would be too large; use svd'
 
@@ -206,13 +205,7 @@ def resolve(self:Solver, wish): # a wish as `resolve_rank` takes it, or a pair o
     "Return the rank that `wish` means for this weight; 0 where `EVBMF` finds only noise"
     mode, = self.modes()
     if not isinstance(wish, tuple): return mode.resolve(wish)
-    ranks = [self.resolve(w) for w in wish]
-    return min(mode.full, *ranks) # the smaller rank of a pair bounds a matrix's
-
-@patch(as_prop=True)
-def whitens(self:Solver)->bool:
-    "True where the weight is decomposed in coordinates of the metric"
-    return self.metric is not None and self.scheme.joined is not None
+    return min(mode.full, *map(self.resolve, wish)) # the smaller rank of a pair bounds a matrix's
 
 @patch
 def weights(self:Solver, rank)->list:
@@ -245,19 +238,14 @@ def _chain(self:Solver, weights, rank):
 @patch
 def approximation(self:Solver, rank)->Tensor: # `[groups, o, i, *k]`
     "The weight that the chain at `rank` stands for, in blocks"
-    chain = self._chain(self.weights(rank), rank)
-    return self.geom.to_blocks(chain.weight)
+    return product(self._chain(self.weights(rank), rank), self.scheme.groups)
 
 # %% ../nbs/04_schemes.ipynb #026449dc
 @patch
 def costs(self:Solver, ranks)->list:
     "The cost of each rank in the metric; without one, half the squared relative error"
     if self.metric is None: return [.5*self.error(rank)**2 for rank in ranks]
-    res = []
-    for rank in ranks:
-        missed = self.blocks - self.approximation(rank)
-        res.append(self.metric.cost(missed))
-    return res
+    return [self.metric.cost(self.blocks - self.approximation(rank)) for rank in ranks]
 
 @patch
 def build(self:Solver,
@@ -293,10 +281,10 @@ def _stacked(blocks): # a tuple of tensors for each block
     "One tensor of all blocks for each place in the tuples"
     return map(torch.stack, zip(*blocks))
 
-def _svd_of(matrices, name, exact=True): # `[n, rows, columns]`
-    "The `SVD` of `matrices`; a single one is decomposed as a matrix, which is faster"
-    if len(matrices) == 1: matrices = matrices[0]
-    return SVD(matrices, name, exact=exact)
+def _share(left, S, right):
+    "Give `left` and `right` the root of the singular values each, in place"
+    root = S.sqrt()
+    return left.mul_(root.unsqueeze(-2)), right.mul_(root.unsqueeze(-1))
 
 class _MatrixScheme(Scheme):
     "A scheme that truncates the SVD of one matrix a block"
@@ -312,20 +300,17 @@ class _MatrixSolver(Solver):
 
     @cached_property
     def svd(self):
-        return _svd_of(self.unfolding(), self.scheme.layer, exact=self.metric is None)
+        matrices = self.unfolding().squeeze(0) # a matrix is decomposed faster than a batch of one
+        return SVD(matrices, self.scheme.layer, self.metric is None)
 
     def spectrum(self): return self.svd.spectrum[...,:self.scheme.full()]
     def error(self, rank): return self.svd.error(rank)
     def modes(self):
-        shape = self.scheme.matrix_shape()
-        return [Mode(min(shape), self.spectrum, shape)]
+        return [Mode(self.scheme.full(), self.spectrum, self.scheme.matrix_shape())]
 
     def halves(self, rank):
         "The factors `[groups, rows, rank]` and `[groups, rank, columns]`, which share the singular values"
-        U,S,Vh = self.svd.truncate(rank)
-        root = S.sqrt()
-        left = U.mul_(root.unsqueeze(-2))
-        right = Vh.mul_(root.unsqueeze(-1))
+        left,right = _share(*self.svd.truncate(rank))
         if left.dim() == 2: return left[None], right[None]
         return left, right
 
@@ -336,15 +321,13 @@ def _balanced(F, L):
     Ql,Rl = qr(L)
     svds = [SVD(core, exact=False).truncate(len(core)) for core in Rl@Rf.mT]
     U,S,Vh = _stacked(svds)
-    root = S.sqrt()
-    F = root.unsqueeze(-1)*(Vh@Qf.mT)
-    L = (Ql@U)*root.unsqueeze(-2)
+    L,F = _share(Ql@U, S, Vh@Qf.mT)
     return F, L
 
 def _costs_left(tails, ranks):
-    "The cost of what each of `ranks` leaves out: its entry of `tails`, or 0 beyond the last one"
-    tails = tails.tolist()
-    return [tails[rank] if rank < len(tails) else 0. for rank in ranks]
+    "The cost of what each of `ranks` leaves out: its entry of `tails`, and 0 for the full rank"
+    tails = [*tails.tolist(), 0.]
+    return [tails[rank] for rank in ranks]
 
 # %% ../nbs/04_schemes.ipynb #f37604e4
 class _SvdSolver(_MatrixSolver):
@@ -373,8 +356,7 @@ class _SvdSolver(_MatrixSolver):
     def nearest(self, rank)->Tensor:
         "The weight of the given rank that is nearest to the layer's, in the layer's shape"
         left,right = self.halves(rank)
-        blocks = (left@right).reshape(self.geom.block_shape)
-        return self.geom.from_blocks(blocks)
+        return self.geom.from_blocks((left@right).reshape(self.geom.block_shape))
 
 # %% ../nbs/04_schemes.ipynb #ed1b0626
 class _GramSolver(_SvdSolver):
@@ -391,7 +373,7 @@ class _GramSolver(_SvdSolver):
         W = self.blocks.flatten(2).double()
         U = self.svd.left(rank)
         S = self.svd.spectrum[:,:rank]
-        least = max(1e-9*float(S.max()), 1e-30)
+        least = (1e-9*S.max()).clamp_min(1e-30)
         root = S.clamp_min(least).sqrt()[:,None]
         if self.metric.narrow: # `U` is on the side of the inputs
             R = self.metric.side(len(self.scheme.k))
@@ -416,70 +398,60 @@ class Svd(_MatrixScheme):
 
 # %% ../nbs/04_schemes.ipynb #104ab54b
 def _regular(M):
-    "`M` with a little on its diagonal, so that it is not singular, not even where it is zero"
-    mean = M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    little = torch.where(mean > 0, 1e-8*mean, 1.)
-    return M + torch.diag_embed(little.expand(M.shape[:-1]))
+    "Add a little to the diagonal of `M`, so that it is not singular, not even where it is zero"
+    diagonal = M.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    diagonal.add_(torch.where(mean > 0, 1e-8*mean, 1.))
+    return M
 
-def _conjugate_gradients(apply, precondition, target, x, steps):
-    "Go from `x` towards the solution of `apply(x) = target`"
+def _conjugate_gradients(apply, precondition, target, x):
+    "Go twelve steps from `x` towards the solution of `apply(x) = target`"
     rest = target - apply(x)
-    z = precondition(rest)
-    direction,size = z,(rest*z).sum()
-    for _ in range(steps):
+    direction,was = 0.,1.
+    for _ in range(12):
+        z = precondition(rest)
+        size = (rest*z).sum()
         if not size > 0: break
+        direction = z + size/was*direction
         change = apply(direction)
         step = size/(direction*change).sum()
         x = x + step*direction
         rest = rest - step*change
-        z = precondition(rest)
-        was,size = size,(rest*z).sum()
-        direction = z + size/was*direction
+        was = size
     return x
 
 # %% ../nbs/04_schemes.ipynb #dcb52f0f
-class _PatchFit:
-    "Least squares for the spatial chain of one block, in the metric of whole patches"
-    def __init__(self,
-        W:Tensor, # the weight, `[o,a,b]`
-        A:Tensor, # the moment of patches, `[a,b,a,b]`
-        G:Tensor): # the moment of gradients, `[o,o]`
-        self.A,self.G = A,G
-        self.WA = einsum('oab,abcd->ocd', W, A)
-        mean = einsum('abcb->ac', A)/A.shape[1]
-        self.side = cholesky(_regular(mean))
+def _best_last_of(F, WA, A):
+    "The best `L` `[o,r,b]` for `F` `[r,a]`, where `A` `[a,b,a,b]` is the moment of patches"
+    FA = einsum('ra,abcd->rbcd', F, A)
+    FAF = einsum('rbcd,sc->rbsd', FA, F).flatten(2).flatten(0, 1)
+    WAF = einsum('ocd,rc->rdo', WA, F).flatten(0, 1)
+    L = solve(_regular(FAF), WAF)
+    return L.T.unflatten(1, (len(F), -1))
 
-    def last(self, F): # `[r,a]`
-        "The best `L` `[o,r,b]` for `F`"
-        r,b = len(F),self.A.shape[1]
-        FA = einsum('ra,abcd->rbcd', F, self.A)
-        FAF = einsum('rbcd,sc->rbsd', FA, F).reshape(r*b, r*b)
-        WAF = einsum('ocd,rc->rdo', self.WA, F).reshape(r*b, -1)
-        L = solve(_regular(FAF), WAF)
-        return L.T.reshape(-1, r, b)
-
-    def first(self, F, L, steps=12):
-        "A better `F` for `L`"
-        GL = einsum('op,prb->orb', self.G, L)
-        LGL = einsum('orb,osb->rs', L, GL)
-        root = cholesky(_regular(LGL))
-        def apply(F):
-            W = einsum('orb,ra->oab', L, F)
-            WA = einsum('oab,abcd->ocd', W, self.A)
-            return einsum('ocd,ord->rc', WA, GL)
-        def precondition(R):
-            R = torch.cholesky_solve(R, root)
-            return torch.cholesky_solve(R.T, self.side).T
-        target = einsum('ocd,ord->rc', self.WA, GL)
-        return _conjugate_gradients(apply, precondition, target, F, steps)
+def _better_first(F, L, WA, A, G, side): # `side`: Cholesky factor of the mean of `A` over `b`
+    "A better `F` for `L`, where `G` `[o,o]` is the moment of gradients"
+    GL = einsum('op,prb->orb', G, L)
+    LGL = einsum('orb,osb->rs', L, GL)
+    root = cholesky(_regular(LGL))
+    def apply(F):
+        W = einsum('orb,ra->oab', L, F)
+        return einsum('ocd,ord->rc', einsum('oab,abcd->ocd', W, A), GL)
+    def precondition(R):
+        R = torch.cholesky_solve(R, root)
+        return torch.cholesky_solve(R.T, side).T
+    target = einsum('ocd,ord->rc', WA, GL)
+    return _conjugate_gradients(apply, precondition, target, F)
 
 # %% ../nbs/04_schemes.ipynb #62c3e256
-def _fit_patches(W, A, G, F, rounds=3):
-    "Go from the `F` `[r,a]` of a spatial chain to a better one, and its `L` `[o*b,r]`"
-    fit = _PatchFit(W, A, G)
-    for _ in range(rounds):
-        L = fit.last(F)
-        F = fit.first(F, L)
+def _fit_patches(W, A, G, F):
+    "Go from the `F` `[r,a]` of a spatial chain for `W` `[o,a,b]` to a better one, and its `L` `[o*b,r]`"
+    WA = einsum('oab,abcd->ocd', W, A)
+    mean = einsum('abcb->ac', A)/A.shape[1]
+    side = cholesky(_regular(mean))
+    for _ in range(3):
+        L = _best_last_of(F, WA, A)
+        F = _better_first(F, L, WA, A, G, side)
     return F, L.transpose(1, 2).flatten(0, 1)
 
 # %% ../nbs/04_schemes.ipynb #bab737ed
@@ -500,11 +472,10 @@ class _SpatialSolver(_MatrixSolver):
 
     def refined(self, rank):
         first,_ = self.weights(rank) # [g, r, i*h]
-        o,moment = self.scheme.o,self.moment
-        blocks = self.blocks.double().reshape(-1, o, *moment.shape[1:3])
-        fits = map(_fit_patches, blocks, moment, self.metric.G, first)
+        blocks = self.blocks.double().flatten(2, 3).flatten(3)
+        fits = map(_fit_patches, blocks, self.moment, self.metric.G, first)
         F,L = _balanced(*_stacked(fits))
-        L = L.unflatten(1, (o, -1))
+        L = L.unflatten(1, (self.scheme.o, -1))
         return F, L.transpose(2, 3)
 
     def costs(self, ranks):
@@ -541,11 +512,9 @@ class Spatial(_MatrixScheme):
     def unfit(self, rank):
         if len(self.k) < 2: return f'{self.geom.type_name} has no two spatial axes to separate'
     def matrix_shape(self):
-        first,*others = self.k
-        return self.i*first, self.o*prod(others)
+        return self.i*self.k[0], self.o*prod(self.k[1:])
     def links(self, rank):
-        first,*others = self.geom.axes
-        return [Link(self.i, rank, (first,)), Link(rank, self.o, tuple(others))]
+        return [Link(self.i, rank, (0,)), Link(rank, self.o, self.geom.axes[1:])]
 
 # %% ../nbs/04_schemes.ipynb #45adc87b
 def exceeds(rank, limit)->bool: # both ints, or both pairs
@@ -557,7 +526,7 @@ def _equal_norms(tensors): # `[groups, ...]`
     "Give the factors of a chain one norm, block by block: a step of training changes all of them alike"
     norms = torch.stack([t.double().flatten(1).norm(dim=1) for t in tensors])
     mean = norms.log().mean(0).exp()
-    scales = torch.where((norms > 0).all(0), mean/norms, 1.)
+    scales = torch.where(mean > 0, mean/norms, 1.)
     return [einsum('g...,g->g...', t, scale) for t,scale in zip(tensors, scales)]
 
 def _best_last(W, A, F):
@@ -592,14 +561,10 @@ class _KernelSolver(Solver):
         if rank not in self._found: self._found[rank] = self._solve(rank)
         return self._found[rank]
 
-    @cached_property
-    def out_svd(self):
-        return _svd_of(self.whitened.flatten(2), self.scheme.layer)
-
-    @cached_property
-    def in_svd(self):
-        unfolding = self.whitened.transpose(1, 2).flatten(2)
-        return _svd_of(unfolding, self.scheme.layer)
+    def spectrum(self, axis): # 1 for the output channels, 2 for the input channels
+        "The singular values of the unfolding that has these channels as rows"
+        matrices = self.whitened.movedim(axis, 1).flatten(2)
+        return singular_values(matrices.squeeze(0), self.scheme.layer)
 
 # %% ../nbs/04_schemes.ipynb #cbc5d863
 @patch
@@ -621,8 +586,8 @@ def _solve(self:_KernelSolver, rank):
 @patch
 def refined(self:_KernelSolver, rank):
     "The `weights` with the last factor the best one for those before it, balanced"
-    *before,last = self.weights(rank)
-    chain = self._chain([*before, last], rank)
+    *before,last = weights = self.weights(rank)
+    chain = self._chain(weights, rank)
     F = product(chain[:-1], self.scheme.groups).flatten(2)
     W = self.blocks.double().flatten(2)
     best = _best_last(W, self.metric.inputs, F)
@@ -631,12 +596,12 @@ def refined(self:_KernelSolver, rank):
 @patch
 def modes(self:_KernelSolver):
     "The unfoldings with the output and the input channels as rows"
-    o,i,*k = self.geom.block_shape[1:]
-    out_shape = o,i*prod(k)
-    in_shape = i,o*prod(k)
-    out_mode = Mode(min(out_shape), lambda: self.out_svd.spectrum, out_shape)
-    in_mode = Mode(min(in_shape), lambda: self.in_svd.spectrum, in_shape)
-    return [out_mode, in_mode]
+    block = self.geom.block_shape[1:]
+    res = []
+    for axis,rows in enumerate(block[:2], 1):
+        shape = rows,prod(block)//rows
+        res.append(Mode(min(shape), partial(self.spectrum, axis), shape))
+    return res
 
 # %% ../nbs/04_schemes.ipynb #124dae06
 class _TuckerSolver(_KernelSolver):
@@ -649,14 +614,11 @@ class _TuckerSolver(_KernelSolver):
         return Ui.mT, core, Uo
 
     def resolve(self, wish):
-        pair = isinstance(wish, tuple)
-        wishes = wish if pair else (wish, wish)
-        ranks = []
-        for mode,w in zip(self.modes(), wishes):
-            rank = mode.resolve(w)
-            if pair: rank = min(rank, mode.full)
-            ranks.append(rank)
-        return 0 if 0 in ranks else tuple(ranks)
+        pair = wish if isinstance(wish, tuple) else (wish, wish)
+        ranks = tuple(map(Mode.resolve, self.modes(), pair))
+        if 0 in ranks: return 0
+        if pair is wish: ranks = tuple(map(min, ranks, self.scheme.full()))
+        return ranks
 
 @register
 class Tucker(_KernelScheme):
@@ -696,10 +658,8 @@ class CP(_KernelScheme):
     def full(self): return max(self.o, self.i)
     def largest(self): return max(self.full(), cp_exact_rank(self.geom.block_shape[1:]))
     def links(self, rank):
-        res = [Link(self.i, rank)]
-        for a,size in enumerate(self.k):
-            if size > 1: res.append(Link(rank, rank, (a,), inner=rank))
-        return [*res, Link(rank, self.o)]
+        middle = [Link(rank, rank, (a,), inner=rank) for a in self.geom.axes if self.k[a] > 1]
+        return [Link(self.i, rank), *middle, Link(rank, self.o)]
 
 # %% ../nbs/04_schemes.ipynb #834eb3f0
 class _SliceSolver(_MatrixSolver):
@@ -719,8 +679,8 @@ class _SliceSolver(_MatrixSolver):
         ranks = [self.scheme.full()]
         for axis in (3, 4): # a slice has at most the rank of either spatial unfolding
             matrix = W.movedim(axis, 1).flatten(2)
-            svd = SVD(matrix, self.scheme.layer)
-            ranks.append(wish(svd.spectrum, matrix.shape[1:]))
+            spectrum = singular_values(matrix, self.scheme.layer)
+            ranks.append(wish(spectrum, matrix.shape[1:]))
         return min(ranks)
 
 # %% ../nbs/04_schemes.ipynb #c30b8a16

@@ -8,6 +8,7 @@ __all__ = ['relative_error', 'channel_unfoldings', 'tucker2_full_ranks', 'hosvd_
 
 # %% ../nbs/01_tensor.ipynb #ebd26d59
 from math import prod
+from operator import eq
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def _bases(
     ranks # (out, in)
 ): # `[o,out]` and `[i,in]`
     "Return the leading vectors of both unfoldings"
-    return [_leading(A, rank) for A,rank in zip(channel_unfoldings(X), ranks)]
+    return list(map(_leading, channel_unfoldings(X), ranks))
 
 def _times_o(X, U): return torch.tensordot(U.T, X, 1)
 def _times_i(X, U): return _times_o(X.transpose(0, 1), U).transpose(0, 1)
@@ -82,8 +83,8 @@ def _in_bases(X, Uo, Ui):
 # %% ../nbs/01_tensor.ipynb #344c2d22
 def _later_sums(x):
     "Sums of all later entries along the last axis"
-    from_here = x.flip(-1).cumsum(-1).flip(-1)
-    return pad(from_here[...,1:], (0,1))
+    later = pad(x, (-1,1))
+    return later.flip(-1).cumsum(-1).flip(-1)
 
 def hosvd_errors(
     W:Tensor # kernel `[o,i,*k]`
@@ -94,24 +95,27 @@ def hosvd_errors(
     with full_precision(X.device):
         Uo,Ui = _bases(X, tucker2_full_ranks(X.shape))
         G = _in_bases(X, Uo, Ui).double().square().sum(2).cpu()
-    if not G.any(): return G
     rows_after = _later_sums(G.sum(1))[:,None]
     cols_after = _later_sums(G).cumsum(0)
-    E = ((rows_after + cols_after)/G.sum()).sqrt()
+    E = ((rows_after + cols_after)/G.sum().clamp_min(1e-300)).sqrt()
     return E.cummin(0)[0].cummin(1)[0]
 
 # %% ../nbs/01_tensor.ipynb #bc53fad4
-def _rank_pair(ranks, shape):
-    "Return `ranks` as a pair, or raise a `ValueError`"
-    try: ro,ri = ranks
+def _check_tucker2(ranks, init, shape):
+    "Raise a `ValueError` if `ranks` or `init` does not fit a kernel of this shape"
+    try: _,_ = ranks
     except (TypeError, ValueError):
         raise ValueError(f"ranks must be a pair (out, in) of integers, got {ranks!r}") from None
     full = tucker2_full_ranks(shape)
-    for r,limit in zip((ro,ri), full):
+    for r,limit in zip(ranks, full):
         if not isinstance(r, int) or not 1<=r<=limit:
             raise ValueError(f"ranks of a kernel {list(shape)} must be a pair (out, in) of integers "
                              f"from (1, 1) to {full}, got {ranks!r}")
-    return ro,ri
+    if init is None: return
+    for n,U,rank in zip(shape, init[1:], ranks):
+        if U.shape[0]!=n or U.shape[1]>rank:
+            raise ValueError(f"init must hold bases [{n}, r] with r at most the rank {rank}, "
+                             f"got shape {list(U.shape)}")
 
 def _widen(
     A, # `[m,n]`
@@ -119,27 +123,11 @@ def _widen(
     rank # at least r
 ): # orthonormal basis `[m,rank]`
     "Return a basis that contains the span of `U` and adds what matters most of the columns of `A`"
-    if U.shape[0]!=A.shape[0] or U.shape[1]>rank:
-        raise ValueError(f"init must hold bases [{A.shape[0]}, r] with r at most the rank {rank}, "
-                         f"got shape {list(U.shape)}")
     U = U.to(A)
     rest = A - U@(U.T@A)
     return _leading(torch.cat([2*_norm(A)*U, rest], 1), rank)
 
 # %% ../nbs/01_tensor.ipynb #e981b4dc
-def _start_bases(
-    X, # kernel `[o,i,*k]`
-    ranks, # (out, in)
-    init, # an earlier result, or `None`
-    hosvd_is_best # does no other basis keep more?
-): # `[o,out]` and `[i,in]`
-    "Return bases from the HOSVD or, if they keep more of `X`, from a widened `init`"
-    hosvd = _bases(X, ranks)
-    if init is None: return hosvd
-    widened = [_widen(A, U, rank) for A,U,rank in zip(channel_unfoldings(X), init[1:], ranks)]
-    if hosvd_is_best: return hosvd # only now: `_widen` has checked `init`
-    return min(hosvd, widened, key=lambda bases: _left_out(X, *bases))
-
 def _hooi(
     X, # kernel `[o,i,*k]`
     Uo, # orthonormal basis to start from, `[o,ro]`
@@ -151,19 +139,19 @@ def _hooi(
     core = _in_bases(X, Uo, Ui)
     kept = _norm(core)**2
     lost = _norm(X)**2 - kept
+    best = core,Uo,Ui
     for _ in range(max_sweeps):
-        new_Uo = _leading(_times_i(X, Ui).flatten(1), Uo.shape[1])
-        Y = _times_o(X, new_Uo)
-        new_Ui = _leading(channel_unfoldings(Y)[1], Ui.shape[1])
-        new_core = _times_i(Y, new_Ui)
-        new_kept = _norm(new_core)**2
-        gain = new_kept - kept
+        Uo = _leading(_times_i(X, Ui).flatten(1), Uo.shape[1])
+        Y = _times_o(X, Uo)
+        Ui = _leading(channel_unfoldings(Y)[1], Ui.shape[1])
+        core = _times_i(Y, Ui)
+        was,kept = kept,_norm(core)**2
+        gain = kept - was
         if gain<=0: break
-        core,Uo,Ui = new_core,new_Uo,new_Ui
+        best = core,Uo,Ui
         if gain<=2*tol*lost: break
-        kept = new_kept
         lost -= gain
-    return core, Uo, Ui
+    return best
 
 # %% ../nbs/01_tensor.ipynb #823d2b99
 def tucker2(
@@ -175,13 +163,15 @@ def tucker2(
 ): # core `[ro,ri,*k]`, Uo `[o,ro]`, Ui `[i,ri]`; the columns of `Uo` and `Ui` are orthonormal
     "Return the Tucker-2 decomposition by HOOI: `W[o,i] ≈ Σ core[a,b] Uo[o,a] Ui[i,b]`"
     X,scale = split_scale(_check_kernel(W))
-    ro,ri = _rank_pair(ranks, X.shape)
-    fo,fi = tucker2_full_ranks(X.shape)
-    hosvd_is_best = ro==fo or ri==fi
-    if hosvd_is_best: max_sweeps = 0
+    _check_tucker2(ranks, init, X.shape)
+    if any(map(eq, ranks, tucker2_full_ranks(X.shape))): # then no bases keep more than the HOSVD's
+        max_sweeps,init = 0,None
     with full_precision(X.device):
-        Uo,Ui = _start_bases(X, (ro,ri), init, hosvd_is_best)
-        core,Uo,Ui = _hooi(X, Uo, Ui, max_sweeps, tol)
+        bases = _bases(X, ranks)
+        if init is not None:
+            widened = list(map(_widen, channel_unfoldings(X), init[1:], ranks))
+            bases = min(bases, widened, key=lambda bases: _left_out(X, *bases))
+        core,Uo,Ui = _hooi(X, *bases, max_sweeps, tol)
     return core*scale, Uo, Ui
 
 # %% ../nbs/01_tensor.ipynb #b7a2e03c
@@ -307,17 +297,13 @@ def _slice_cp(
 ): # factors of `T`
     "Return the leading terms of the SVDs of all slices `T[:,*mid,:]`"
     p,*mid,q = T.shape
-    if mid:
-        slices = T.flatten(1, -2).transpose(0, 1)
-        U,S,Vh = truncated_svd(slices, min(p, q))
-    else:
-        U,S,Vh = [x[None] for x in truncated_svd(T, min(rank, p, q))]
+    slices = T.reshape(p, -1, q).transpose(0, 1).squeeze(0) # `T` itself, where it is a matrix
+    U,S,Vh = truncated_svd(slices, min(rank, p, q))
+    if not mid: U,S,Vh = U[None],S[None],Vh[None]
     largest = S.flatten().argsort(descending=True, stable=True)[:rank]
     n,j = torch.unravel_index(largest, S.shape) # slices, and which of their terms
-    fs = [U[n,:,j].T]
-    for m,c in zip(mid, torch.unravel_index(n, mid)):
-        fs.append(torch.eye(m).to(T)[:,c])
-    fs.append(Vh[n,j].T*S[n,j])
+    middle = [torch.eye(m).to(T)[:,c] for m,c in zip(mid, torch.unravel_index(n, mid))]
+    fs = [U[n,:,j].T, *middle, Vh[n,j].T*S[n,j]]
     return [pad(f, (0, rank-len(largest))) for f in _balance_terms(fs)]
 
 # %% ../nbs/01_tensor.ipynb #11fe5e21
@@ -409,8 +395,8 @@ def _move_sides(
     sides # from `_main_sides`
 ): # `[p,*mid,q]`
     "Put the sides of `X` in this order and drop the others, which have length 1"
-    others = [n for n in range(X.ndim) if n not in sides]
-    return X.permute(sides + others).flatten(len(sides)-1).contiguous()
+    n = len(sides)
+    return X.movedim(sides, tuple(range(n))).flatten(n-1).contiguous()
 
 def _from_init(
     init, # factors of the kernel, as given to `cp`
