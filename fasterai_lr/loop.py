@@ -6,7 +6,7 @@
 __all__ = ['Kept', 'takes_part', 'is_fitting', 'whole', 'on_the_side', 'model_inputs', 'given_inputs', 'learner_metric',
            'measure_metric', 'OutputAfterPred', 'output_of']
 
-# %% ../nbs/19_loop.ipynb #79deeb3b
+# %% ../nbs/19_loop.ipynb #03cd8693
 from collections import deque
 from math import inf
 from contextlib import ExitStack, contextmanager
@@ -24,7 +24,7 @@ from fastai.learner import AvgLoss, Learner, Metric, Recorder
 from fastai.torch_core import get_model, no_random, to_detach
 from .running import Batches, Inputs, blaming_data, evaluating, n_items
 
-# %% ../nbs/19_loop.ipynb #da645b24
+# %% ../nbs/19_loop.ipynb #eec96e0f
 def _content(o):
     "Copy what is in a container; `None` for what is none"
     if isinstance(o, (Callback, Learner, Metric)): return dict(vars(o))
@@ -64,7 +64,7 @@ class Kept:
         for o,content in self.contents.values(): _bring_back(o, content)
         for t,values in self.tensors: t.data.copy_(values)
 
-# %% ../nbs/19_loop.ipynb #b1cd76ce
+# %% ../nbs/19_loop.ipynb #f189bf92
 _watching = CSVLogger, ProgressCallback, ShortEpochCallback, ShowGraphCallback
 
 def takes_part(cb:Callback)->bool:
@@ -101,6 +101,7 @@ def _memory_kept(model):
     finally:
         for m,state in states: vars(m).update(state)
 
+# %% ../nbs/19_loop.ipynb #d490b59f
 @contextmanager
 def on_the_side(
     learn:Learner,
@@ -124,7 +125,7 @@ def on_the_side(
                 if not fitting: learn(['after_epoch', 'after_fit'])
         finally: kept.restore()
 
-# %% ../nbs/19_loop.ipynb #8b4b100f
+# %% ../nbs/19_loop.ipynb #eea2f274
 class _Take(Callback):
     "Takes what the model is called with, until there are `n` items"
     def __init__(self, n):
@@ -155,6 +156,7 @@ def _first_items(batch, n):
         return t[:n].clone() if t.dim() and n != inf else t.clone()
     return tree_map_only(Tensor, copied, batch)
 
+# %% ../nbs/19_loop.ipynb #817f0fd7
 def model_inputs(
     learn:Learner,
     dl, # a loader, or whatever else gives batches as the learner takes them
@@ -180,6 +182,7 @@ def model_inputs(
     if take.taken: take.taken.n_inp = len(take.taken[0])
     return take.taken
 
+# %% ../nbs/19_loop.ipynb #5f9cdb2d
 class _Sized:
     "Batches with a length, which fastai's loop asks for; it counts nothing here"
     def __init__(self, batches): self.batches = batches
@@ -202,7 +205,7 @@ def given_inputs(
     if not isinstance(batches.first, tuple): return data
     return model_inputs(learn, _Sized(batches), split=_inputs_alone)
 
-# %% ../nbs/19_loop.ipynb #d926bcc9
+# %% ../nbs/19_loop.ipynb #d351d463
 def learner_metric(
     learn # a `Learner`
    ): # a fastai `Metric`
@@ -230,9 +233,9 @@ def measure_metric(
     if value is None: raise ValueError("dls: the validation set is empty, so there is no metric to go by")
     return float(value)
 
-# %% ../nbs/19_loop.ipynb #c70431ee
+# %% ../nbs/19_loop.ipynb #98437fe9
 class OutputAfterPred:
-    "What the callbacks of a learner make of an output of its model; call it with one"
+    "Reads an output of the model as the callbacks of a learner do; call it with one"
     __name__ = 'after_pred'
 
     def __init__(self, learn, cbs): self.learn,self.cbs = learn,cbs

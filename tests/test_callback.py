@@ -489,7 +489,8 @@ def test_values_of_the_record():
         assert_close([one['metric_before'],one['metric_after']], [float(o[1]) for o in seen[2*at:2*at+2]], rtol=1e-6, atol=0)
 
 class Odd(Callback):
-    "Gives the model something that its loader does not have"
+    "Gives the model something that its loader does not have, but only in a fit: to fastai it is a callback that watches"
+    remove_on_fetch = True
     def before_batch(self): self.learn.xb = (self.xb[0], 1.)
 
 class Scaled(nn.Sequential):
@@ -521,6 +522,13 @@ def test_what_cannot_be_measured_is_left_out(capsys):
     learn = mk_learn(model=Scaled(*linear_net()))
     with pytest.raises(ValueError, match='(?s)data: the model cannot be called with inputs .*scale'): learn.fit(3, 1e-2, cbs=[Odd(), DecomposeCallback(2, Budget(macs=.9))])        # before the first epoch
     assert learn.recorder.lrs == [] and n_factored(learn.model) == 0
+
+def test_what_a_callback_gives_the_model_is_given_on_the_side_too():
+    "With a callback that has a say in what a batch is, the same model is run, measured and fitted like any other"
+    class Scale(Odd): remove_on_fetch = False
+    learn,plain = mk_learn(model=Scaled(*linear_net())),mk_learn()
+    for l,cbs in ((learn, [Scale()]), (plain, [])): l.fit(2, 1e-2, cbs=[*cbs, DecomposeCallback(1, Budget(macs=.9))])
+    assert same(learn.model.state_dict(), plain.model.state_dict()) and learn.recorder.decomposed[0] == plain.recorder.decomposed[0]
 
 def test_half_of_what_can_be_saved_by_default():
     learn = mk_learn()
