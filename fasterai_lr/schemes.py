@@ -97,10 +97,9 @@ def solver(self:Scheme,
 def chain(self:Scheme, rank)->list:
     "The links with every axis of kernel size 1 moved to the first, whose stride then saves the most"
     chain = self.links(rank)
-    short = [a for a in self.geom.axes if self.k[a] == 1]
     first,*others = [part for part in chain if isinstance(part, Link)]
-    first.axes = tuple(sorted({*first.axes, *short}))
-    for link in others: link.axes = tuple(a for a in link.axes if a not in short)
+    first.axes = tuple(a for a in self.geom.axes if a in first.axes or self.k[a] == 1)
+    for link in others: link.axes = tuple(a for a in link.axes if self.k[a] > 1)
     return chain
 
 @patch
@@ -258,7 +257,7 @@ def build(self:Solver,
     bias = like.bias
     bias_grad = None if bias is None else bias.requires_grad
     for layer,weight in _placed(chain, weights or self.weights(rank)):
-        fill(layer, weight, bias, like.weight, like.training, bias_grad)
+        fill(layer, weight, bias, like.weight, bias_grad=bias_grad)
     return chain.train(like.training)
 
 # %% ../nbs/04_schemes.ipynb #f180576a
@@ -365,8 +364,7 @@ class _GramSolver(_SvdSolver):
     def svd(self):
         L = self.metric.Lo
         if not self.metric.narrow: return FromGram(L.mT @ self.metric.outputs @ L)
-        W = self.blocks.flatten(2).double()
-        B = L.mT @ W @ self.metric.side(len(self.scheme.k))
+        B = L.mT @ self.blocks.flatten(2).double() @ self.metric.side(len(self.scheme.k))
         return FromGram(B.mT@B)
 
     def tensors(self, rank):
@@ -700,7 +698,7 @@ class Slice(_MatrixScheme):
     def matrix_shape(self): return self.k[0], prod(self.k[1:])
 
     def links(self, rank):
-        o,i = self.o,self.i
-        first = Link(i, i*o*rank, (0,), inner=i)
-        last = Link(i*o*rank, o, self.geom.axes[1:], inner=o)
-        return [first, Shuffle(i), last]
+        between = self.i*self.o*rank
+        first = Link(self.i, between, (0,), inner=self.i)
+        last = Link(between, self.o, self.geom.axes[1:], inner=self.o)
+        return [first, Shuffle(self.i), last]

@@ -7,6 +7,7 @@ __all__ = ['relative_error', 'channel_unfoldings', 'tucker2_full_ranks', 'hosvd_
            'cp_exact_rank', 'cp', 'cp_to_kernel', 'cp_term_norms', 'rank_path']
 
 # %% ../nbs/01_tensor.ipynb #ebd26d59
+from functools import partial
 from math import prod
 from operator import eq
 
@@ -319,7 +320,7 @@ def _new_terms(
     U = _leading(A, n)
     S = (U.T@A).norm(dim=1)
     some = S > 100*torch.finfo(T.dtype).eps*S[0] # the others are orthogonal to `T` and would stay zero
-    fs[0][:,:n] = torch.where(some, U, fs[0][:,:n])
+    fs[0][:,:n][:,some] = U[:,some]
     fs = [f/f.norm(dim=0) for f in fs]
     return fs + [T.new_zeros(T.shape[-1], rank)]
 
@@ -465,8 +466,8 @@ def rank_path(
     max_sweeps:int|None=None # of `decompose`; `None`: its default
 ): # yields what `decompose` returns, for each of `ranks`
     "Decompose at ascending `ranks`, each time starting from the last result, so that the error never grows"
-    options = {} if max_sweeps is None else dict(max_sweeps=max_sweeps)
+    if max_sweeps is not None: decompose = partial(decompose, max_sweeps=max_sweeps)
     found = None
     for rank in ranks:
-        found = decompose(W, rank, init=found, **options)
+        found = decompose(W, rank, init=found)
         yield found
