@@ -1103,6 +1103,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fasterai_lr/settings.py'),
                                       'fasterai_lr.settings._augment_of': ('settings.html#_augment_of', 'fasterai_lr/settings.py'),
                                       'fasterai_lr.settings._check_augment': ('settings.html#_check_augment', 'fasterai_lr/settings.py'),
+                                      'fasterai_lr.settings._check_progress': ('settings.html#_check_progress', 'fasterai_lr/settings.py'),
                                       'fasterai_lr.settings._int_of': ('settings.html#_int_of', 'fasterai_lr/settings.py'),
                                       'fasterai_lr.settings._schemes_of': ('settings.html#_schemes_of', 'fasterai_lr/settings.py'),
                                       'fasterai_lr.settings._sequential_of': ('settings.html#_sequential_of', 'fasterai_lr/settings.py'),

@@ -32,8 +32,8 @@ def check_names(
         if name in known: continue
         if name == 'moments': raise TypeError("moments: it is gone; give what `calibrate` returns as `data`")
         hint = did_you_mean(name, known) or '; it takes ' + ', '.join(known)
-        called = caller.__qualname__.removesuffix('.__init__')
-        raise TypeError(f"{name}={value!r}: {called} has no argument of this name{hint}")
+        raise TypeError(f"{name}={value!r}: {caller.__qualname__.removesuffix('.__init__')} has no argument "
+                        f"of this name{hint}")
 
 # %% ../nbs/09_settings.ipynb #b6b3ec37
 def checks_names(f):
@@ -81,8 +81,13 @@ class UserFunction:
 def _check_augment(value):
     "Raise a `TypeError` where `value` is not a function that augments inputs"
     if value is None or isinstance(value, UserFunction): return
-    expected = 'a function of a batch of inputs and a generator, such as `flip_crop_and_mix`'
-    check_callable('augment', value, expected, 2)
+    check_callable('augment', value,
+                   'a function of a batch of inputs and a generator, such as `flip_crop_and_mix`', 2)
+
+def _check_progress(value):
+    "Raise a `TypeError` where `value` is given and does not wrap an iteration"
+    if value is None: return
+    check_callable('progress', value, 'a function that wraps an iteration, like `fastprogress.progress_bar`')
 
 def _unknown(argument, f):
     "The error for a function that a plan's file has named"
@@ -90,14 +95,13 @@ def _unknown(argument, f):
                       f"does not hold; give it again, as {argument}=…")
 
 # %% ../nbs/09_settings.ipynb #a74b57b8
-_example_of_progress = 'a function that wraps an iteration, like `fastprogress.progress_bar`'
 _least = dict(passes=1, most=1, max_size=1, distill_steps=0, seed=0)
 
 class _Checked:
     "The checks of `Settings`"
     def __post_init__(self):
         check_kind(self.metric)
-        if self.progress is not None: check_callable('progress', self.progress, _example_of_progress)
+        _check_progress(self.progress)
         _check_augment(self.augment)
         checked = vars(self) # the values themselves: `self` is frozen
         checked['loss'] = as_loss(self.loss)
