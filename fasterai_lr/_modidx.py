@@ -1110,6 +1110,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterai_lr.settings._check_function': ('settings.html#_check_function', 'fasterai_lr/settings.py'),
                                       'fasterai_lr.settings._function_of': ('settings.html#_function_of', 'fasterai_lr/settings.py'),
                                       'fasterai_lr.settings._int_of': ('settings.html#_int_of', 'fasterai_lr/settings.py'),
+                                      'fasterai_lr.settings._progress_of': ('settings.html#_progress_of', 'fasterai_lr/settings.py'),
                                       'fasterai_lr.settings._schemes_of': ('settings.html#_schemes_of', 'fasterai_lr/settings.py'),
                                       'fasterai_lr.settings._sequential_of': ('settings.html#_sequential_of', 'fasterai_lr/settings.py'),
                                       'fasterai_lr.settings._unknown': ('settings.html#_unknown', 'fasterai_lr/settings.py'),

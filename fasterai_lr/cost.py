@@ -41,8 +41,7 @@ def macs_per_layer(
     sample, # Input: a tensor, a tuple of arguments or a dict of keyword arguments
 )->dict: # {name in `named_modules()`: MACs}, the whole model under ''
     "Count the multiply-accumulates of each module of `model` on `sample`, with those of its children"
-    counter = _Counter()
-    with counter: flops = _per_module(model, sample, counter.get_total_flops)
+    with _Counter() as counter: flops = _per_module(model, sample, counter.get_total_flops)
     if counter.unknown:
         unknown = ', '.join(sorted(counter.unknown))
         warnings.warn(f"macs_per_layer: no formula for {unknown}, so what that multiplies counts 0; "
@@ -187,7 +186,8 @@ def measure_latency(
     nets = list(models)
     devices = devices_of(*nets)
     with evaluating(*nets), torch.no_grad():
-        turns = [(net, _calls_for(min_ms, net, sample, warmup, devices), []) for net in nets]
+        for net in nets: _time(net, sample, warmup-1, devices)
+        turns = [(net, _calls_for(min_ms, net, sample, devices) if warmup else 1, []) for net in nets]
         order = list(turns)
         for _ in range(repeats):
             for net,calls,ms in order: ms.append(_time(net, sample, calls, devices))
@@ -195,12 +195,9 @@ def measure_latency(
     return [_latency(ms) for _,_,ms in turns]
 
 # %% ../nbs/06_cost.ipynb #6d3c78b8
-def _calls_for(min_ms, model, sample, warmup, devices):
-    "Call `model` so many times to warm up; return how many calls take at least `min_ms`, by the last one"
-    if not warmup: return 1
-    _time(model, sample, warmup-1, devices)
-    ms = _time(model, sample, 1, devices)
-    return max(1, ceil(min_ms/ms))
+def _calls_for(min_ms, model, sample, devices):
+    "Time one call of `model`; return how many take at least `min_ms`"
+    return max(1, ceil(min_ms/_time(model, sample, 1, devices)))
 
 def _latency(ms):
     "Summarise the measurements `ms` as a `Latency`"

@@ -101,8 +101,7 @@ class _Student:
         trained = nn.ModuleList(m for m in self.model.modules() if not list(m.children()))
         self.flags = {p: p.requires_grad for p in trained.parameters()}
         for p in self.flags: p.requires_grad_(True)
-        holders = {n.rpartition('.')[0] for n in factored_layers(self.model)}
-        self.holders = sorted(holders - {''})
+        self.holders = sorted({n.rpartition('.')[0] for n in factored_layers(self.model)} - {''})
 
     def _run(self, run, model, batch):
         "Return the output of `model`, and those of its modules that hold factored layers in the student"
@@ -134,9 +133,8 @@ def _trained(student, batches, steps, lr):
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     with evaluating(student.model, student.teacher), torch.enable_grad():
         for _,batch in zip(settings.progressing(range(steps)), batches):
-            distance = student.distance(batch)
             opt.zero_grad()
-            distance.backward()
+            student.distance(batch).backward()
             opt.step()
             schedule.step()
     return student.finished()

@@ -52,7 +52,7 @@ class _Reading:
 # %% ../nbs/07_loss.ipynb #c54deb57
 class Loss(_Reading):
     "A way to read and compare what a model returns; call it for the scalar to differentiate"
-    def _random(self, out:Tensor, gen)->Tensor:
+    def _random(self, out, gen):
         "Draw a direction for each output, with the covariance of the loss's gradient"
         raise NotImplementedError
 

@@ -74,9 +74,8 @@ kinds = 'fisher','activation'
 def check_kind(kind):
     "Raise a `ValueError` where there is no such metric"
     if kind in kinds: return
-    known = ', '.join(map(repr, kinds))
-    raise ValueError(f"metric: {kind!r} is not one of {known}{did_you_mean(kind, kinds)}; "
-                     "without data, errors are plain ones of the weight")
+    raise ValueError(f"metric: {kind!r} is not one of {', '.join(map(repr, kinds))}"
+                     f"{did_you_mean(kind, kinds)}; without data, errors are plain ones of the weight")
 
 # %% ../nbs/08_metric.ipynb #1e8abfe1
 class _Price:

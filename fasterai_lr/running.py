@@ -375,9 +375,8 @@ def trace(
     "Find the use of each of the layers `names` in the model"
     modules = dict(model.named_modules())
     norms = {n:m for n,m in modules.items() if isinstance(m, _BatchNorm) and m.track_running_stats}
-    layers = {n:modules[n] for n in names}
     tracer = _Tracer(modules)
-    with hooked(layers, tracer.layer_called), hooked(norms, tracer.norm_called):
+    with hooked({n:modules[n] for n in names}, tracer.layer_called), hooked(norms, tracer.norm_called):
         with blaming_data(batch), Additions(tracer.added): evaluated(model, batch)
     for use in tracer.uses.values():
         if use.calls > 1 or tracer.norm_calls[use.norm] > 1: use.norm = use.add = None

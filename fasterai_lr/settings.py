@@ -18,6 +18,7 @@ from fastcore.meta import delegates
 from .layers import did_you_mean
 from .schemes import check_scheme
 from .running import check_callable
+from .progress import Progress
 from .loss import Loss, OwnFunction, as_loss, classification, function_name, loss_of
 from .metric import check_kind
 
@@ -32,8 +33,8 @@ def check_names(
         if name in known: continue
         if name == 'moments': raise TypeError("moments: it is gone; give what `calibrate` returns as `data`")
         hint = did_you_mean(name, known) or '; it takes ' + ', '.join(known)
-        called = caller.__qualname__.removesuffix('.__init__')
-        raise TypeError(f"{name}={value!r}: {called} has no argument of this name{hint}")
+        raise TypeError(f"{name}={value!r}: {caller.__qualname__.removesuffix('.__init__')} has no argument "
+                        f"of this name{hint}")
 
 # %% ../nbs/09_settings.ipynb #b6b3ec37
 def checks_names(f):
@@ -87,22 +88,28 @@ def _check_function(name, value):
     if value is None or isinstance(value, UserFunction): return
     check_callable(name, value, *_functions[name])
 
+def _progress_of(value):
+    "Return what goes through the steps of long computations; `None` where nothing is to be shown"
+    if value is True: return Progress()
+    if value is None or value is False: return None
+    check_callable('progress', value, 'a function that wraps an iteration, like `fastprogress.progress_bar`')
+    return value
+
 def _unknown(argument, f):
     "The error for a function that a plan's file has named"
     return ValueError(f"{argument}: the plan was made with a function {f.name!r}, which its file names and "
                       f"does not hold; give it again, as {argument}=…")
 
 # %% ../nbs/09_settings.ipynb #a74b57b8
-_example_of_progress = 'a function that wraps an iteration, like `fastprogress.progress_bar`'
 _least = dict(passes=1, most=1, max_size=1, distill_steps=0, seed=0)
 
 class _Checked:
     "The checks of `Settings`"
     def __post_init__(self):
         check_kind(self.metric)
-        if self.progress is not None: check_callable('progress', self.progress, _example_of_progress)
         for name in _functions: _check_function(name, getattr(self, name))
         checked = vars(self) # the values themselves: `self` is frozen
+        checked['progress'] = _progress_of(self.progress)
         checked['loss'] = as_loss(self.loss).reading(self.output)
         checked['output'] = self.loss.output
         checked['schemes'] = _schemes_of(self.schemes)
@@ -134,7 +141,7 @@ class Settings(_Checked):
     augment:object=None # for these, see `distill`
     seed:int=0 # of all random draws
     output:object=None # function from what the model returns to the tensor that counts; see `first_output`
-    progress:object=field(default=None, compare=False) # wraps an iteration: `fastprogress.progress_bar`
+    progress:object=field(default=True, compare=False) # show how far it is? or a function that wraps an iteration
 
     @classmethod
     def of(cls,
@@ -154,8 +161,9 @@ class Settings(_Checked):
             if data[name] is not None: data[name] = dict(function=function_name(data[name]))
         return data
 
-    def progressing(self, steps):
-        "Go through `steps` with a progress bar, if there is one"
+    def progressing(self, steps, label:str): # `label`: what is done in them
+        "Go through `steps` and show how far it is, if that is asked for"
+        if isinstance(self.progress, Progress): return self.progress(steps, label)
         return (self.progress or iter)(steps)
 
 # %% ../nbs/09_settings.ipynb #0ee02ad5
