@@ -300,11 +300,11 @@ def _check(self:DecomposeCallback):
 @patch
 def _check_budget(self:DecomposeCallback, budget):
     "Raise an error for a budget that the model cannot keep to, or that allows everything"
-    model = dense_model(get_model(self.model))
     if goes_by_metric(budget, self.kwargs): check_max_drop(self.learn, budget.value)
     sample = self.kwargs.get('sample')
     sample = sample_of(self.learn, self.data if sample is None else [sample])
-    check_reach(model, budget, sample, self.kwargs.get('schemes', Settings.schemes))
+    schemes = self.kwargs.get('schemes', Settings.schemes)
+    check_reach(dense_model(get_model(self.model)), budget, sample, schemes)
 
 # %% ../nbs/20_callback.ipynb #c625c140
 @patch
