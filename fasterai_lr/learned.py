@@ -28,7 +28,7 @@ from fastai.torch_core import apply, cast, get_model, no_random, to_detach, to_d
 from .running import Batches, Inputs, evaluating, n_items, run_model, trace
 from .loss import Classification, Loss, MultiLabel, Regression, classification
 from .calibrate import Calibration
-from .settings import Settings, check_names
+from .settings import Settings, check_names, takes_settings
 from .cost import count_params
 from .decomposer import (
     as_decomposers, check_what, factorize, needs_data, warn_if_unchanged)
@@ -219,6 +219,7 @@ def _default_what(learn, data):
         budget = None
     return budget or as_decomposers(None)
 
+@takes_settings()
 def check_arguments(
     whats:list, # what is to be decomposed, and how: decomposers, budgets, plans, `None`
     data, # as for `decompose`
