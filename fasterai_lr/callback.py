@@ -305,9 +305,9 @@ def _check(self:DecomposeCallback):
 @patch
 def _check_budget(self:DecomposeCallback, budget):
     "Raise an error for a budget that the model cannot keep to, or that allows everything"
-    model = dense_model(get_model(self.model))
     if goes_by_metric(budget, self.kwargs): check_max_drop(self.learn, budget.value)
     sample = self.kwargs.get('sample')
+    model = dense_model(get_model(self.model))
     if sample is None: sample = sample_of(self.learn, self.data)
     else: sample = Batches([sample], device_of(model)).first
     check_reach(model, budget, sample, self.kwargs.get('schemes', Settings.schemes))

@@ -26,7 +26,7 @@ from fastai.torch_core import get_model, no_random
 from .running import Batches, evaluated, trace
 from .loss import Classification, Loss, as_loss, classification, multilabel, regression
 from .calibrate import Calibration
-from .settings import Settings, check_names
+from .settings import Settings, check_names, takes_settings
 from .cost import count_params
 from .decomposer import (
     as_decomposers, check_what, factorize, needs_data, warn_if_unchanged)
@@ -178,6 +178,7 @@ def _default_what(learn, data):
         budget = None
     return budget or as_decomposers(None)
 
+@takes_settings()
 def check_arguments(
     whats:list, # what is to be decomposed, and how: decomposers, budgets, plans, `None`
     data, # as for `decompose`
