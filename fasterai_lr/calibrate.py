@@ -355,7 +355,7 @@ class _Gathering:
         model,layers = self.model,{name: m.layer for name,m in self.by_layer.items()}
         with unfused(), frozen(model), evaluating(model), undisturbed():
             with torch.enable_grad(), hooked(layers, self._called):
-                for batch in self.settings.progressing(batches): self._add(batch)
+                for batch in self.settings.progressing(batches, 'statistics'): self._add(batch)
 
     def _called(self, name, layer, x, out): return self.by_layer[name].called(x, out)
 

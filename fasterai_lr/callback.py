@@ -9,6 +9,7 @@ __all__ = ['DecomposeCallback']
 import math
 from functools import partial
 from numbers import Integral, Real
+from time import time
 from warnings import warn
 
 import torch
@@ -24,18 +25,17 @@ from fastai.callback.schedule import SchedCos, SchedNo
 from fastai.callback.tracker import TrackerCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from .settings import Settings, check_names
-from .cost import count_macs
 from .budget import Budget, check_reach, dense_model
 from .decomposer import as_decomposers, factorize, needs_data
-from .distributed import check_wrapper, on_first_rank
+from .distributed import check_wrapper
 from .layers import (
     FactoredLayer, factored_layers, find_layers, layer_types, moved, replace_layers)
 from .optimizer import check_opt, swap_layers
 from .plan import Plan
 from .learned import (
     check_arguments, check_data, check_max_drop, decompose_learner, goes_by_metric,
-    output_kind, reset_model, sample_of, signed_value)
-from .loop import learner_metric, measure_metric, output_of
+    output_kind, record_line, reset_model, sample_of, signed_value, watched)
+from .loop import learner_metric, output_of
 from .running import Batches, device_of, first_output
 
 # %% ../nbs/20_callback.ipynb #f620afe6
@@ -146,19 +146,6 @@ def _way_back(learn):
     return restore
 
 # %% ../nbs/20_callback.ipynb #030a0bcf
-def _count_macs(learn):
-    "The multiply-accumulates for one item, `None` where they cannot be counted"
-    try: return count_macs(get_model(learn.model), sample_of(learn)) or None
-    except Exception: return None
-
-def _measured_value(learn, needed):
-    "The learner's metric, which the first process measures for all; `None` if that fails and is not `needed`"
-    try: _,value = on_first_rank(lambda: ({}, measure_metric(learn)), learn.model)
-    except Exception:
-        if needed: raise
-        return None
-    return value
-
 def _last_value(learn):
     "The value of the learner's metric in the last validation of this fit, `None` if there was none"
     recorder = getattr(learn, 'recorder', None)
@@ -169,40 +156,24 @@ def _last_value(learn):
     return float(value) if isinstance(value, Real) else None
 
 # %% ../nbs/20_callback.ipynb #5fa9a3e1
-def _watched(learn, max_drop, decompose):
-    "Return the record of a decomposition, with metric and MACs; undo it if it costs more than `max_drop`"
-    guarded,before = max_drop is not None,None
-    if guarded: restore = _way_back(learn)
-    else: before = _last_value(learn)
-    if before is None: before = _measured_value(learn, guarded)
-    macs = _count_macs(learn)
-    record = decompose()
+def _guarded(learn, max_drop, decompose):
+    "Return the record of a decomposition, which is undone if the metric gets worse by more than `max_drop`"
+    if max_drop is None: return watched(learn, decompose, _last_value(learn))
+    restore = _way_back(learn)
+    record = watched(learn, decompose, needed=True)
     if not record['decomposed']: return record
-    after = _measured_value(learn, guarded)
-    if guarded and not signed_value(learn, before-after) <= max_drop: # NaN is too costly, too
-        restore()
-        record |= dict(decomposed=0, params_after=record['params_before'])
-    macs_after = _count_macs(learn)
-    if None not in (before, after):
-        record |= dict(metric=learner_metric(learn).name, metric_before=before, metric_after=after)
-    if None not in (macs, macs_after): record |= dict(macs_before=macs, macs_after=macs_after)
-    return record
-
-# %% ../nbs/20_callback.ipynb #cf21901d
-def _size_change(record, kind, unit):
-    "The size of the model before and after, as a part of a line"
-    before = record[f'{kind}_before']
-    after = record[f'{kind}_after']
-    return f", {before:,} -> {after:,} {unit} ({after/before:.2f}x)"
+    drop = signed_value(learn, record['metric_before'] - record['metric_after'])
+    if drop <= max_drop: return record
+    restore() # NaN is too costly, too
+    undone = dict(decomposed=0, params_after=record['params_before'])
+    if 'macs_before' in record: undone['macs_after'] = record['macs_before']
+    return record | undone
 
 def _line(record, max_drop):
-    "A record in one line"
-    line = 'epoch {epoch}: decomposed {decomposed} of {layers} layers'.format_map(record)
-    line += _size_change(record, 'params', 'parameters')
-    if 'macs_after' in record: line += _size_change(record, 'macs', 'MACs')
-    if 'metric' not in record: return line
-    line += ', {metric} {metric_before:.4f} -> {metric_after:.4f}'.format_map(record)
-    return line if record['decomposed'] else f'{line}: more than max_drop={max_drop}, undone'
+    "Write a record in one line"
+    line = f"epoch {record['epoch']}: {record_line(record)}"
+    undone = 'metric' in record and not record['decomposed']
+    return f'{line}: more than max_drop={max_drop}, undone' if undone else line
 
 # %% ../nbs/20_callback.ipynb #3a0fa88b
 class _Records(list):
@@ -322,6 +293,12 @@ def _arguments_for(self:DecomposeCallback, what):
     if isinstance(what, Budget): unused = [] if what.kind == 'max_drop' else ['evaluate']
     return {name: v for name,v in self.kwargs.items() if name not in unused}
 
+def _give_back(mbar, pbar, seconds):
+    "Let the bar of a fit show its epoch again; the seconds that went by do not count for its time to go"
+    mbar.add_child(pbar)
+    for bar in (mbar.main_bar, pbar):
+        if hasattr(bar, 'start_t'): bar.start_t += seconds
+
 @patch
 def _decompose(self:DecomposeCallback, what):
     "Carry out an entry of the schedule, and train on with what it leaves"
@@ -330,8 +307,9 @@ def _decompose(self:DecomposeCallback, what):
         teacher = replace_layers(get_model(self.model), {}).eval().requires_grad_(False)
     mbar = getattr(getattr(self, 'progress', None), 'mbar', None)
     decompose = partial(decompose_learner, learn, what, self.data, mbar, **self._arguments_for(what))
-    record = dict(epoch=self.epoch, step=self.train_iter) | _watched(learn, self.max_drop, decompose)
-    if mbar is not None: mbar.add_child(self.progress.pbar)     # the epoch's bar again
+    start = time()
+    record = dict(epoch=self.epoch, step=self.train_iter) | _guarded(learn, self.max_drop, decompose)
+    if mbar is not None: _give_back(mbar, self.progress.pbar, time() - start)
     reset_model(get_model(self.model))
     self.history.append(record)
     if hasattr(self, 'recorder'): self.recorder.decomposed.append(record)

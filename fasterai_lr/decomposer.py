@@ -206,7 +206,7 @@ def choices(
     for decomposer in decomposers:
         rank = selection.rank or decomposer.rank
         found,chosen = _selected(decomposer.types, model, rank, selection)
-        for f in settings.progressing([f for f in found if f.name not in taken]):
+        for f in settings.progressing([f for f in found if f.name not in taken], 'decomposing'):
             try:
                 if f not in chosen: raise Refused('left out by layers or exclude')
                 record,solver = _choice(decomposer, f, rank, calibration)

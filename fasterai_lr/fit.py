@@ -445,7 +445,7 @@ def _fit_layers(calibration, choices)->_Fit:
     settings,batches = calibration.settings,calibration.batches
     groups = _groups(fitting.uses, choices, settings.passes)
     wanted = _wanted(fitting.dense, groups, batches, settings)
-    for group,calls in zip(settings.progressing(groups), wanted):
+    for group,calls in zip(settings.progressing(groups, 'fitting layers'), wanted):
         stats = {}
         if settings.sequential:
             stats = _gather(fitting.model, group, batches, calls, settings)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['calibration_batches', 'data_for', 'sample_of', 'output_kind', 'check_data', 'reset_model', 'signed_value',
-           'metric_value', 'evaluation_by', 'check_max_drop', 'goes_by_metric', 'check_arguments', 'layers_bar',
-           'decompose_learner']
+           'metric_value', 'evaluation_by', 'check_max_drop', 'goes_by_metric', 'check_arguments', 'progress_of',
+           'decompose_learner', 'watched', 'record_line']
 
 # %% ../nbs/19_learned.ipynb #8f50b1b3
 import re
@@ -19,15 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
 from fastcore.meta import delegates
-from fastprogress.fastprogress import progress_bar
 from fastai.data.core import TfmdDL
+from fastai.imports import noop             # not fastcore's
 from fastai.losses import FocalLoss, LabelSmoothingCrossEntropy
 from fastai.torch_core import get_model, no_random
 from .running import Batches, evaluated, trace
 from .loss import Classification, Loss, as_loss, classification, multilabel, regression
 from .calibrate import Calibration
 from .settings import Settings, check_names, takes_settings
-from .cost import count_params
+from .cost import count_macs, count_params
+from .progress import Progress
 from .decomposer import (
     as_decomposers, check_what, factorize, needs_data, warn_if_unchanged)
 from .distributed import in_all, on_first_rank, shared_calibration
@@ -218,7 +219,7 @@ def _arguments(learn, what, data, kwargs):
     return what,data,_known_arguments(learn, what, data, kwargs)
 
 # %% ../nbs/19_learned.ipynb #56046dc1
-def _calibrated_by_all(learn, what, data, evaluate=None, sample=None, progress=None, **settings):
+def _calibrated_by_all(learn, what, data, evaluate=None, sample=None, **settings):
     "`data`, or where there are several processes the `Calibration` that each of them has made a part of"
     alone = not isinstance(learn.model, DistributedDataParallel)
     if alone or data is None or isinstance(data, Calibration): return data
@@ -236,13 +237,12 @@ def _new_layers(learn, what, data, kwargs):
         data = _calibrated_by_all(learn, what, data, **kwargs)
         return on_first_rank(compute, learn.model)
 
-def layers_bar(
+def progress_of(
     learn, # a `Learner`
     mbar=None # the fit's `master_bar`, if one is running
-   ):
-    "A bar that counts the layers, below that of a running fit; `None` where the learner shows none"
-    if not hasattr(learn, 'progress'): return None
-    return partial(progress_bar, leave=False) if mbar is None else mbar.progress
+   )->Progress:
+    "Return what shows how far a decomposition is, as far as the learner shows bars and logs lines"
+    return Progress(hasattr(learn, 'progress'), learn.logger is not noop, mbar)
 
 # %% ../nbs/19_learned.ipynb #15f7fba5
 @delegates(factorize, but=['progress'])
@@ -258,7 +258,7 @@ def decompose_learner(
     model = get_model(learn.model)
     reset_model(model)
     what,data,kwargs = in_all(partial(_arguments, learn, what, data, kwargs), learn.model)
-    kwargs['progress'] = layers_bar(learn, mbar)
+    kwargs['progress'] = progress_of(learn, mbar)
     new,plan = _new_layers(learn, what, data, kwargs)
     before = count_params(model)
     swap_layers(learn, new)
@@ -267,3 +267,47 @@ def decompose_learner(
     n = sum(isinstance(layer, FactoredLayer) for layer in new.values())
     return dict(decomposed=n, layers=len(plan['layers']),
                 params_before=before, params_after=count_params(model))
+
+# %% ../nbs/19_learned.ipynb #40461785
+def _macs_of_an_item(learn):
+    "Count the multiply-accumulates for one item; `None` where they cannot be counted"
+    try: return count_macs(get_model(learn.model), sample_of(learn)) or None
+    except Exception: return None
+
+def _measured_value(learn, needed):
+    "Measure the metric in the first process, for all; return `None` if that fails and is not `needed`"
+    try: return on_first_rank(lambda: ({}, measure_metric(learn)), learn.model)[1]
+    except Exception:
+        if needed: raise
+
+def watched(
+    learn, # a `Learner`
+    decompose, # a function that decomposes it and returns the record of `decompose_learner`
+    before=None, # the metric, if it is known
+    needed=False # is it an error if the metric cannot be measured?
+   )->dict:
+    "Return the record of a decomposition, with the metric and MACs before and after"
+    if before is None: before = _measured_value(learn, needed)
+    macs = _macs_of_an_item(learn)
+    record = decompose()
+    if not record['decomposed']: return record
+    after,macs_after = _measured_value(learn, needed),_macs_of_an_item(learn)
+    if None not in (before, after):
+        record |= dict(metric=learner_metric(learn).name, metric_before=before, metric_after=after)
+    if None not in (macs, macs_after): record |= dict(macs_before=macs, macs_after=macs_after)
+    return record
+
+def _size_change(record, kind, unit):
+    "Write the size of the model before and after"
+    before,after = record[f'{kind}_before'],record[f'{kind}_after']
+    return f", {before:,} -> {after:,} {unit} ({after/before:.2f}x)"
+
+def record_line(
+    record:dict # from `watched`
+   )->str:
+    "Write a record in one line"
+    line = 'decomposed {decomposed} of {layers} layers'.format_map(record)
+    line += _size_change(record, 'params', 'parameters')
+    if 'macs_after' in record: line += _size_change(record, 'macs', 'MACs')
+    if 'metric' not in record: return line
+    return line + ', {metric} {metric_before:.4f} -> {metric_after:.4f}'.format_map(record)

@@ -6,15 +6,18 @@
 __all__ = []
 
 # %% ../nbs/23_learner.ipynb #fba7ee3d
+from functools import partial
 from pathlib import Path
 from warnings import warn
 
 import pandas as pd
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import patch
 from fastcore.meta import delegates
 import fastai.callback.schedule # a Learner gets `fit_one_cycle` and progress bars with our methods
 from fastai.layers import ToTensorBase
+from fastai.imports import noop # not fastcore's
 from fastai.learner import Learner
 from fastai.torch_core import distrib_barrier, get_model, rank_distrib
 from .distributed import check_wrapper
@@ -24,8 +27,8 @@ from .budget import dense_model
 from .decomposer import factorize
 from .optimizer import check_opt, check_opt_state, load_opt_state, opt_state, swap_layers
 from .learned import (
-    data_for, decompose_learner, evaluation_by, layers_bar, measure_metric, output_kind, sample_of)
-from .loop import model_inputs, whole
+    data_for, decompose_learner, evaluation_by, output_kind, progress_of, record_line, sample_of, watched)
+from .loop import measure_metric, model_inputs, whole
 from .report import Summary, compare, plot_spectra, plot_tradeoff, summarize, tradeoff
 from .export import as_file, changed_layers, export_onnx, read_low_rank, rebuild, save_low_rank
 
@@ -36,11 +39,13 @@ def decompose(self:Learner,
     what=None, # a `Budget`, a `Plan` or decomposers; `None`: half of the MACs that can be saved
     data=None, # see `decompose`; `None`: 2,000 training items, but none for decomposers
     **kwargs
-   )->Learner: # the same learner
-    "Replace the layers of `self.model` by their factors, now, and re-point the optimizer"
+   ):
+    "Replace the layers of the model by their factors, now, and say in one line what has changed"
     check_names(kwargs, Learner.decompose)
-    decompose_learner(self, what, data, **kwargs)
-    return self
+    decompose = partial(decompose_learner, self, what, data, **kwargs)
+    is_quiet = self.logger is noop and not isinstance(self.model, DistributedDataParallel)
+    record = decompose() if is_quiet else watched(self, decompose) # in all processes
+    if self.logger is not noop: print(record_line(record))
 
 # %% ../nbs/23_learner.ipynb #7afc6e25
 @patch
@@ -88,7 +93,7 @@ def tradeoff(self:Learner,
     data = data_for(self, data) # this moves the model to the device of the loaders
     kwargs.setdefault('loss', output_kind(self))
     model = dense_model(get_model(self.model))
-    return tradeoff(model, data, evaluate, budgets, kind, progress=layers_bar(self), **kwargs)
+    return tradeoff(model, data, evaluate, budgets, kind, progress=progress_of(self), **kwargs)
 
 # %% ../nbs/23_learner.ipynb #ee25ecb2
 @patch

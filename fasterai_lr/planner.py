@@ -334,7 +334,7 @@ def _timed_options(planner)->Options:
     calibration = planner.calibration
     known = {}
     res = Options(planner.totals | dict(latency=inside['']))
-    for name in calibration.settings.progressing(list(planner.uses)):
+    for name in calibration.settings.progressing(list(planner.uses), 'timing layers'):
         layer = planner.model.get_submodule(name)
         use = planner.uses[name]
         options = layer_options(calibration, name, use, _rank_step(layer))
@@ -454,7 +454,7 @@ def search_drop(
         return change, evaluation(evaluate, change.finished())
     allowed,best = dense - budget.value,None
     low,high = planner.options.least('macs'),1.
-    for _ in calibration.settings.progressing(range(6)):
+    for _ in calibration.settings.progressing(range(6), 'trying budgets'):
         share = (low*high)**.5
         change,value = tried(share)
         if value >= allowed: high,best = share,(change, value)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['can_show_bars', 'Progress']
 
-# %% ../nbs/05_progress.ipynb #67b38561
+# %% ../nbs/05_progress.ipynb #bc175235
 import sys
 from time import time
 
 from fastcore.imports import IN_NOTEBOOK
 
-# %% ../nbs/05_progress.ipynb #602e7649
+# %% ../nbs/05_progress.ipynb #4d83ed1c
 def can_show_bars()->bool:
     "Tell whether bars can be seen: in a terminal or a notebook, not in a file"
     return IN_NOTEBOOK or sys.stdout.isatty()
@@ -48,7 +48,7 @@ class Progress:
             loop.show()
         finally: loop.close()
 
-# %% ../nbs/05_progress.ipynb #c0e7b3a6
+# %% ../nbs/05_progress.ipynb #ef96f93c
 class _Loop:
     "A loop that a `Progress` shows"
     def __init__(self, progress, steps, label):

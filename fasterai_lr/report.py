@@ -405,7 +405,7 @@ def tradeoff(
     table = pd.DataFrame(rows, columns=list(dense))
     if evaluate:
         values = [_value_of(model, evaluate)]
-        for plan in settings.progressing(list(plans.values())):
+        for plan in settings.progressing(list(plans.values()), 'budgets'):
             small = plan.apply(model, calibration)
             values.append(_value_of(small, evaluate))
         table[_value_column(evaluate, table)] = values

@@ -305,7 +305,9 @@ def test_another_optimizer_is_refused(tmp_path):
         other.fit(1, 1e-2)
 
 def test_an_optimizer_that_cannot_be_re_pointed_is_refused_first(tmp_path):
-    mk_learn(path=tmp_path).decompose(small).save_low_rank('m')
+    learn = mk_learn(path=tmp_path)
+    learn.decompose(small)
+    learn.save_low_rank('m')
     learn = mk_learn(lambda groups, lr: torch.optim.Adam([p for g in groups for p in g], lr=lr), path=tmp_path)
     learn.create_opt()
     model = ids(learn.model.modules())

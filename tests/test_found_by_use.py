@@ -444,7 +444,7 @@ def test_a_part_of_a_decomposed_model_knows_its_layers(net):
     (lambda m: decompose(m, macs, X, loss=nn.CrossEntropyLoss), TypeError, '^loss: .* is no function'),
     (lambda m: decompose(m, macs, X, augment=lambda x: x), TypeError, '^augment: .* cannot be called with 2 arguments'),
     (lambda m: decompose(m, macs, X, seed=2**64), ValueError, '^seed: 18446744073709551616 is too large'),
-    (lambda m: decompose(m, macs, X, progress=True), TypeError, '^progress: True is no function'),
+    (lambda m: decompose(m, macs, X, progress=3), TypeError, '^progress: 3 is no function'),
     (lambda m: make_plan(m, X, macs, 'activation'), TypeError, "^evaluate: 'activation' is no function; .* by name"),
     (lambda m: make_plan(m, X, X), TypeError, "^budget: 'Tensor' is not a Budget"),
     (lambda m: make_plan(None, X, macs), TypeError, '^model: NoneType is not an nn.Module'),
