@@ -8,6 +8,7 @@ __all__ = ['Energy', 'evbmf_rank', 'EVBMF', 'check_rank', 'resolve_rank']
 # %% ../nbs/03_rank.ipynb #ff1c6a7d
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Integral, Real
 
 import numpy as np
@@ -64,6 +65,7 @@ class Energy:
 # %% ../nbs/03_rank.ipynb #6948d46b
 def _phi(z): return math.log1p(z)/z - .5
 
+@lru_cache(maxsize=None)
 def _evb_tau(
     alpha # L/M, 0<alpha<=1
 ):
