@@ -21,13 +21,13 @@ from torch.nn.parameter import UninitializedParameter
 from .layers import (
     FactoredLayer, Geometry, did_you_mean, factored_layers, find_layers, layer_types,
     memory_format, moved, replace_layers, replace_layers_)
-from .running import Batches, trace
+from .running import Batches
 from .schemes import check_scheme, exceeds, schemes as known_schemes
 from .cost import count_macs, count_params
 from .settings import Settings, settings_of, takes_settings
 from .calibrate import Calibration, calibrated
 from .fit import Change, fit, loss_increase
-from .budget import dense_model, layer_cost
+from .budget import Counts, dense_model, layer_cost
 
 # %% ../nbs/14_plan.ipynb #dd007cbf
 @dataclass
@@ -490,50 +490,51 @@ def _without_data(plan, model, dense):
     return Change(dense, new, recorded(plan, dense, new))
 
 # %% ../nbs/14_plan.ipynb #ce516e5d
+def _as_they_are(model, names)->dict: # {layer name: `Record`}
+    "The records of the factored layers `names` of `model`"
+    known,factored = known_records(model),factored_layers(model)
+    return {name: known.get(name) or factored_record(factored[name]) for name in names}
+
 def _keeping(plan, model, uses)->tuple: # the `Plan`, and the names; `uses`: {name: `Use`}
     "Copy `plan` with those factored layers of `model` as they are that it would not make smaller"
     if 'params' in (plan.budget or {}): uses = {}
-    layers,choices = copy.deepcopy(plan.layers),plan.choices
-    kept,known = [],known_records(model)
+    choices,kept = plan.choices,[]
     for name,factored in factored_layers(model).items():
         geom,use = factored.geometry,uses.get(name)
         choice = factored.scheme,factored.rank
         wanted = choices.get(name, (None, None))
         now = layer_cost(geom, *choice, use)
         then = layer_cost(geom, *wanted, use)
-        if then < now: continue
-        kept.append(name)
-        layers[name] = known.get(name) or factored_record(factored)
+        if then >= now: kept.append(name)
+    layers = copy.deepcopy(plan.layers) | _as_they_are(model, kept)
     return replace(plan, layers=layers),kept
 
 # %% ../nbs/14_plan.ipynb #68650608
 def _again(plan, model, dense, data, settings):
     "Decompose `model`, which stands for `dense`, where the plan makes a layer smaller than it is"
     batches = Batches.of(data, model)
-    names = [f.name for f in find_layers(dense, layer_types) if not f.reason]
-    uses = trace(dense, names, batches.first)
-    plan,kept = _keeping(plan, model, uses)
+    plan,kept = _keeping(plan, model, Counts(dense, batches.first).uses)
     if set(plan.choices) == set(kept):
         done = replace(recorded(plan, model, {}), settings=settings)
         change = Change(model, {}, done, replace_layers(model, {})) # a copy as it is
     else:
         calibration = calibrated(dense, data, settings)
-        change = _further(plan, kept, model, calibration)
+        change = _further(plan, model, calibration)
     change.plan.measured = measured(dense, change.model, batches, settings)
     return change
 
-def _further(plan, kept, model, calibration):
-    "Fit what the data reaches as planned; what it does not reach stays as it is where it is among `kept`"
-    seen,new = dict(plan.layers),{}
+def _further(plan, model, calibration):
+    "Fit what the data reaches as planned; what it does not reach and is factored already stays as it is"
+    layers,factored,unseen = dict(plan.layers),factored_layers(model),{}
     for name in plan.choices:
-        if name in calibration.uses: continue
-        del seen[name]
-        if name in kept: new[name] = copy.deepcopy(model.get_submodule(name))
-    change = _fit_as_planned(replace(plan, layers=seen), calibration)
-    change.modules |= new
-    change.model = replace_layers_(change.model, new)
-    planned = replace(change.plan, layers=plan.layers | change.plan.layers)
-    change.plan = recorded(planned, calibration.model, change.modules)
+        if name in calibration.uses or name not in factored: continue
+        del layers[name]
+        unseen[name] = copy.deepcopy(factored[name])
+    change = _fit_as_planned(replace(plan, layers=layers), calibration)
+    change.modules |= unseen
+    change.model = replace_layers_(change.model, unseen)
+    change.plan.layers |= _as_they_are(model, unseen)
+    change.plan = recorded(change.plan, calibration.model, change.modules)
     return change
 
 # %% ../nbs/14_plan.ipynb #088a4fa2

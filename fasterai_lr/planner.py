@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from .layers import Geometry, find_layers, layer_types
-from .running import Batches, check_callable, device_of, trace, undisturbed
-from .cost import count_macs, count_params, latency_per_layer, measure_latency
+from .layers import Geometry
+from .running import check_callable, device_of, undisturbed
+from .cost import count_params, latency_per_layer, measure_latency
 from .settings import takes_settings
 from .calibrate import Calibration, calibrated, settings_for
-from .budget import Budget, cannot_reach, check_budget, dense_model, own_amounts, too_loose
+from .budget import Budget, Counts, cannot_reach, check_budget, dense_model, too_loose
 from .fit import Change
 from .plan import (
     Plan, carry_out, dense_record, fresh_layer, items_of, scheme_for)
@@ -180,14 +180,14 @@ class Planner:
     "Makes plans for one model, for any number of budgets"
     def __init__(self,
         calibration:Calibration, # of the model
-        sample=None): # a batch to count and to time with; `None`: the first of the data
+        sample=None, # a batch to count and to time with; `None`: the first of the data
+        counts=None): # the `Counts` of that batch, where there are some already
         self.calibration,self.model = calibration,calibration.model
-        self.sample,self.uses = calibration.batches.first,calibration.uses
-        if sample is not None:
-            self.sample = Batches([sample], calibration.batches.device).first
-            self.uses = trace(self.model, calibration, self.sample)
-        self.found = find_layers(self.model, layer_types)
-        self.totals = dict(params=count_params(self.model), macs=count_macs(self.model, self.sample))
+        self.counts = counts or Counts.of(self.model, calibration, sample)
+        self.sample,self.found = self.counts.sample,self.counts.found
+        self.uses = {name: use for name,use in self.counts.uses.items() if name in calibration}
+        if sample is None: calibration.uses = self.uses # of the same batch
+        self.totals = dict(params=count_params(self.model), macs=self.counts.macs[''])
 
     @cached_property
     def options(self)->Options:
@@ -239,7 +239,7 @@ def _unreachable(planner, options, budget):
     "The error for a budget below what the cheapest options cost"
     kind = budget.kind
     left = {}
-    if kind != 'latency': left = own_amounts(planner.model, kind, planner.sample)
+    if kind != 'latency': left = planner.counts.amounts(kind)
     for name,option in options.cheapest(kind).items():
         left[name] = getattr(option, kind)
     return cannot_reach(planner.model, budget, options.least(kind), left)
