@@ -449,7 +449,7 @@ def _by_budget(budget, model, data, settings, evaluate, sample):
     value = budget and check_evaluate(dense, budget, evaluate)
     if not isinstance(data, Calibration): data = Batches.of(data, dense) # a loader is read once
     counts = Counts.of(dense, data, sample)
-    budget = budget or counts.half_saved()
+    budget = budget or counts.half()
     if budget is None: return _by_decomposers(as_decomposers(None), model, Selection(), data, settings)
     counts.check(budget, settings.schemes)
     calibration = calibrated(dense, data, settings)

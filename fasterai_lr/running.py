@@ -194,6 +194,16 @@ class Inputs(list): "Batches of inputs alone, of which each has `n_inp`"
 
 _most_items = 2000 # that are taken of a loader
 
+def _reading(loader, n_inp, kept):
+    "Put the batches of a loader into the list `kept`, one at each step"
+    n = 0
+    for b in loader:
+        kept.append(b)
+        n += n_items(_inputs(b, n_inp))
+        yield True
+        if n >= _most_items: break
+
+# %% ../nbs/05_running.ipynb #5d1de6ed
 class _Taken:
     "The first batches of a loader, until there are `_most_items`; each is read once and kept"
     def __init__(self, loader):
@@ -225,15 +235,6 @@ class _Taken:
             raise
         self.complete = not more
         return more
-
-def _reading(loader, n_inp, kept):
-    "Put the batches of a loader into the list `kept`, one at each step"
-    n = 0
-    for b in loader:
-        kept.append(b)
-        n += n_items(_inputs(b, n_inp))
-        yield True
-        if n >= _most_items: break
 
 # %% ../nbs/05_running.ipynb #e5673caf
 def _batches_in(data, bs):
