@@ -27,10 +27,10 @@ from .rank import check_rank
 from .running import Batches, check_callable
 from .schemes import Svd, check_scheme, exceeds, schemes
 from .settings import Settings, check_names, checks_names, takes_settings
-from .calibrate import calibrated, settings_for
+from .calibrate import Calibration, calibrated, settings_for
 from .fit import Change, fit
 from .budget import (
-    Budget, check_reach, dense_model, half_saved, holders, own_amounts)
+    Budget, Counts, dense_model, holders, own_amounts)
 from .plan import (
     Plan, carry_out, check_without_data, dense_record, items_of, measured, recorded, scheme_for)
 from .planner import Planner, check_evaluate, predicted_loss, search_drop
@@ -384,17 +384,23 @@ def factorize(
         _check_enough(what)
     if isinstance(what, Plan): # its own settings hold where the call does not say
         return carry_out(what, model, data, Settings.of(kwargs, factorize, what.settings))
-    if what is None: what = half_saved(dense_model(model), Batches.of(data, model).first)
-    if not isinstance(what, Budget):
-        return _by_decomposers(as_decomposers(what), model, Selection(), data, settings)
+    if what is None or isinstance(what, Budget):
+        return _by_budget(what, model, data, settings, evaluate, sample)
+    return _by_decomposers(as_decomposers(what), model, Selection(), data, settings)
+
+def _by_budget(budget, model, data, settings, evaluate, sample):
+    "Decompose `model` for a budget; without one, save half of the MACs that can be saved"
     dense = dense_model(model)
-    value = check_evaluate(dense, what, evaluate)
-    first = Batches.of(data if sample is None else [sample], dense).first
-    check_reach(dense, what, first, settings.schemes)
+    value = budget and check_evaluate(dense, budget, evaluate)
+    if not isinstance(data, Calibration): data = Batches.of(data, dense) # a loader is read once
+    counts = Counts.of(dense, data, sample)
+    budget = budget or counts.half()
+    if budget is None: return _by_decomposers(as_decomposers(None), model, Selection(), data, settings)
+    counts.check(budget, settings.schemes)
     calibration = calibrated(dense, data, settings)
-    planner = Planner(calibration, sample)
-    if what.kind == 'max_drop': return search_drop(planner, what, evaluate, value, model)
-    return carry_out(planner.make(what), model, calibration, settings)
+    planner = Planner(calibration, sample, counts)
+    if budget.kind == 'max_drop': return search_drop(planner, budget, evaluate, value, model)
+    return carry_out(planner.make(budget), model, calibration, settings)
 
 # %% ../nbs/16_decomposer.ipynb #b288ee40
 @delegates(factorize)
@@ -451,5 +457,5 @@ def _all_reasons(reasons): # {reason: the names of layers, quoted}
 
 # %% ../nbs/16_decomposer.ipynb #f23e1cd9
 __getattr__ = moved(__name__,
-    now=dict(smallest='budget'),
+    now=dict(smallest='budget', half_saved='budget'),
     gone=dict(changed_modules='the `modules` of the Change that `factorize` returns'))

@@ -6,11 +6,13 @@
 __all__ = ['Stats', 'Change', 'fit', 'loss_increase']
 
 # %% ../nbs/12_fit.ipynb #ced1ca30
+from collections import defaultdict
 from dataclasses import dataclass, replace
-from math import ceil, inf
+from math import inf
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import chunked
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,7 +23,7 @@ from .running import (Additions, Batches, evaluated, hooked, n_items, trace,
 from .loss import as_loss, classification
 from .metric import Moments, covariance, lacking, make_metric, ridge
 from .calibrate import (Centred, Gram, InputMoments, Squares, draw, flat_blocks, n_positions,
-                                   output_rows, unbiased)
+                                   output_rows, times, unbiased)
 from .schemes import check_scheme, schemes
 from .distill import distill
 
@@ -178,6 +180,13 @@ class Stats:
         yx = W@m.inputs if m.inputs.dim() == 3 else None
         return cls(m.inputs, yx, x, x, y)
 
+    @classmethod
+    def wanted(cls, inputs:InputMoments, yx:Gram):
+        "Return the statistics of a layer that is to do what is wanted: products `yx` with its `inputs`"
+        rows = inputs.rows
+        products = yx.mean if inputs.second.n else None
+        return cls(rows.mean, products, rows.row_mean, inputs.patches.row_mean, yx.row_mean)
+
 # %% ../nbs/12_fit.ipynb #f10969c5
 def _scale(norm, rows):
     "The factor by which a BatchNorm multiplies `rows` `[positions, groups, channels/groups]`"
@@ -193,35 +202,13 @@ def _lost(want, out, total, scale):
     own = (want.out - out)*seen
     return (want.sum - total)*inverse - own
 
-# %% ../nbs/12_fit.ipynb #27d3193f
-class _PairMoments:
-    "Adds up the moments of a layer's input, with itself and with the wanted output"
-    def __init__(self, layer, settings):
-        self.layer = layer
-        self.inputs = InputMoments(layer, settings.max_size)
-        self.yx = Gram()
-
-    def rows(self, x, out, want):
-        "Add the input of a call; return the rows that go with the wanted output"
-        rows = self.inputs.add(self.layer, x, out, want.idx)
-        if rows is not None: return rows
-        ones = torch.ones_like(want.out[...,:1]) # for the mean of the wanted output alone
-        return Centred(ones)
-
-    def add(self, rows, y): self.yx.add(Centred(y), rows)
-
-    def stats(self):
-        inputs = self.inputs
-        yx = self.yx.mean if inputs.second.n else None
-        return Stats(inputs.moment, yx, inputs.row_mean, inputs.mean, self.yx.row_mean)
-
 # %% ../nbs/12_fit.ipynb #854d21c5
 class _Pair:
-    "Pairs the calls of a layer with those in the dense network"
+    "Pairs the calls of a layer with those in the dense network, and adds up the moments of both"
     def __init__(self, model, name, use, settings):
-        layer = model.get_submodule(name)
+        self.layer = model.get_submodule(name)
         self.norm = use.norm and model.get_submodule(use.norm)
-        self.moments = _PairMoments(layer, settings)
+        self.inputs,self.yx = InputMoments(self.layer, settings.max_size),Gram()
         self.same = True # is the layer called as in the dense network?
 
     def start(self, calls):
@@ -232,28 +219,27 @@ class _Pair:
         want = next(self.calls, None)
         if want is None or want.shape != out.shape:
             self.same = False
-        elif out.numel():
-            self._compare(want, x, out)
-
-    def _compare(self, want, x, out):
-        rows = self.moments.rows(x, out, want)
+            return
+        if not out.numel(): return
+        rows = self.inputs.add(self.layer, x, out, want.idx)
+        if rows is None: # for the mean of the wanted output alone
+            rows = Centred(torch.ones_like(want.out[...,:1]))
         if want.sum is None:
-            self.moments.add(rows, want.out)
+            self.yx.add(Centred(want.out), rows)
         else:
-            self.waits = want,rows,_copied(self.moments.layer, out, want.idx)
+            self.waits = want,rows,_copied(self.layer, out, want.idx)
 
     def added(self, a, b):
         if self.waits is None: return
         want,rows,out = self.waits
         if a.shape != want.shape: return
         self.waits = None
-        total = _sum_rows(self.moments.layer, a, b, want.idx)
+        total = _sum_rows(self.layer, a, b, want.idx)
         lost = _lost(want, out, total, _scale(self.norm, out))
-        self.moments.add(rows, want.out + lost)
+        self.yx.add(Centred(want.out + lost), rows)
 
     def end(self):
-        missed = next(self.calls, None)
-        if missed or self.waits: self.same = False
+        if self.waits or next(self.calls, None): self.same = False
 
 # %% ../nbs/12_fit.ipynb #1b7e223b
 def _each_sum_once(uses):
@@ -261,27 +247,23 @@ def _each_sum_once(uses):
     last = {use.add: name for name,use in uses.items()}
     res = {}
     for name,use in uses.items():
-        is_last = last[use.add] == name
-        res[name] = use if is_last else replace(use, add=None)
+        if last[use.add] != name:
+            use = replace(use, add=None)
+        res[name] = use
     return res
 
 def _gather(model, uses, batches, wanted, settings)->dict: # {name: its `Stats`}
     "Compare the layers `uses` of `model` with what is `wanted` of them"
-    pairs = {}
-    for name,use in uses.items():
-        pairs[name] = _Pair(model, name, use, settings)
+    pairs = {name: _Pair(model, name, use, settings) for name,use in uses.items()}
     watch = _Watch(uses, pairs)
     for batch,calls in zip(batches, wanted):
         for name,pair in pairs.items():
             pair.start(calls[name])
         watch.run(model, batch)
         for pair in pairs.values(): pair.end()
-    return {n: pair.moments.stats() for n,pair in pairs.items() if pair.same}
+    return {n: Stats.wanted(pair.inputs, pair.yx) for n,pair in pairs.items() if pair.same}
 
 # %% ../nbs/12_fit.ipynb #e4bcb4f5
-def _times(M, v): # `[groups, o, n]` and `[groups, n]`
-    return (M@v[...,None])[...,0]
-
 def _regress(start, s, centre): # `start` `[groups, o, n]`, `s`: `Stats`
     "The matrix near `start` that makes the wanted output of the input as it is, after the means if `centre`"
     xx,yx,R = s.xx,s.yx,0.
@@ -302,54 +284,36 @@ def _fitted(W, s, centre): # `W` `[groups, o, d]`
         return _regress(W, s, centre),moments
     unchanged = torch.eye(W.shape[1]).to(W).expand_as(s.xx)
     M = _regress(unchanged, s, centre)
-    moments = Moments(outputs=M@s.xx@M.mT, output_mean=_times(M, s.z), input_mean=s.x)
+    moments = Moments(outputs=M@s.xx@M.mT, output_mean=times(M, s.z), input_mean=s.x)
     return M@W,moments
 
 # %% ../nbs/12_fit.ipynb #6ef0a8f1
-class _LayerFit:
-    "The best weight for one layer, and the layers that can be made of it"
-    def __init__(self, layer, stats, centre): # `centre`: is the mean of an error corrected?
-        self.layer,self.centre = layer,centre
-        self.geom = Geometry.of(layer)
-        best,self.moments = _fitted(flat_blocks(layer), stats, centre)
-        self.best = best.reshape(self.geom.block_shape)
-        self.weight = self.geom.from_blocks(self.best)
-
-    def dense(self):
-        "Return the layer with its best weight"
-        self.layer.weight.copy_(self.weight)
-        return self.layer
-
-    def factored(self, name, calibration, choice): # `choice`: (scheme, rank)
-        "Return the factored layer that takes the place of the layer `name`"
-        scheme,rank = choice
-        self.moments.grads = calibration[name].grads
-        kind = calibration.settings.metric
-        metric = make_metric(self.geom, self.moments, self.best, kind, self.centre)
-        solver = schemes[scheme](self.geom, name).solver(self.weight, metric)
-        why = solver.misfit(rank)
-        if why: raise ValueError(f"choices: layer {name!r}: {why}")
-        return solver.build(rank, self.layer, solver.refined(rank))
+def _factored(layer, name, best, metric, choice): # `best`: the weight in blocks; `choice`: (scheme, rank)
+    "Return the factored layer that takes the place of `layer`"
+    scheme,rank = choice
+    geom = Geometry.of(layer)
+    solver = schemes[scheme](geom, name).solver(geom.from_blocks(best), metric)
+    why = solver.misfit(rank)
+    if why: raise ValueError(f"choices: layer {name!r}: {why}")
+    return solver.build(rank, layer, solver.refined(rank))
 
 # %% ../nbs/12_fit.ipynb #a871bff5
 def _norm_statistics(model, batches)->dict: # {name: (mean, variance)}
     "The statistics of what each BatchNorm of `model` gets, behind others that normalise by the batch's own"
-    norms,sums = {},{}
+    norms,sums = {},defaultdict(Squares)
     for name,m in model.named_modules():
-        if not isinstance(m, _BatchNorm) or m.running_mean is None: continue
-        norms[name],sums[name] = m,Squares()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None:
+            norms[name] = m
     if not norms: return {}
     def see(name, norm, x, out):
         rows = x.transpose(0, 1).flatten(1).T.double()
-        if not len(rows): return
-        sums[name].add(rows, rows)
-        if len(rows) == 1: return
+        if len(rows): sums[name].add(rows, rows)
+        if len(rows) < 2: return
         return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
     with hooked(norms, see):
         for batch in batches: evaluated(model, batch)
     found = {}
     for name,s in sums.items():
-        if not s.n: continue
         variance = s.mean - s.row_mean.square()
         found[name] = s.row_mean,variance.clamp_min(0.)
     return found
@@ -390,10 +354,9 @@ def _groups(uses, choices, passes)->list: # of {name: `Use`}
     for name,use in uses.items():
         # the layers before the first chosen one see what they always have
         if names or name in choices or use.calls > 1: names.append(name)
-    size = max(1, ceil(len(names)/passes))
     groups = []
-    for i in range(0, len(names), size):
-        group = {n: uses[n] for n in names[i:i+size]}
+    for part in chunked(names, n_chunks=passes):
+        group = {n: uses[n] for n in part}
         groups.append(_each_sum_once(group))
     return groups
 
@@ -402,29 +365,35 @@ class _Fit:
     "A copy of the model of `calibration`, whose layers are fitted one after the other"
     def __init__(self, calibration, choices):
         self.calibration,self.choices = calibration,choices
-        self.dense = calibration.model
-        longest = calibration.batches.longest # where lengths differ
-        self.uses = trace(self.dense, calibration, longest)
+        dense,longest = calibration.model,calibration.batches.longest # where lengths differ
+        self.uses = trace(dense, calibration, longest)
         missed = ', '.join(repr(n) for n in choices if n not in self.uses)
         if missed: raise ValueError(f"choices: no data reaches {missed}")
-        self.model = replace_layers(self.dense, {})
+        self.model = replace_layers(dense, {})
         self.modules = {} # {name: module}, those that were fitted
 
-    def fit_layer(self, name, stats):
+    def fit_layer(self, name, stats): # `stats`: `None` where those before it are as they were
         "Put the fitted layer in the place of the layer `name`"
-        layer = self.model.get_submodule(name)
-        norm = self.uses[name].norm
-        centre = layer.bias is not None or norm is not None
-        best = _LayerFit(layer, stats, centre)
-        choice = self.choices.get(name)
-        new = best.factored(name, self.calibration, choice) if choice else best.dense()
-        self._correct_mean(new, norm, stats)
-        self.model = replace_layers_(self.model, {name: new})
-        self.modules[name] = new
+        calibration = self.calibration
+        layer,norm = self.model.get_submodule(name),self.uses[name].norm
+        W,geom = flat_blocks(layer),Geometry.of(layer)
+        if stats is None: stats = Stats.of(calibration[name], W)
+        centre = geom.bias or norm is not None
+        best,moments = _fitted(W, stats, centre)
+        best = best.reshape(geom.block_shape)
+        if name in self.choices:
+            moments.grads = calibration[name].grads
+            metric = make_metric(geom, moments, best, calibration.settings.metric, centre)
+            layer = _factored(layer, name, best, metric, self.choices[name])
+        else:
+            layer.weight.copy_(geom.from_blocks(best))
+        self._correct_mean(layer, norm, stats)
+        self.model = replace_layers_(self.model, {name: layer})
+        self.modules[name] = layer
 
     def _correct_mean(self, layer, norm, stats):
         "Put what the output's mean lacks where it costs nothing: into the bias, or the BatchNorm's mean"
-        missing = (stats.y - _times(flat_blocks(layer), stats.x)).flatten()
+        missing = (stats.y - times(flat_blocks(layer), stats.x)).flatten()
         holder = layer[-1] if isinstance(layer, FactoredLayer) else layer
         if holder.bias is not None:
             holder.bias += missing.to(holder.bias)
@@ -433,27 +402,20 @@ class _Fit:
             module.running_mean -= missing.to(module.running_mean)
             self.modules[norm] = module
 
-    def stats_of_dense(self, name):
-        "The statistics that a layer is fitted to where those before it are as they were"
-        layer = self.dense.get_submodule(name)
-        return Stats.of(self.calibration[name], flat_blocks(layer))
-
 # %% ../nbs/12_fit.ipynb #feefe489
 def _fit_layers(calibration, choices)->_Fit:
     "Fit all layers, group by group"
     fitting = _Fit(calibration, choices)
     settings,batches = calibration.settings,calibration.batches
     groups = _groups(fitting.uses, choices, settings.passes)
-    wanted = _wanted(fitting.dense, groups, batches, settings)
+    wanted = _wanted(calibration.model, groups, batches, settings)
     for group,calls in zip(settings.progressing(groups, 'fitting layers'), wanted):
         stats = {}
         if settings.sequential:
             stats = _gather(fitting.model, group, batches, calls, settings)
         for name in group:
-            if name in stats:
-                fitting.fit_layer(name, stats[name])
-            elif name in choices:
-                fitting.fit_layer(name, fitting.stats_of_dense(name))
+            if name in stats or name in choices:
+                fitting.fit_layer(name, stats.get(name))
     return fitting
 
 # %% ../nbs/12_fit.ipynb #9a9c47bd

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Record', 'scheme_for', 'dense_record', 'factored_record', 'as_rank', 'is_rank', 'record_of', 'known_records',
-           'merged_records', 'PlanData', 'PlanFile', 'Plan', 'check_without_data', 'fresh_layer', 'measured',
-           'items_of', 'recorded', 'carry_out']
+           'PlanData', 'PlanFile', 'Plan', 'check_without_data', 'fresh_layer', 'measured', 'items_of', 'recorded',
+           'carry_out']
 
 # %% ../nbs/14_plan.ipynb #bbcb59f4
 import copy, json
@@ -15,19 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from .layers import (
     FactoredLayer, Geometry, did_you_mean, factored_layers, find_layers, layer_types,
     memory_format, moved, replace_layers, replace_layers_)
-from .running import Batches, trace
+from .running import Batches
 from .schemes import check_scheme, exceeds, schemes as known_schemes
 from .cost import count_macs, count_params
 from .settings import Settings, settings_of, takes_settings
 from .calibrate import Calibration, calibrated
 from .fit import Change, fit, loss_increase
-from .budget import dense_model, layer_cost
+from .budget import Counts, dense_model, layer_cost, own_amounts
 
 # %% ../nbs/14_plan.ipynb #dd007cbf
 @dataclass
@@ -82,11 +82,9 @@ def dense_record(
     reason:str # why it stays dense
    )->Record:
     "Make the record of a layer that stays dense"
-    n = 0
-    for p in found.layer.parameters():
-        if not isinstance(p, UninitializedParameter): n += p.numel()
-    kind = type(found.layer).__name__
-    return Record(kind, params_before=n, params_after=n, reason=reason)
+    layer = found.layer
+    n = sum(own_amounts(layer, 'params').values())
+    return Record(type(layer).__name__, params_before=n, params_after=n, reason=reason)
 
 def factored_record(layer:FactoredLayer)->Record:
     "Make the record of a factored layer, as far as the layer itself tells"
@@ -115,11 +113,9 @@ def record_of(data, label:str)->Record: # `data`: what `Record.plain` returns
         if name in known: continue
         near = did_you_mean(name, known)
         raise ValueError(f"{label} has {name!r}, which is not known here{near}")
-    res = Record(**data)
+    values = {k: as_rank(v) for k,v in data.items()}
+    res = Record(**values)
     if 'status' not in data and res.scheme: res.status = 'factored'
-    res.rank = as_rank(res.rank)
-    res.full_rank = as_rank(res.full_rank)
-    res.error_of = as_rank(res.error_of)
     return res
 
 # %% ../nbs/14_plan.ipynb #c6fc6599
@@ -132,17 +128,10 @@ def known_records(model:nn.Module)->dict: # {layer name: `Record`}
         layers = vars(m).get('low_rank_plan', {}).get('layers', {})
         for n,data in layers.items():
             name = f'{prefix}.{n}'.strip('.')
-            if name not in modules: continue
             was_factored = data['status'] == 'factored'
-            if was_factored != (name in factored): continue
-            res[name] = record_of(data, f'low_rank_plan: layer {n!r}')
+            if name in modules and was_factored == (name in factored):
+                res[name] = record_of(data, f'low_rank_plan: layer {n!r}')
     return res
-
-def merged_records(model:nn.Module, records:dict)->dict: # {layer name: `Record`}
-    "Return `records` and those known before, in the order of the model"
-    merged = known_records(model) | records
-    names = [name for name,_ in model.named_modules()]
-    return {name: merged[name] for name in names if name in merged}
 
 # %% ../nbs/14_plan.ipynb #36698470
 def _plain(data, label):
@@ -151,10 +140,10 @@ def _plain(data, label):
         return {str(k): _plain(v, f'{label}[{k!r}]') for k,v in data.items()}
     if isinstance(data, (list, tuple)):
         return [_plain(v, f'{label}[{i}]') for i,v in enumerate(data)]
-    if isinstance(data, np.generic): return data.item()
-    if isinstance(data, torch.Tensor) and not data.dim(): return data.item()
-    if data is None: return None
-    if isinstance(data, (bool, int, float, str)): return data
+    if isinstance(data, (np.generic, torch.Tensor)) and data.ndim == 0:
+        return data.item()
+    if data is None or isinstance(data, (int, float, str)):
+        return data
     kind = type(data).__name__
     raise TypeError(f"{label}: {data!r} is a {kind}, which a plan cannot hold; "
                     "give a number, a string, or a list of them")
@@ -213,7 +202,8 @@ def _content_of(data, label):
     for name in ('predicted', 'measured', 'data'):
         res[name] = data.get(name) or {}
     try: settings = settings_of(data.get('settings') or {}) # plans of version 0.1 may have none
-    except (TypeError, ValueError) as e: raise ValueError(f"{label}: {e}") from None
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{label}: {e}") from None
     return res | dict(settings=settings)
 
 # %% ../nbs/14_plan.ipynb #47d2d760
@@ -252,10 +242,11 @@ class PlanFile(PlanData):
         return cls.of(data, label)
 
 # %% ../nbs/14_plan.ipynb #b4fc1eae
-def _summary(plan):
-    "Make a table of one row a layer"
+@patch
+def summary(self:PlanFile): # a `DataFrame`, one row a layer
+    "Return the plan as a table"
     import pandas as pd # slow to import, and most plans are not shown
-    rows = {name: record.plain() for name,record in plan.layers.items()}
+    rows = {name: record.plain() for name,record in self.layers.items()}
     columns = [f.name for f in fields(Record)]
     table = pd.DataFrame.from_dict(rows, orient='index', columns=columns)
     table = table.drop(columns='error_of')
@@ -264,15 +255,15 @@ def _summary(plan):
         table[column] = pd.Series(values, dtype=object) # ints where some are missing, not floats
     return table
 
-def _text(plan)->str:
-    "Write the plan for a terminal"
-    factored = f'{len(plan.choices)} of {len(plan.layers)} layers factored'
-    lines = [f'Plan for {plan.budget}: {factored}']
+@patch
+def __str__(self:PlanFile):
+    factored = f'{len(self.choices)} of {len(self.layers)} layers factored'
+    lines = [f'Plan for {self.budget}: {factored}']
     for label in ('predicted', 'measured'):
-        numbers = getattr(plan, label)
+        numbers = getattr(self, label)
         texts = [f'{name} {number:.3g}' for name,number in numbers.items()]
         if texts: lines.append(f'{label}: ' + ', '.join(texts))
-    table = plan.summary().astype(object).fillna('')
+    table = self.summary().astype(object).fillna('')
     lines.append(table.to_string())
     return '\n'.join(lines)
 
@@ -314,10 +305,6 @@ class Plan(PlanFile):
             _check_layer(label, found[name], self.layers[name])
             _check_choice(label, found[name].layer, *choice)
 
-    def skeleton(self, model:nn.Module)->nn.Module: # `model` is left untouched
-        "Copy `model` with the structure of the plan and new factors, to load a state dict into"
-        return _skeleton(self, model)
-
     @takes_settings(but=['schemes'])
     def apply(self,
         model:nn.Module, # left untouched; layers that are factored already become smaller, never larger
@@ -328,12 +315,6 @@ class Plan(PlanFile):
         settings = Settings.of(kwargs, Plan.apply, self.settings)
         if data is None: check_without_data(kwargs)
         return carry_out(self, model, data, settings).finished()
-
-    def summary(self): # a `DataFrame`, one row a layer
-        "Return the plan as a table"
-        return _summary(self)
-
-    def __str__(self): return _text(self)
 
 # %% ../nbs/14_plan.ipynb #88ada77d
 def check_without_data(
@@ -348,6 +329,13 @@ def check_without_data(
     if given: raise TypeError(f"{', '.join(given)}: only with data")
 
 # %% ../nbs/14_plan.ipynb #9455df3d
+def _dense_for(plan, model):
+    "Return the dense model that `plan` is for; forget what was true of choices that were edited"
+    dense = dense_model(model)
+    plan.check(dense)
+    plan.settle()
+    return dense
+
 def fresh_layer(layer:nn.Module, scheme:str, rank)->nn.Module:
     "Make a chain of the right structure with new random weights, placed and typed like `layer`"
     weight = layer.weight
@@ -355,22 +343,20 @@ def fresh_layer(layer:nn.Module, scheme:str, rank)->nn.Module:
     res = skeleton.to_empty(device=weight.device).to(weight.dtype)
     for factor in res:
         if hasattr(factor, 'reset_parameters'): factor.reset_parameters()
-    layout = memory_format(weight)
-    if layout != torch.contiguous_format: res = res.to(memory_format=layout)
+    res = res.to(memory_format=memory_format(weight))
     return res.train(layer.training)
 
+@patch
 @torch.inference_mode(False) # or what is new could not be trained
-def _skeleton(plan, model):
-    "Copy `model` with the structure of `plan`, freshly initialised where it is factored"
-    dense = dense_model(model)
-    plan.check(dense)
-    plan.settle()
-    _renew(plan, dense)
+def skeleton(self:Plan, model:nn.Module)->nn.Module: # `model` is left untouched
+    "Copy `model` with the structure of the plan and new factors, to load a state dict into"
+    dense = _dense_for(self, model)
+    _renew(self, dense)
     new = {}
-    for name,choice in plan.choices.items():
+    for name,choice in self.choices.items():
         layer = dense.get_submodule(name)
         new[name] = fresh_layer(layer, *choice)
-    return Change(dense, new, recorded(plan, dense, new)).finished()
+    return Change(dense, new, recorded(self, dense, new)).finished()
 
 # %% ../nbs/14_plan.ipynb #c9f58359
 def measured(
@@ -385,8 +371,8 @@ def measured(
     params = count_params(model)/max(1, count_params(dense))
     macs = count_macs(model, sample)/max(1, count_macs(dense, sample))
     loss = loss_increase(dense, model, batches, settings.loss)
-    res = dict(params=params, macs=macs, loss=loss)
-    if loss is None: del res['loss'] # nobody knows it
+    res = dict(params=params, macs=macs)
+    if loss is not None: res['loss'] = loss
     return res
 
 def items_of(calibration:Calibration)->dict:
@@ -432,11 +418,12 @@ def _measure_errors(plan, calibration, names):
 
 def recorded(plan, base, modules)->Plan:
     "Copy `plan` after it has put `modules` into `base`, with what `base` knows of other layers"
-    layers = copy.deepcopy(plan.layers)
+    layers = known_records(base) | copy.deepcopy(plan.layers)
     for name,m in modules.items():
-        if not isinstance(m, FactoredLayer) or name not in layers: continue
-        layers[name].params_after = count_params(m)
-    return replace(plan, layers=merged_records(base, layers))
+        if isinstance(m, FactoredLayer) and name in layers:
+            layers[name].params_after = count_params(m)
+    ordered = {name: layers[name] for name,_ in base.named_modules() if name in layers}
+    return replace(plan, layers=ordered)
 
 # %% ../nbs/14_plan.ipynb #2e3d76f5
 @torch.inference_mode(False) # or what is new could not be trained
@@ -447,9 +434,7 @@ def carry_out(
     settings:Settings
    )->Change:
     "Decompose a copy of `model` as planned, and fit it to `data`"
-    dense = dense_model(model)
-    plan.check(dense)
-    plan.settle()
+    dense = _dense_for(plan, model)
     if data is None: return _without_data(plan, model, dense)
     settings.check_functions()
     if not isinstance(data, Calibration): data = Batches.of(data, model)
@@ -460,7 +445,7 @@ def carry_out(
 def _with_data(plan, calibration):
     "Decompose the model of `calibration` as planned, fit it to its batches, and measure it on them"
     change = _fit_as_planned(plan, calibration)
-    found = measured(calibration.model, change.model, calibration.batches, calibration.settings)
+    found = measured(change.base, change.model, calibration.batches, calibration.settings)
     change.plan.measured = plan.measured | found
     return change
 
@@ -490,50 +475,51 @@ def _without_data(plan, model, dense):
     return Change(dense, new, recorded(plan, dense, new))
 
 # %% ../nbs/14_plan.ipynb #ce516e5d
+def _as_they_are(model, names)->dict: # {layer name: `Record`}
+    "The records of the factored layers `names` of `model`"
+    known,factored = known_records(model),factored_layers(model)
+    return {name: known.get(name) or factored_record(factored[name]) for name in names}
+
 def _keeping(plan, model, uses)->tuple: # the `Plan`, and the names; `uses`: {name: `Use`}
     "Copy `plan` with those factored layers of `model` as they are that it would not make smaller"
     if 'params' in (plan.budget or {}): uses = {}
-    layers,choices = copy.deepcopy(plan.layers),plan.choices
-    kept,known = [],known_records(model)
+    choices,kept = plan.choices,[]
     for name,factored in factored_layers(model).items():
         geom,use = factored.geometry,uses.get(name)
         choice = factored.scheme,factored.rank
         wanted = choices.get(name, (None, None))
         now = layer_cost(geom, *choice, use)
         then = layer_cost(geom, *wanted, use)
-        if then < now: continue
-        kept.append(name)
-        layers[name] = known.get(name) or factored_record(factored)
+        if then >= now: kept.append(name)
+    layers = copy.deepcopy(plan.layers) | _as_they_are(model, kept)
     return replace(plan, layers=layers),kept
 
 # %% ../nbs/14_plan.ipynb #68650608
 def _again(plan, model, dense, data, settings):
     "Decompose `model`, which stands for `dense`, where the plan makes a layer smaller than it is"
     batches = Batches.of(data, model)
-    names = [f.name for f in find_layers(dense, layer_types) if not f.reason]
-    uses = trace(dense, names, batches.first)
-    plan,kept = _keeping(plan, model, uses)
+    plan,kept = _keeping(plan, model, Counts(dense, batches.first).uses)
     if set(plan.choices) == set(kept):
         done = replace(recorded(plan, model, {}), settings=settings)
         change = Change(model, {}, done, replace_layers(model, {})) # a copy as it is
     else:
         calibration = calibrated(dense, data, settings)
-        change = _further(plan, kept, model, calibration)
+        change = _further(plan, model, calibration)
     change.plan.measured = measured(dense, change.model, batches, settings)
     return change
 
-def _further(plan, kept, model, calibration):
-    "Fit what the data reaches as planned; what it does not reach stays as it is where it is among `kept`"
-    seen,new = dict(plan.layers),{}
+def _further(plan, model, calibration):
+    "Fit what the data reaches as planned; what it does not reach and is factored already stays as it is"
+    layers,factored,unseen = dict(plan.layers),factored_layers(model),{}
     for name in plan.choices:
-        if name in calibration.uses: continue
-        del seen[name]
-        if name in kept: new[name] = copy.deepcopy(model.get_submodule(name))
-    change = _fit_as_planned(replace(plan, layers=seen), calibration)
-    change.modules |= new
-    change.model = replace_layers_(change.model, new)
-    planned = replace(change.plan, layers=plan.layers | change.plan.layers)
-    change.plan = recorded(planned, calibration.model, change.modules)
+        if name in calibration.uses or name not in factored: continue
+        del layers[name]
+        unseen[name] = copy.deepcopy(factored[name])
+    change = _fit_as_planned(replace(plan, layers=layers), calibration)
+    change.modules |= unseen
+    change.model = replace_layers_(change.model, unseen)
+    change.plan.layers |= _as_they_are(model, unseen)
+    change.plan = recorded(change.plan, calibration.model, change.modules)
     return change
 
 # %% ../nbs/14_plan.ipynb #088a4fa2

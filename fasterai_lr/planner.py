@@ -11,17 +11,19 @@ import math, re, warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 
 import numpy as np
 import torch
 from torch import nn
 
-from .layers import Geometry, find_layers, layer_types
-from .running import Batches, check_callable, device_of, trace, undisturbed
-from .cost import count_macs, count_params, latency_per_layer, measure_latency
+from .layers import Geometry
+from .running import check_callable, device_of, undisturbed
+from .cost import count_params, latency_per_layer, measure_latency
 from .settings import takes_settings
 from .calibrate import Calibration, calibrated, settings_for
-from .budget import Budget, cannot_reach, check_budget, dense_model, own_amounts, too_loose
+from .budget import (
+    Budget, Counts, cannot_reach, check_budget, dense_model, schemes_for, too_loose)
 from .fit import Change
 from .plan import (
     Plan, carry_out, dense_record, fresh_layer, items_of, scheme_for)
@@ -47,11 +49,8 @@ def _ranks(full, step):
         distance = step*max(1, math.ceil(full/128)//step)
         return list(range(step, full+1, distance))
     n = min(16, max(full))
-    pairs = {}
-    for i in range(1, n+1):
-        pair = tuple(max(1, round(f*i/n)) for f in full)
-        pairs[pair] = None # each once
-    return list(pairs)
+    pairs = [tuple(max(1, round(f*i/n)) for f in full) for i in range(1, n+1)]
+    return list(dict.fromkeys(pairs)) # each once
 
 # %% ../nbs/15_planner.ipynb #04e29b3e
 def _options_of(solver, use, step)->list:
@@ -60,8 +59,7 @@ def _options_of(solver, use, step)->list:
     scheme = solver.scheme
     dense = scheme.geom
     res = []
-    ranks = _ranks(scheme.full(), step)
-    ranks = [rank for rank in ranks if scheme.n_params(rank) < dense.n_params]
+    ranks = [rank for rank in _ranks(scheme.full(), step) if scheme.n_params(rank) < dense.n_params]
     for rank,loss in zip(ranks, solver.costs(ranks)):
         macs = scheme.macs(rank, use)
         if macs >= dense.macs(use): continue
@@ -81,33 +79,31 @@ def layer_options(
     geom = Geometry.of(layer)
     metric = calibration.metric(name)
     res = [Option(None, None, 0., geom.n_params, geom.macs(use))]
-    pointwise = math.prod(geom.kernel) == 1
-    for scheme in ['svd'] if pointwise else calibration.settings.schemes:
+    for scheme in schemes_for(geom, calibration.settings.schemes):
         solver = scheme_for(layer, scheme, name).solver(layer.weight, metric)
         res += _options_of(solver, use, step)
     return res
 
 # %% ../nbs/15_planner.ipynb #2bec7b4c
 class _Chooser:
-    "Chooses one option for each layer by cost and loss; a choice is {layer name: index}"
+    "Chooses one option for each layer by cost and loss; a choice is the index of each layer's option"
     def __init__(self, options, kind):
-        self.layers = {} # {name: (costs, losses)}
-        for name,os in options.items():
-            costs = np.array([getattr(o, kind) for o in os], float)
-            losses = np.array([o.loss for o in os])
-            self.layers[name] = costs,losses
+        width = max(map(len, options.values()), default=1)
+        rows = [os + os[:1]*(width-len(os)) for os in options.values()] # to one length, by the first
+        def table(name):
+            values = [[getattr(o, name) for o in row] for row in rows]
+            return np.array(values, float).reshape(-1, width)
+        self.costs,self.losses = table(kind),table('loss')
+        self.layers = np.arange(len(rows))
 
-    def cost(self, chosen)->float: return sum(self.layers[name][0][i] for name,i in chosen.items())
+    def cost(self, chosen): return sum(self.costs[self.layers,chosen])
 
-    def at_price(self, price)->dict:
-        "Choose for each layer the option that is best where cost has a price"
-        res = {}
-        for name,(costs,losses) in self.layers.items():
-            by_both_then_cost = np.lexsort((costs, losses + price*costs))
-            res[name] = int(by_both_then_cost[0])
-        return res
+    def at_price(self, price):
+        "Choose for each layer the option that is best where cost has a price; of equals the cheapest"
+        order = np.lexsort((self.costs, self.losses + price*self.costs))
+        return order[:,0]
 
-    def within(self, limit)->dict:
+    def within(self, limit):
         "Choose at the lowest price that keeps to `limit`"
         low,high = 1e-30,1e30
         for _ in range(200):
@@ -116,18 +112,14 @@ class _Chooser:
             else: low = price
         return self.at_price(high)
 
-    def best_step(self, chosen, left)->tuple|None: # (layer name, index)
+    def best_step(self, chosen, left)->tuple|None: # (layer, index)
         "Find the option that gains most for what it costs, of those that `left` can pay"
-        best,best_gain = None,-math.inf
-        for name,(costs,losses) in self.layers.items():
-            more_cost = costs - costs[chosen[name]]
-            less_loss = losses[chosen[name]] - losses
-            allowed = (more_cost <= left) & (less_loss > 0)
-            gain = np.where(allowed, less_loss/np.maximum(more_cost, 1e-12), -math.inf)
-            if gain.max() > best_gain:
-                best = name,int(gain.argmax())
-                best_gain = gain.max()
-        return best
+        own = self.layers,chosen
+        more_cost = self.costs - self.costs[own][:,None]
+        less_loss = self.losses[own][:,None] - self.losses
+        allowed = (more_cost <= left) & (less_loss > 0)
+        gain = np.where(allowed, less_loss/np.maximum(more_cost, 1e-12), -1.)
+        if allowed.any(): return np.unravel_index(gain.argmax(), gain.shape)
 
 # %% ../nbs/15_planner.ipynb #759404eb
 def choose(
@@ -138,16 +130,16 @@ def choose(
     "Choose the options of least loss within the limit, as far as a Lagrangian and a greedy rest find them"
     chooser = _Chooser(options, kind)
     allowed = limit*(1 + 1e-14) # it was computed in float64, costs are counted
-    cheapest = {name: int(costs.argmin()) for name,(costs,_) in chooser.layers.items()}
+    cheapest = chooser.costs.argmin(1)
     least = chooser.cost(cheapest)
     if least > allowed:
         raise ValueError(f"limit: {limit} cannot be kept to; the cheapest options cost {least}")
     chosen = chooser.within(allowed)
     if chooser.cost(chosen) > allowed: chosen = cheapest
     while step := chooser.best_step(chosen, allowed - chooser.cost(chosen)):
-        name,index = step
-        chosen[name] = index
-    return {name: options[name][i] for name,i in chosen.items()}
+        layer,index = step
+        chosen[layer] = index
+    return {name: os[i] for (name,os),i in zip(options.items(), chosen)}
 
 # %% ../nbs/15_planner.ipynb #0a0e78eb
 class Options(dict):
@@ -156,8 +148,7 @@ class Options(dict):
 
     def cheapest(self, kind)->dict: # {layer name: `Option`}
         "Choose for each layer the option that costs least"
-        def cost(option): return getattr(option, kind)
-        return {name: min(options, key=cost) for name,options in self.items()}
+        return {name: min(options, key=attrgetter(kind)) for name,options in self.items()}
 
     def left(self, chosen, kind)->float: # `chosen`: {layer name: `Option`}
         "The fraction of the dense model's cost that a choice leaves"
@@ -180,21 +171,21 @@ class Planner:
     "Makes plans for one model, for any number of budgets"
     def __init__(self,
         calibration:Calibration, # of the model
-        sample=None): # a batch to count and to time with; `None`: the first of the data
+        sample=None, # a batch to count and to time with; `None`: the first of the data
+        counts=None): # the `Counts` of that batch, where there are some already
         self.calibration,self.model = calibration,calibration.model
-        self.sample,self.uses = calibration.batches.first,calibration.uses
-        if sample is not None:
-            self.sample = Batches([sample], calibration.batches.device).first
-            self.uses = trace(self.model, calibration, self.sample)
-        self.found = find_layers(self.model, layer_types)
-        self.totals = dict(params=count_params(self.model), macs=count_macs(self.model, self.sample))
+        self.counts = counts or Counts.of(self.model, calibration, sample)
+        self.sample,self.found = self.counts.sample,self.counts.found
+        self.uses = {name: use for name,use in self.counts.uses.items() if name in calibration}
+        if sample is None: calibration.uses = self.uses # of the same batch
+        self.totals = dict(params=count_params(self.model), macs=self.counts.macs[''])
 
     @cached_property
     def options(self)->Options:
         "The options of each layer"
         res = Options(self.totals)
-        for name in [f.name for f in self.found if not self.why_not(f)]:
-            res[name] = layer_options(self.calibration, name, self.uses[name])
+        for f in self.found:
+            if not self.why_not(f): res[f.name] = layer_options(self.calibration, f.name, self.uses[f.name])
         return res
 
     @cached_property
@@ -231,15 +222,13 @@ def plan_within(
     layers = {f.name: _record(planner, f, chosen.get(f.name)) for f in planner.found}
     predicted = predicted_loss(calibration, [o.loss for o in chosen.values()])
     for total in options.totals: predicted[total] = options.left(chosen, total)
-    plan = Plan(layers, {kind: budget.value}, predicted, settings=calibration.settings)
-    plan.data = items_of(calibration)
-    return plan
+    data,settings = items_of(calibration),calibration.settings
+    return Plan(layers, {kind: budget.value}, predicted, data=data, settings=settings)
 
 def _unreachable(planner, options, budget):
     "The error for a budget below what the cheapest options cost"
     kind = budget.kind
-    left = {}
-    if kind != 'latency': left = own_amounts(planner.model, kind, planner.sample)
+    left = {} if kind == 'latency' else planner.counts.amounts(kind)
     for name,option in options.cheapest(kind).items():
         left[name] = getattr(option, kind)
     return cannot_reach(planner.model, budget, options.least(kind), left)
@@ -452,15 +441,14 @@ def search_drop(
         plan = planner.make(Budget(macs=share))
         change = carry_out(plan, given, calibration, plan.settings)
         return change, evaluation(evaluate, change.finished())
-    allowed,best = dense - budget.value,None
-    low,high = planner.options.least('macs'),1.
+    low,high,best = planner.options.least('macs'),1.,None
     for _ in calibration.settings.progressing(range(6), 'trying budgets'):
         share = (low*high)**.5
         change,value = tried(share)
-        if value >= allowed: high,best = share,(change, value)
+        if value >= dense - budget.value: high,best = share,(change, value)
         else: low = share
     change,value = best or tried(1.)
-    if not value >= allowed:
+    if not value >= dense - budget.value:
         change = _left_dense(change, value, given, budget, dense)
         value = dense
     change.plan.budget = {'max_drop': budget.value}

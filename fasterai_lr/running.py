@@ -185,30 +185,47 @@ class Inputs(list): "Batches of inputs alone, of which each has `n_inp`"
 
 _most_items = 2000 # that are taken of a loader
 
+def _reading(loader, n_inp, kept):
+    "Put the batches of a loader into the list `kept`, one at each step"
+    n = 0
+    for b in loader:
+        kept.append(b)
+        n += n_items(_inputs(b, n_inp))
+        yield True
+        if n >= _most_items: break
+
+# %% ../nbs/05_running.ipynb #5d1de6ed
 class _Taken:
-    "The first batches of a loader, until there are `_most_items`; read once, then kept"
+    "The first batches of a loader, until there are `_most_items`; each is read once and kept"
     def __init__(self, loader):
-        self.loader,self.kept = loader,None
+        self.loader = loader
         self.n_inp = getattr(loader, 'n_inp', None)
+        self._start()
+
+    def _start(self):
+        self.kept,self.complete = [],False
+        self.unread = _reading(self.loader, self.n_inp, self.kept)
 
     def __len__(self):
-        if self.kept is not None: return len(self.kept)
+        if self.complete: return len(self.kept)
         bs = getattr(self.loader, 'bs', None) or getattr(self.loader, 'batch_size', None)
         if not bs: return len(self.loader)
         return min(len(self.loader), -(-_most_items//bs))
 
     def __iter__(self):
-        if self.kept is None: yield from self._read()
-        else: yield from self.kept
+        i = 0
+        while i < len(self.kept) or self._read():
+            yield self.kept[i]
+            i += 1
 
     def _read(self):
-        kept,n = [],0
-        for b in self.loader:
-            kept.append(b)
-            n += n_items(_inputs(b, self.n_inp))
-            yield b
-            if n >= _most_items: break
-        self.kept = kept
+        "Read one more batch; return whether there was one"
+        try: more = next(self.unread, False)
+        except BaseException:
+            self._start() # or the next pass would take these batches for all
+            raise
+        self.complete = not more
+        return more
 
 # %% ../nbs/05_running.ipynb #e5673caf
 def _batches_in(data, bs):

@@ -9,6 +9,7 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy, error_rate
 from fasterai_lr.all import *
 from fasterai_lr.distill import flip_crop_and_mix
+from fasterai_lr.running import Batches
 from helpers import planner
 from networks import digits
 
@@ -298,6 +299,46 @@ def test_a_budget_is_always_of_the_dense_model(net):
         assert count_params(plan.apply(small, data)) <= count_params(small) and count_params(plan.apply(small)) <= count_params(small)
     smaller = decompose(net, Budget(macs=.9), data)
     assert decompose(smaller, None, data).low_rank_plan['budget'] == decompose(net, None, data).low_rank_plan['budget'] # so is half of what can be saved
+
+# --- what is read and counted once
+
+class Loader:
+    "Counts how often it is gone through, and draws other items each time"
+    def __init__(self): self.times = 0
+    def __iter__(self):
+        self.times += 1
+        yield from X[torch.randperm(1400)[:200]].split(50)
+
+@pytest.mark.parametrize('what', [Budget(macs=.5), Budget(params=.5), Budget(max_drop=.1), FC_Decomposer(.5), None])
+def test_a_loader_is_read_once(what, net):
+    loader,evaluate = Loader(),dict(evaluate=share) if what == Budget(max_drop=.1) else {}
+    small = decompose(net, what, loader, **evaluate)
+    assert factored_layers(small) and loader.times == 1
+    Plan.of(small.low_rank_plan).set('6', 'svd', 1).apply(small, again := Loader())
+    assert again.times == 1
+
+def test_a_loader_that_fails_is_read_anew():
+    batches,fails = X[:200].split(50),[True, False]
+    class Failing:
+        def __len__(self): return 4
+        def __iter__(self):
+            yield from batches[:2]
+            if fails.pop(0): raise OSError('disk')
+            yield from batches[2:]
+    data = Batches(Failing())
+    assert torch.equal(data.first[0], batches[0])
+    with pytest.raises(OSError, match='disk'): list(data)
+    assert len(list(data)) == len(data) == 4 and not fails
+
+@pytest.mark.parametrize('budget', [Budget(macs=.5), Budget(params=.5), None])
+def test_a_model_is_run_twice_to_see_what_its_layers_do(budget, net):
+    calibration = calibrate(net, X[:300])
+    def calls(f):
+        net.calls = 0
+        small = f()
+        return small,net.calls
+    small,n = calls(lambda: decompose(net, budget, calibration))
+    assert calls(lambda: Plan.of(small.low_rank_plan).apply(net, calibration))[1] == n - 2 # how they are used, and their MACs
 
 # --- kinds of data
 

@@ -594,3 +594,37 @@ def test_arguments_of_the_fit_need_data():
     net = nn.Sequential(nn.Linear(16, 16))
     with pytest.raises(TypeError, match='seed: only with data'): Plan({'0': Record('Linear', 'svd', 2)}).apply(net, seed=1)
     with pytest.raises(TypeError, match="^layers: '0' is a dict, not a Record; `Plan.of` makes a plan of plain data"): Plan({'0': dict(type='Linear', scheme='svd', rank=2)})
+
+# --- layers that the data does not reach
+
+class Half(nn.Module):
+    "Only the first layers are called"
+    def __init__(self, **layers):
+        super().__init__()
+        self.a,self.b = nn.Linear(24, 24),nn.Linear(24, 5)
+        for name,layer in layers.items(): self.add_module(name, layer)
+    def forward(self, x): return self.b(self.a(x).relu())
+
+@pytest.mark.parametrize('known', [True, False])
+def test_a_factored_layer_that_the_data_does_not_reach_stays_as_it_is(known):
+    "Also where the plan would make it smaller; without data it becomes so"
+    net,x = Half(never=nn.Linear(24, 24), up=nn.ConvTranspose2d(8, 8, 2)),torch.randn(64, 24)
+    small = decompose(net, [FC_Decomposer(8), ConvDecomposer('svd', 6)])
+    plan = make_plan(net, x, Budget(macs=.5)).set('a', 'svd', 4).set('never', 'svd', 2).set('up', 'svd', 2)
+    if not known: del small.low_rank_plan
+    again = plan.apply(small, x)
+    for name,rank in dict(never=8, up=6).items():
+        layer,record = again.get_submodule(name),again.low_rank_plan['layers'][name]
+        assert layer.rank == record['rank'] == rank and record['status'] == 'factored' and record['scheme'] == 'svd'
+        assert record['params_after'] == count_params(layer) and (record['error'] is not None) == known
+        assert all(torch.equal(p, q) for p,q in zip(layer.parameters(), small.get_submodule(name).parameters(), strict=True))
+    assert again.a.rank == 4 and count_params(again) < count_params(small)
+    assert again.low_rank_plan['measured']['params'] == count_params(again)/count_params(net)
+    assert Plan.of(again.low_rank_plan).choices.keys() == factored_layers(again).keys()
+    assert plan.apply(small).never.rank == 2
+
+def test_a_dense_layer_that_the_data_does_not_reach_cannot_be_planned():
+    net,x = Half(never=nn.Linear(24, 24)),torch.randn(64, 24)
+    plan = make_plan(net, x, Budget(macs=.5)).set('a', 'svd', 4).set('never', 'svd', 2)
+    for model in (net, decompose(net, FC_Decomposer({'a': 8}))):
+        with pytest.raises(ValueError, match="^choices: no data reaches 'never'"): plan.apply(model, x)
