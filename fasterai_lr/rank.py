@@ -9,6 +9,7 @@ __all__ = ['Energy', 'evbmf_rank', 'EVBMF', 'check_rank', 'resolve_rank']
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import nsmallest
 from numbers import Integral, Real
 
 import numpy as np
@@ -106,7 +107,7 @@ def _best_intervals(
     lefts = points[:1] + points
     rights = points[1:] + points[-1:]
     values = map(seen.get, points)
-    best = sorted(zip(values, lefts, rights))[:4]
+    best = nsmallest(4, zip(values, lefts, rights))
     return [interval for _,*interval in best]
 
 def _noise_var(
