@@ -141,7 +141,7 @@ class Settings(_Checked):
     augment:object=None # for these, see `distill`
     seed:int=0 # of all random draws
     output:object=None # function from what the model returns to the tensor that counts; see `first_output`
-    progress:object=field(default=True, compare=False) # show how far it is, perhaps by a function around the steps?
+    progress:object=field(default=True, compare=False) # show how far it is? Or a function around the steps
 
     @classmethod
     def of(cls,
