@@ -6,7 +6,6 @@
 __all__ = ['what', 'digits_dls', 'digits_vgg', 'small_cnn', 'trained_on_digits', 'accuracy_of', 'train_digits', 'report']
 
 # %% ../nbs/25_digits.ipynb #5e3627c7
-from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,19 +13,19 @@ import torch
 from torch import nn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
-from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback # importing it switches the bars on
 from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import IndexSplitter
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.core import PILImageBW
 from fastai.vision.data import ImageBlock
 
-from .callback import DecomposeCallback
-from .cost import measure_latency, size_on_disk
 from .decomposer import ConvDecomposer, FC_Decomposer
-from .report import format_summary, plot_training, summarize
+from .learned import measure_metric
+from .callback import DecomposeCallback
+from .report import compare, format_summary, plot_training, summarize
 
 # %% ../nbs/25_digits.ipynb #3a25f249
 def digits_dls(
@@ -37,12 +36,12 @@ def digits_dls(
     images,targets = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8)*255/16).astype(np.uint8)
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    train,valid = list(folds.split(images, targets))[fold]
+    _,valid = list(folds.split(images, targets))[fold]
     block = DataBlock(
         (ImageBlock(PILImageBW), CategoryBlock),
         get_x=lambda i: images[i],
         get_y=lambda i: targets[i],
-        splitter=lambda items: (train.tolist(), valid.tolist()))
+        splitter=IndexSplitter(valid))
     return block.dataloaders(range(len(images)), bs=bs, num_workers=0)
 
 # %% ../nbs/25_digits.ipynb #077fcabe
@@ -67,20 +66,18 @@ def small_cnn()->nn.Sequential: # 23,034 parameters
         nn.Flatten(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
 
 def trained_on_digits(
-    seed:int=0, # Of the weights and of the order of images
-    epochs:int=6
 ): # The model, `x` and `y` that it was trained on (1,297 images), `test_x` and `test_y` (500 others)
     "Train a `small_cnn`, in plain PyTorch"
     data = load_digits()
     x,y = torch.tensor(data.images/16).float()[:,None],torch.tensor(data.target)
-    gen = torch.Generator().manual_seed(seed)
+    gen = torch.Generator().manual_seed(0)
     order = torch.randperm(len(x), generator=gen)
-    train,test = order[500:],order[:500]
+    test,train = order.split([500, 1297])
     with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = small_cnn()
     opt = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(epochs):
+    for _ in range(6):
         for batch in train[torch.randperm(len(train), generator=gen)].split(64):
             loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
             opt.zero_grad()
@@ -95,23 +92,7 @@ def accuracy_of(
     y:torch.Tensor # Their labels
 )->float:
     "The fraction of images that `model` classifies correctly"
-    return float((model(x).argmax(1) == y).float().mean())
-
-# %% ../nbs/25_digits.ipynb #a944bb44
-class _KeepSwapped(Callback):
-    "Keep a copy of the model as it is right after the decomposition"
-    order = DecomposeCallback.order+1
-    run_valid = False
-
-    def before_fit(self): self.kept = None
-
-    def before_train(self):
-        if self.kept is None and self.decompose_cb.done: self.kept = deepcopy(self.learn.model)
-
-def _accuracy(dls, model):
-    "The accuracy of `model` on the validation images"
-    learn = Learner(dls, model, metrics=accuracy)
-    with learn.no_bar(), learn.no_logging(): return float(learn.validate()[1])
+    return float(accuracy(model(x), y))
 
 # %% ../nbs/25_digits.ipynb #9f87a041
 what = [FC_Decomposer(rank=48), ConvDecomposer('spatial', rank=56)]
@@ -120,29 +101,28 @@ def train_digits(
     fold:int=0, # Which fifth of the images is for validation
     epochs:int=12, # Of each fit
     at_epoch:int=7, # Decompose at the start of this epoch
-    lr:float=3e-3, # Highest learning rate
-    ft_lr:float=1e-3, # Learning rate after the decomposition
     seed:int=0, # Of both fits
 )->SimpleNamespace: # The two learners, and accuracies on the validation images
     "Train the network dense, and again with a `DecomposeCallback`"
     def fit(*cbs):
         set_seed(seed, reproducible=True)  # before the loaders, which draw a seed of their own
         learn = Learner(digits_dls(fold), digits_vgg(), metrics=accuracy)
-        learn.fit_one_cycle(epochs, lr, cbs=cbs)
+        learn.fit_one_cycle(epochs, 3e-3, cbs=cbs)
         return learn
     dense = fit()
-    keep = _KeepSwapped()
-    small = fit(DecomposeCallback(at_epoch, what, ft_lr=ft_lr), keep)
+    small = fit(DecomposeCallback(at_epoch, what, ft_lr=1e-3))
+    record, = small.recorder.decomposed
     return SimpleNamespace(
         dense=dense,
         small=small,
-        dense_accuracy=_accuracy(dense.dls, dense.model),
-        swap_accuracy=_accuracy(dense.dls, keep.kept),
-        accuracy=_accuracy(dense.dls, small.model))
+        dense_accuracy=measure_metric(dense),
+        swap_accuracy=record['metric_after'],
+        accuracy=record['metric_end'])
 
 # %% ../nbs/25_digits.ipynb #7eeffdbb
-def _print_change(label, dense, small, number, change):
-    "Print one line of the totals; `number`: the format of both numbers"
+def _print_change(label, costs, number=',.0f', change='less'):
+    "Print what the dense and the small model cost; `number`: the format of both numbers"
+    dense,small = costs
     print(f'{label:36}{dense:>12{number}} → {small:>10{number}}   {dense/small:.2f}× {change}')
 
 def report(
@@ -150,16 +130,14 @@ def report(
     picture='digits.png', # File for the training curve; `None`: none
 ):
     "Print the table of layers and the totals, and save the training curve"
-    dense,small = r.dense.model,r.small.model
+    small = r.small.model
     x = r.small.dls.valid.one_batch()[0]
-    table = summarize(small, x[:1])
-    print(format_summary(table), end='\n\n')
-    total = table.loc['total']
-    times = measure_latency(dict(dense=dense, small=small), x)
-    _print_change('parameters', total.params_before, total.params_after, ',', 'less')
-    _print_change('MACs for one image', total.macs_before, total.macs_after, ',', 'less')
-    _print_change('size on disk, bytes', size_on_disk(dense), size_on_disk(small), ',', 'less')
-    _print_change(f'latency of {len(x)} images, ms', times['dense'].ms, times['small'].ms, '.2f', 'as fast')
+    print(format_summary(summarize(small, x[:1])), end='\n\n')
+    costs = compare(dict(dense=r.dense.model, small=small), x)
+    _print_change('parameters', costs.parameters)
+    _print_change('MACs for one image', costs.MACs)
+    _print_change('size on disk, bytes', 1e6*costs.MB)
+    _print_change(f'latency of {len(x)} images, ms', costs.ms, '.2f', 'as fast')
     print(f'accuracy: dense {r.dense_accuracy:.2%}, right after the decomposition {r.swap_accuracy:.2%}, '
           f'fine-tuned {r.accuracy:.2%}')
     if picture:

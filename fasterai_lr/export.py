@@ -62,7 +62,7 @@ def as_file(
    )->Path:
     "Return `path`, with `suffix` if it has none"
     path = Path(path)
-    return path if path.suffix else path.with_name(f'{path.name}{suffix}')
+    return path if path.suffix else path.with_suffix(suffix)
 
 def save_low_rank(
     model:nn.Module, # decomposed or not
@@ -125,8 +125,8 @@ def _shape(value):
     "The shape of a tensor as a list, `None` for anything else that a state dict may hold"
     if isinstance(value, Tensor): return list(value.shape)
 
-def _mismatch(here, there):
-    "How the state dict `there` differs from `here` in names and shapes; nothing if it does not"
+def _check_alike(here, there):
+    "Raise a `ValueError` where the state dict `there` differs from `here` in names or shapes"
     lacks = [key for key in here if key not in there]
     more = [key for key in there if key not in here]
     wrong = []
@@ -138,15 +138,14 @@ def _mismatch(here, there):
         if ours == theirs: continue
         wrong.append(f'{key!r} is {theirs} there and {ours} here')
         break
-    return '; '.join(wrong)
+    if wrong: raise ValueError('; '.join(wrong))
 
 def _freeze_alike(model, base, names):
     "Let the layers `names` of `model` be frozen where those of `base` are"
     for name in names:
-        old = base.get_submodule(name)
-        for parameter_name,parameter in model.get_submodule(name).named_parameters():
-            like = old.bias if parameter_name.endswith('bias') else old.weight
-            parameter.requires_grad_(like.requires_grad)
+        new,old = model.get_submodule(name),base.get_submodule(name)
+        new.requires_grad_(old.weight.requires_grad)
+        if old.bias is not None: new.bias.requires_grad_(old.bias.requires_grad)
 
 # %% ../nbs/22_export.ipynb #1585ea45
 def rebuild(
@@ -159,10 +158,10 @@ def rebuild(
     base = dense_model(model)
     devices = [device for device in devices_of(base) if device.type == 'cuda']
     with torch.random.fork_rng(devices): # new layers draw weights first
-        try: res = plan.skeleton(base)
+        try:
+            res = plan.skeleton(base)
+            _check_alike(res.state_dict(), saved['model'])
         except ValueError as e: raise ValueError(f"{label} is of another model: {e}") from None
-    wrong = _mismatch(res.state_dict(), saved['model'])
-    if wrong: raise ValueError(f"{label} is of another model: {wrong}")
     _freeze_alike(res, base, plan.choices)
     res.load_state_dict(saved['model'])
     return res
@@ -176,11 +175,6 @@ def load_low_rank(
     return rebuild(model, read_low_rank(path), f"file: {str(path)!r}")
 
 # %% ../nbs/22_export.ipynb #ffc7c4b7
-def _structure(layer):
-    "The structure of a layer: class, scheme and shapes"
-    shapes = {key: value.shape for key,value in layer.state_dict().items()}
-    return type(layer),getattr(layer, 'scheme', None),shapes
-
 def changed_layers(
     model:nn.Module, # decomposed or not
     other:nn.Module # a copy of it that is decomposed in another way
@@ -189,7 +183,7 @@ def changed_layers(
     changed = {}
     for name in factored_layers(model) | factored_layers(other):
         new = other.get_submodule(name)
-        if _structure(new) != _structure(model.get_submodule(name)): changed[name] = new
+        if repr(new) != repr(model.get_submodule(name)): changed[name] = new # class, scheme and sizes
     return changed
 
 # %% ../nbs/22_export.ipynb #9b21c15a
@@ -207,7 +201,7 @@ def _with_rows(sample, n):
     "`sample` with `n` rows: its own, and again from the first on if there are not so many"
     def take(o):
         if not _is_batch(o): return o
-        return o[torch.arange(n, device=o.device) % len(o)]
+        return o[torch.arange(n) % len(o)]
     return tree_map(take, sample)
 
 def _checked_rows(sample):
@@ -233,11 +227,10 @@ def _relative_error(got, want):
 def _difference(model, session, sample):
     "The largest relative error of the outputs of an onnxruntime session"
     want = _cpu_tensors(run_model(model, sample))
-    inputs = {}
-    for node,tensor in zip(session.get_inputs(), _cpu_tensors(sample), strict=True):
-        inputs[node.name] = tensor.numpy()
-    got = session.run(None, inputs)
-    return max(_relative_error(torch.as_tensor(g), w) for g,w in zip(got, want, strict=True))
+    inputs = zip(session.get_inputs(), _cpu_tensors(sample), strict=True)
+    got = session.run(None, {node.name: tensor.numpy() for node,tensor in inputs})
+    errors = [_relative_error(torch.as_tensor(g), w) for g,w in zip(got, want, strict=True)]
+    return np.max(errors) # NaN if one of them is
 
 def _check_file(file, model, sample, n):
     "Raise what onnx has against `file`, and a `RuntimeError` if it does not compute what `model` does"
@@ -265,10 +258,10 @@ def _export_arguments(sample):
     "The arguments of `torch.onnx.export` for a sample, whose first axes may have any size"
     dim = torch.export.Dim('batch')
     def axes(o): return {0: dim} if _is_batch(o) else None
+    if not isinstance(sample, (dict, tuple)): sample = (sample,)
     shapes = tree_map(axes, sample)
     if isinstance(sample, dict): return dict(args=(), kwargs=sample, dynamic_shapes=shapes)
-    if isinstance(sample, tuple): return dict(args=sample, dynamic_shapes=shapes)
-    return dict(args=(sample,), dynamic_shapes=(shapes,))
+    return dict(args=sample, dynamic_shapes=shapes)
 
 def export_onnx(
     model:nn.Module, # decomposed or not; left untouched

@@ -17,23 +17,22 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .layers import (FactoredLayer, Geometry, factored_layers, find_layers, layer_types, recompose,
-                                select)
-from .schemes import schemes as known_schemes
+from .layers import (
+    FactoredLayer, factored_layers, find_layers, layer_types, recompose, select)
 from .running import evaluating, n_items
 from .loss import classification
 from .cost import count_macs, count_params, macs_per_layer, measure_latency, size_on_disk
 from .settings import takes_settings
 from .calibrate import calibrate, calibrated, settings_for
 from .budget import Budget, dense_model
-from .plan import Plan, dense_record, factored_record, known_records
+from .plan import Plan, dense_record, factored_record, known_records, scheme_for
 from .planner import Planner
 
 # %% ../nbs/21_report.ipynb #f47d9262
 _summary_columns = dict( # each with what stands for an unknown value
     type='', scheme='', rank='', full_rank='',
     params_before=0, params_after=0,
-    error=float('nan'), status='dense', reason='')
+    error=float('nan'), status='', reason='')
 
 class Summary(pd.DataFrame):
     "The table of `summarize`: a `DataFrame` that a notebook shows as a table, and a terminal as aligned text"
@@ -49,35 +48,31 @@ class Summary(pd.DataFrame):
         return super()._repr_html_()
 
 # %% ../nbs/21_report.ipynb #f0dd1781
-def _records(model):
-    "{layer name: `Record`} for each linear layer and convolution, in the order of the model"
+def _rows(model):
+    "{layer name: its row} for each linear layer and convolution, in the order of the model"
+    rows = {}
     known = known_records(model)
-    records = {}
     for found in find_layers(model, (*layer_types, FactoredLayer)):
-        name = found.name
-        layer = found.layer
-        if name in known: records[name] = known[name]
-        elif isinstance(layer, FactoredLayer): records[name] = factored_record(layer)
-        else: records[name] = dense_record(found, found.reason or 'not asked for')
-    return records
+        if isinstance(found.layer, FactoredLayer): record = factored_record(found.layer)
+        else: record = dense_record(found, found.reason or 'not asked for')
+        cells = known.get(found.name, record).plain().items()
+        cells = {column: cell for column,cell in cells if cell is not None}
+        rows[found.name] = _summary_columns | cells
+    return rows
 
 def summarize(
     model:nn.Module, # decomposed or not
     sample=None # an input, a tuple or a dict of inputs: MACs are counted for it
    )->Summary: # a `DataFrame` indexed by layer name, last row `total`
     "List the scheme, rank, parameters, MACs, error, status and reason of each layer, and the totals"
-    rows = {}
-    for name,record in _records(model).items():
-        known = {column: value for column,value in record.plain().items() if value is not None}
-        rows[name] = _summary_columns | known
-    table = pd.DataFrame.from_dict(rows, orient='index', columns=list(_summary_columns))
+    table = pd.DataFrame.from_dict(_rows(model), orient='index', columns=list(_summary_columns))
     after = count_params(model)
-    before = after + int((table.params_before - table.params_after).sum())
-    total = _summary_columns | dict(params_before=before, params_after=after, status='')
+    before = after + (table.params_before - table.params_after).sum()
+    total = _summary_columns | dict(params_before=before, params_after=after)
     if sample is not None:
         for column,counted in (('macs_before', recompose(model)), ('macs_after', model)):
             macs = macs_per_layer(counted, sample)
-            table.insert(table.columns.get_loc('error'), column, [macs[name] for name in table.index])
+            table.insert(table.columns.get_loc('error'), column, table.index.map(macs))
             total[column] = macs['']
     last = pd.DataFrame(total, index=['total'])
     return Summary(pd.concat([table, last[table.columns]]))
@@ -113,31 +108,32 @@ def format_summary(
     table:pd.DataFrame # from `summarize`
    )->str:
     "Return the table of `summarize` as aligned text"
-    columns = []
+    lines = ''
     for heading,cells in _text_cells(table).items():
-        cells = [heading, *cells]
-        width = max(map(len, cells))
-        align = str.ljust if heading in _words else str.rjust
-        columns.append([align(cell, width) for cell in cells])
-    lines = [' '.join(cells).rstrip() for cells in zip(*columns)]
-    return '\n'.join(lines)
+        cells = pd.Series([heading, *cells])
+        padded = 'right' if heading in _words else 'left'
+        lines += cells.str.pad(cells.str.len().max(), padded) + ' '
+    return '\n'.join(lines.str.rstrip())
 
-def _html_row(columns, cells, tag):
-    "One row of a table in HTML"
+def _html_row(cells, tag):
+    "One row of a table in HTML; `cells`: {heading: text}"
     row = ''
-    for column,cell in zip(columns, cells):
+    for column,cell in cells.items():
         side = 'left' if column in _words else 'right'
         row += f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>'
-    return f'<tr>{row}</tr>'
+    return f'<tr>{row}</tr>\n'
 
 def _as_html(rows):
     "The table in HTML, with its first and last row in bold"
-    columns = rows.columns
-    *layers,total = rows.values.tolist()
-    lines = ['<table class="dataframe">', f"<thead>{_html_row(columns, columns, 'th')}</thead>", '<tbody>']
-    lines += [_html_row(columns, cells, 'td') for cells in layers]
-    lines += [_html_row(columns, total, 'th'), '</tbody></table>']
-    return '\n'.join(lines)
+    head = _html_row(dict(zip(rows, rows)), 'th')
+    *layers,total = rows.to_dict('records')
+    body = ''
+    for cells in layers: body += _html_row(cells, 'td')
+    body += _html_row(total, 'th')
+    return f'''<table class="dataframe">
+<thead>{head}</thead>
+<tbody>{body}</tbody>
+</table>'''
 
 # %% ../nbs/21_report.ipynb #0ddcb31f
 def _value_of(model, evaluate):
@@ -168,8 +164,8 @@ def compare(
             ms=times[name].ms)
     table = pd.DataFrame.from_dict(rows, orient='index')
     if evaluate:
-        column = _value_column(evaluate, table)
-        table[column] = [_value_of(model, evaluate) for model in models.values()]
+        values = [_value_of(model, evaluate) for model in models.values()]
+        table[_value_column(evaluate, table)] = values
     return table
 
 # %% ../nbs/21_report.ipynb #0b18aba6
@@ -182,18 +178,15 @@ _labels = dict(
     macs='MACs',
     latency='time of a forward pass')
 
-def _grid(n, rows=1, cols=1, **kwargs):
-    "`n` new axes, in so many rows and columns"
-    import matplotlib.pyplot as plt
-    _,axes = plt.subplots(rows, cols, squeeze=False, layout='constrained', **kwargs)
-    axes = list(axes.flat)
-    for ax in axes[n:]: ax.remove()
-    for ax in axes[n-cols:n]: ax.tick_params(labelbottom=True) # nothing is below these
-    return axes[:n]
-
-def _panels(axes, n, what, **kwargs):
-    "`axes` as a list, an error if they are not `n`; new ones where they are `None`, see `_grid`"
-    if axes is None: axes = _grid(n, **kwargs)
+def _panels(axes, n, what, cols=1, **kwargs):
+    "`axes` as a list, an error if they are not `n`; new ones in so many columns where they are `None`"
+    if axes is None:
+        import matplotlib.pyplot as plt
+        _,axes = plt.subplots(ceil(n/cols), cols, layout='constrained', **kwargs)
+        axes = np.ravel(axes)
+        for ax in axes[n:]: ax.remove()
+        axes = axes[:n]
+        for ax in axes[-cols:]: ax.tick_params(labelbottom=True) # nothing is below these
     axes = list(np.ravel(axes))
     if len(axes) != n: raise ValueError(f"axes: {len(axes)} given; there are {n} {what}")
     return axes
@@ -204,37 +197,37 @@ def _with_rest(table):
     table = table.filter(regex='^(params|macs)_')
     layers = table.iloc[:-1].rename({'': 'the model'})
     rest = table.iloc[-1] - layers.sum()
-    if not rest.any(): return layers
-    return pd.concat([layers, rest.to_frame('other layers').T])
+    if rest.any(): layers.loc['other layers'] = rest
+    return layers
 
 def _share_text(percent):
     "A share in percent as text; a small one does not look like none"
     if 0 < percent < .05: return '<0.1'
     return f'{percent:.1f}'
 
-def _write_beside(ax, lengths, texts):
-    "Write a text at the end of each bar"
-    for place,(length,text) in enumerate(zip(lengths, texts)):
-        ax.annotate(f'{text} %', (length, place), xytext=(3, 0), textcoords='offset points',
-                    va='center', fontsize=7)
-
 # %% ../nbs/21_report.ipynb #c60db7ec
-def _plot_bars(ax, before, after, total, label):
-    "Draw a bar for each layer as it was, a thinner one as it is, and their percentages of `total`"
+def _plot_bars(ax, kind, rows, total):
+    "Draw a bar for each layer as it was, a thinner one as it is, and their percentages of the `total`"
     from matplotlib.ticker import EngFormatter, MaxNLocator
-    places = range(len(before))
+    before,after = rows[f'{kind}_before'],rows[f'{kind}_after']
+    places = range(len(rows))
     longer = np.maximum(before, after)
     changed = (before != after).any()
     ax.barh(places, before, .8, color='#bdbdbd' if changed else _blue, label='before')
     if changed:
         ax.barh(places, after, .45, color=_blue, label='after')
-        ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
-    total = total or 1
-    _write_beside(ax, longer, _changes(100*before/total, 100*after/total, _share_text))
-    ax.set_xlim(0, 1.3*max([1, *longer]))
-    ax.set_ylim(len(before)-.4, -.6)
-    ax.set_yticks(places, before.index)
-    ax.set_xlabel(f'{label} (%: of the dense model)', fontsize=9)
+        ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2,
+                  frameon=False, fontsize=8)
+    total = total[f'{kind}_before'] or 1
+    shares = _changes(100*before/total, 100*after/total, _share_text)
+    for place,length,share in zip(places, longer, shares):
+        ax.annotate(f'{share} %', (length, place), xytext=(3, 0), textcoords='offset points',
+                    va='center', fontsize=7)
+    ax.set(
+        xlim=(0, 1.3*max([1, *longer])),
+        ylim=(len(rows)-.4, -.6))
+    ax.set_yticks(places, rows.index)
+    ax.set_xlabel(f'{_labels[kind]} (%: of the dense model)', fontsize=9)
     ax.tick_params(labelsize=8)
     ax.xaxis.set(major_formatter=EngFormatter(), major_locator=MaxNLocator(4))
     ax.spines[['top', 'right']].set_visible(False)
@@ -248,38 +241,34 @@ def plot_layers(
     "Draw the parameters and MACs of each layer before and after, with percentages of the dense model"
     table = model if isinstance(model, pd.DataFrame) else summarize(model, sample)
     rows = _with_rest(table)
-    kinds = [kind for kind in ('params', 'macs') if f'{kind}_before' in table]
+    kinds = [kind for kind in _labels if f'{kind}_before' in table]
     n = len(kinds)
     width = 7.8 if n > 1 else 6
     height = .9+.2*len(rows)
-    axes = _panels(axes, n, f"panels: {', '.join(kinds)}", cols=n, figsize=(width, height), sharey=True)
-    for ax,kind in zip(axes, kinds):
-        before,after = f'{kind}_before',f'{kind}_after'
-        _plot_bars(ax, rows[before], rows[after], table[before].iloc[-1], _labels[kind])
+    axes = _panels(axes, n, f"panels: {', '.join(kinds)}", cols=n,
+                   figsize=(width, height), sharey=True)
+    for ax,kind in zip(axes, kinds): _plot_bars(ax, kind, rows, table.iloc[-1])
     return axes
 
 # %% ../nbs/21_report.ipynb #71b22911
-def _choices(plan):
-    "{layer name: (name of its scheme, rank)} of a `Plan` or a decomposed model"
-    if isinstance(plan, Plan): return plan.choices
-    return {name: (layer.scheme, layer.rank) for name,layer in factored_layers(plan).items()}
-
 def _solver_of(found, scheme_name, calibration):
     "The solver of a layer, in the metric of the data; and why the layer has no spectrum, `None` if it has"
     name = found.name
     layer = found.layer
-    metric = None
     if found.reason and not isinstance(layer, FactoredLayer): return None,found.reason
-    if calibration is not None:
-        if name not in calibration.uses: return None,'no data reaches it, or no metric is known for it'
-        metric = calibration.metric(name)
-    solver = known_schemes[scheme_name](Geometry.of(layer), name).solver(layer.weight, metric)
+    if calibration is None: metric = None
+    elif name in calibration.uses: metric = calibration.metric(name)
+    else: return None,'no data reaches it, or no metric is known for it'
+    solver = scheme_for(layer, scheme_name, name).solver(layer.weight, metric)
     return solver,solver.misfit()
 
-def _spectra(model, layers=None, plan=None, data=None, loss=classification):
+def _spectra(model, layers, plan, data, loss):
     "(layer name, name of its scheme, rank or `None`, `Mode`s) for each layer that has a spectrum"
     all_found = find_layers(model, (*layer_types, FactoredLayer))
-    choices = _choices(model if plan is None else plan)
+    if isinstance(plan, Plan): choices = plan.choices
+    else:
+        factored = factored_layers(plan or model)
+        choices = {name: (layer.scheme, layer.rank) for name,layer in factored.items()}
     unknown = choices.keys() - {name for found in all_found for name in found.names}
     if unknown: raise ValueError(f"plan: the model has no layer {min(unknown)!r}")
     calibration = None if data is None else calibrate(dense_model(model), data, loss)
@@ -319,24 +308,19 @@ def _caption(name, scheme_name, rank, spectra):
     return text
 
 # %% ../nbs/21_report.ipynb #78b9495a
-def _plot_curve(ax, spectrum, rank, colour, mark_colour, label=None):
-    "Draw one spectrum, and a line at its rank"
-    n = len(spectrum)
-    marker = '.' if n <= 16 else None
-    percent = 100*np.arange(1, n+1)/n
-    ax.plot(percent, spectrum, color=colour, lw=1.2, marker=marker, label=label)
-    if rank and rank <= n: ax.axvline(100*rank/n, color=mark_colour, ls='--', lw=1)
-
 def _plot_spectrum(ax, name, scheme_name, rank, modes):
-    "Draw the spectrum of a layer, or its two"
+    "Draw the spectrum of a layer, or its two, and a line at the rank of each"
     spectra = [_relative_spectrum(mode) for mode in modes]
-    if len(spectra) == 1:
-        _plot_curve(ax, *spectra, rank, _blue, 'k')
-    else:
-        ranks = rank if isinstance(rank, tuple) else (rank, rank)
-        _plot_curve(ax, spectra[0], ranks[0], _blue, _blue, 'out')
-        _plot_curve(ax, spectra[1], ranks[1], _orange, _orange, 'in')
-        ax.legend(fontsize=6, frameon=False, handlelength=1)
+    is_pair = len(spectra) > 1
+    ranks = rank if isinstance(rank, tuple) else [rank]*len(spectra)
+    for spectrum,cut,colour,label in zip(spectra, ranks, (_blue, _orange), ('out', 'in')):
+        n = len(spectrum)
+        percent = 100*np.arange(1, n+1)/n
+        marker = '.' if n <= 16 else None
+        ax.plot(percent, spectrum, color=colour, lw=1.2, marker=marker, label=label)
+        if not is_pair: colour = 'k'
+        if cut and cut <= n: ax.axvline(100*cut/n, color=colour, ls='--', lw=1)
+    if is_pair: ax.legend(fontsize=6, frameon=False, handlelength=1)
     ax.set_title(_caption(name, scheme_name, rank, spectra), fontsize=7)
 
 # %% ../nbs/21_report.ipynb #97223357
@@ -351,10 +335,9 @@ def plot_spectra(
     "Draw the singular values of each layer, relative to the largest, and mark its rank"
     spectra = _spectra(model, layers, plan, data, loss)
     n = len(spectra)
-    rows,cols = ceil(n/4),min(n, 4)
-    width = 7.6 if cols > 2 else 6
-    height = max(2.4, 1.35*rows+.3)
-    panels = _panels(axes, n, 'layers', rows=rows, cols=cols,
+    width = 7.6 if n > 2 else 6
+    height = max(2.4, 1.35*ceil(n/4)+.3)
+    panels = _panels(axes, n, 'layers', cols=min(n, 4),
                      figsize=(width, height), sharex=True, sharey=True)
     for ax,spectrum in zip(panels, spectra):
         _plot_spectrum(ax, *spectrum)
@@ -367,6 +350,11 @@ def plot_spectra(
     return panels
 
 # %% ../nbs/21_report.ipynb #1ec9e7ed
+def _check_kind(arg, kind):
+    "Raise a `ValueError` where `kind`, given as the argument `arg`, is not what a budget may be of"
+    kinds = list(_labels)
+    if kind not in kinds: raise ValueError(f"{arg}: {kind!r} is not one of {str(kinds)[1:-1]}")
+
 def _plans(planner, budgets):
     "{budget: its plan}; a warning for budgets that cannot be kept to, an error if that is all of them"
     plans,missed,why = {},[],None
@@ -392,8 +380,7 @@ def tradeoff(
    )->pd.DataFrame: # `budget`, `params`, `macs`, `latency` and `loss` if known, value; the dense model first
     "List what budgets of several sizes leave of a model, and what `evaluate` says, in a column of its name"
     settings = settings_for(kwargs, tradeoff, data)
-    if kind not in ('params', 'macs', 'latency'):
-        raise ValueError(f"kind: {kind!r} is not one of 'params', 'macs', 'latency'")
+    _check_kind('kind', kind)
     budgets = [Budget(**{kind: fraction}) for fraction in sorted(budgets, reverse=True)]
     model = dense_model(model)
     calibration = calibrated(model, data, settings)
@@ -401,13 +388,13 @@ def tradeoff(
     dense = {'budget': 1., 'params': 1., 'macs': 1., kind: 1.}
     if settings.metric == 'fisher': dense['loss'] = 0.
     rows = [dense]
-    for budget,plan in plans.items(): rows.append(dict(budget=budget.value) | plan.predicted | plan.measured)
+    for budget,plan in plans.items():
+        rows.append(dict(budget=budget.value) | plan.predicted | plan.measured)
     table = pd.DataFrame(rows, columns=list(dense))
     if evaluate:
         values = [_value_of(model, evaluate)]
         for plan in settings.progressing(list(plans.values()), 'budgets'):
-            small = plan.apply(model, calibration)
-            values.append(_value_of(small, evaluate))
+            values.append(_value_of(plan.apply(model, calibration), evaluate))
         table[_value_column(evaluate, table)] = values
     return table
 
@@ -427,6 +414,7 @@ def plot_tradeoff(
         if column in table: continue
         known = ', '.join(map(repr, table.columns))
         raise ValueError(f"{arg}: {column!r} is not a column of the table; it has {known}")
+    _check_kind('cost', cost)
     ax, = _panels(ax, 1, 'panel', figsize=(6.4, 3.4))
     dense,rest = table.iloc[0],table.iloc[1:]
     ax.axhline(dense[value], color='k', ls='--', lw=1, label='dense')
@@ -438,35 +426,28 @@ def plot_tradeoff(
     return ax
 
 # %% ../nbs/21_report.ipynb #e84521f2
-def _number(value):
-    "`value` as a float, NaN where it is none"
-    try: return float(value)
-    except (TypeError, ValueError): return np.nan
-
 def _epoch_curves(recorder):
-    "{name: value at the end of each epoch} of the numbers that the recorder logs"
+    "The numbers that the recorder logs at the end of each epoch: a column for each, without empty ones"
     names = [name for name in recorder.metric_names[1:] if name != 'time']
-    curves = {}
-    for name,logged in zip(names, zip_longest(*recorder.values)):
-        curve = np.array([_number(value) for value in logged])
-        if not np.isnan(curve).all(): curves[name] = curve
-    return curves
+    logged = dict(zip(names, zip_longest(*recorder.values)))
+    curves = pd.DataFrame(logged).apply(pd.to_numeric, errors='coerce')
+    return curves.dropna(axis=1, how='all')
 
 def _decompositions(recorder):
     "The records of the decompositions in the recorder's fit, done or undone"
     records = getattr(recorder, 'decomposed', [])
     losses = getattr(records, 'losses', recorder.losses)
     if losses is not recorder.losses: return [] # they are of an earlier fit
-    return [record for record in records if record.get('decomposed', 1) or 'metric' in record]
+    return [record for record in records if record['decomposed'] or 'metric' in record]
 
 def _mark(axes, records):
-    "Draw a line at each decomposition, grey if it was undone, and label one of each sort in the first panel"
+    "Draw a line at each decomposition, grey if it was undone, and label one of each sort"
     seen = set()
     for record in records:
         label,colour = 'decomposed','k'
-        if not record.get('decomposed', 1): label,colour = 'decomposed and undone','#8c8c8c'
-        lines = [ax.axvline(record['step'], color=colour, ls=':', lw=1.5) for ax in axes]
-        if label not in seen: lines[0].set_label(label)
+        if not record['decomposed']: label,colour = 'decomposed and undone','#8c8c8c'
+        new_label = None if label in seen else label
+        for ax in axes: ax.axvline(record['step'], color=colour, ls=':', lw=1.5, label=new_label)
         seen.add(label)
 
 # %% ../nbs/21_report.ipynb #013f3f23
@@ -494,12 +475,10 @@ def _plot_metrics(ax, epochs, metrics):
     styles = zip(cycle(_metric_colours), cycle('os^vD'))
     for (name,curve),(colour,marker) in zip(metrics.items(), styles):
         ax.plot(epochs, curve, marker, ls='-', color=colour, ms=4, label=name)
-    if len(metrics) > 1:
+    if len(metrics.columns) > 1:
         ax.set_ylabel('metric')
         ax.legend(frameon=False, fontsize=8)
-    else:
-        name, = metrics
-        ax.set_ylabel(name.replace('_', ' '))
+    else: ax.set_ylabel(name.replace('_', ' '))
 
 # %% ../nbs/21_report.ipynb #ff5f2929
 def plot_training(
@@ -510,18 +489,17 @@ def plot_training(
     if not getattr(recorder, 'losses', None) or not recorder.values:
         raise ValueError("recorder: it holds no epoch; draw it after a fit, "
                          "and before `validate` or `get_preds`, which start it over")
-    metrics = _epoch_curves(recorder)
-    valid = metrics.pop('valid_loss', None)
-    metrics.pop('train_loss', None)
+    curves = _epoch_curves(recorder)
+    metrics = curves.drop(columns=['train_loss', 'valid_loss'], errors='ignore')
     heights = {'losses': 3, 'metrics': 2, 'learning rate': 1}
-    if not metrics: del heights['metrics']
+    if metrics.empty: del heights['metrics']
     ratios = list(heights.values())
     n = len(ratios)
-    axes = _panels(axes, n, f"panels: {', '.join(heights)}", rows=n,
+    axes = _panels(axes, n, f"panels: {', '.join(heights)}",
                    figsize=(7, .8*sum(ratios)+.6), sharex=True, height_ratios=ratios)
     top,low = axes[0],axes[-1]
-    _plot_losses(top, recorder, valid)
-    if metrics: _plot_metrics(axes[1], recorder.iters, metrics)
+    _plot_losses(top, recorder, curves.get('valid_loss'))
+    if len(axes) > 2: _plot_metrics(axes[1], recorder.iters, metrics)
     low.plot(range(1, len(recorder.lrs)+1), recorder.lrs, color='k', lw=1)
     low.set(xlabel='step', ylabel='learning\nrate')
     _mark(axes, _decompositions(recorder))

@@ -422,10 +422,15 @@ class Remembers(nn.Linear):
     calls = count(1)                # no attribute that changes: torch would refuse to trace that
     def forward(self, x): return super().forward(x)*next(self.calls)
 
+class SecondIsNaN(nn.Linear):
+    "NaN where the maximum of Python would not look"
+    def forward(self, x): return super().forward(x),(-1 - x.square()).sqrt()
+
 @pytest.mark.parametrize('cls, error, text', [
     (Branches, RuntimeError, '^model: torch cannot export this Branches: .'),
     (FirstFour, RuntimeError, '^model: it cannot be run for 1 rows as well as for 4: .'),
-    (Remembers, RuntimeError, '^file: for 4 rows the outputs of the ONNX model differ by .* more than 1e-4; nothing was written')])
+    (Remembers, RuntimeError, '^file: for 4 rows the outputs of the ONNX model differ by .* more than 1e-4; nothing was written'),
+    (SecondIsNaN, RuntimeError, '^file: for 4 rows the outputs of the ONNX model differ by nan from those of the model')])
 def test_what_onnx_cannot_hold_is_refused(cls, error, text, tmp_path):
     (tmp_path/'m.onnx').write_text('older')
     with pytest.raises(error, match=text): export_onnx(cls(3, 3), torch.randn(4, 3), tmp_path/'m')

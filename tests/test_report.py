@@ -67,6 +67,7 @@ def test_columns_with_nothing_in_them_are_not_shown():
     table = summarize(net())
     assert str(table).split('\n')[0].split() == ['layer', 'type', 'scheme', 'parameters', 'reason']
     assert Cells(summarize(nn.ReLU())._repr_html_()).rows[1:] == [['total', '', '', '0']]
+    assert Cells(summarize(nn.ReLU(), torch.ones(1))._repr_html_()).rows[1:] == [['total', '', '', '0', '0']]
 
 def test_names_cannot_be_markup():
     model = nn.Sequential()
@@ -305,6 +306,8 @@ def test_plot_of_a_tradeoff():
     assert [t.get_text() for t in ax.get_legend().get_texts()].count('estimate') == 1
     with pytest.raises(ValueError, match="^cost: 'latency' is not a column of the table; it has 'budget'"): plot_tradeoff(table, 'latency')
     with pytest.raises(ValueError, match="^value: 'accuracy' is not"): plot_tradeoff(table, value='accuracy')
+    for cost in ('budget', 'error_rate'):   # columns, but nothing that a model costs
+        with pytest.raises(ValueError, match=f"^cost: '{cost}' is not one of 'params', 'macs', 'latency'$"): plot_tradeoff(table, cost)
 
 # The training curve
 
