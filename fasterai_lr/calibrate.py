@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['at_least_float32', 'patches', 'draw', 'output_rows', 'n_positions', 'unbiased', 'times', 'flat_blocks', 'Centred',
-           'Gram', 'Squares', 'InputMoments', 'check_weights', 'enough_items', 'warn_if_too_few', 'Calibration',
-           'gather_moments', 'calibrate', 'calibrated', 'settings_for']
+           'Gram', 'Squares', 'InputMoments', 'check_weights', 'give_gradients', 'enough_items', 'warn_if_too_few',
+           'Calibration', 'gather_moments', 'calibrate', 'calibrated', 'settings_for']
 
 # %% ../nbs/10_calibrate.ipynb #1469c2f6
 import copy, warnings
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from .linalg import full_precision, lower_gram, symmetric
 from .layers import Geometry, conv_types, find_layers, linear_types, moved
-from .running import (Batches, blaming_data, evaluating, frozen, hooked, n_items,
-                                 run_model, trace, undisturbed, unfused)
+from .running import (
+    Batches, blaming_data, differentiable, evaluating, frozen, hooked, in_backward, n_items,
+    run_model, trace, undisturbed, unfused)
 from .loss import classification
 from .metric import Moments, add_diagonal, diagonal_of, make_metric
 from .settings import Settings, takes_settings
@@ -190,13 +192,15 @@ class _LayerMoments:
 
     def called(self, x, out):
         if not out.numel(): return # an expert that nothing is sent to
+        seen = out.detach()
+        if not out.requires_grad:
+            with torch.enable_grad():
+                out = seen.requires_grad_().clone() # no leaf, or an in-place ReLU would refuse it
+        if in_backward(): return out # it was seen on the way forward
         with torch.no_grad():
             idx = draw(n_positions(self.layer, out), self.most, self.gen)
             self.inputs.add(self.layer, x.detach(), out.detach(), idx)
-        if not out.requires_grad:
-            with torch.enable_grad():
-                out = out.detach().requires_grad_().clone() # no leaf, or an in-place ReLU would refuse it
-        out.register_hook(self.add_gradient)
+        if out.requires_grad: out.register_hook(self.add_gradient) # not so in inference mode
         return out
 
     def add_gradient(self, g):
@@ -206,15 +210,11 @@ class _LayerMoments:
 
     def moments(self, samples)->Moments:
         W,rows,patches = flat_blocks(self.layer),self.inputs.rows,self.inputs.patches
-        res = Moments(self._grads(W, samples), input_mean=patches.row_mean, positions=patches.n)
+        grads = _above_zero(self.grads.sum/samples) if self.grads.n else None
+        res = Moments(grads, input_mean=patches.row_mean, positions=patches.n)
         if rows is patches: res.inputs,res.output_mean = rows.mean,times(W, rows.row_mean)
         else: res.outputs,res.output_mean = rows.mean,rows.row_mean
         return res
-
-    def _grads(self, W, samples):
-        if self.grads.n: return _above_zero(self.grads.sum/samples)
-        g,o,_ = W.shape # nobody knows what depends on the layer
-        return W.new_zeros(g, o, o) if self.inputs.few else W.new_zeros(g, o)
 
 # %% ../nbs/10_calibrate.ipynb #70c4efb2
 _calibrated = linear_types + conv_types # the layers that moments are known for
@@ -256,6 +256,33 @@ def _check_finite(by_layer, batches): # `by_layer`: {layer name: `Moments`}
         if _all_finite(m.grads): continue
         raise ValueError(f"loss: its gradient is NaN or infinite at layer {name!r}")
 
+# %% ../nbs/10_calibrate.ipynb #8091ee0d
+def _lost_without(m, W)->float:
+    "Estimate the loss without the outputs of a layer, or what their squares add up to without gradients"
+    if m.outputs is not None: outputs = m.outputs
+    elif m.inputs.dim() == 3: outputs = W@m.inputs@W.mT
+    else: outputs = (W*m.inputs[:,None])@W.mT
+    if m.grads is None: return float(diagonal_of(outputs).sum())
+    if m.grads.dim() == 2: outputs = diagonal_of(outputs)
+    return float((m.grads*outputs).sum())
+
+def give_gradients(
+    model:nn.Module,
+    moments:dict, # {layer name: `Moments`}; changed where there are no gradients
+    max_size:int # outputs, at most, for a full moment
+   )->frozenset: # the names of these layers
+    "Let all outputs count alike in layers that no gradient reaches, as much in all as in the median layer"
+    weights = {name: flat_blocks(model.get_submodule(name)) for name,m in moments.items() if m.grads is None}
+    if not weights: return frozenset()
+    lost = [_lost_without(m, flat_blocks(model.get_submodule(name)))
+            for name,m in moments.items() if name not in weights]
+    typical = median(lost) if lost else 1.
+    for name,W in weights.items():
+        scale = typical/max(_lost_without(moments[name], W), 1e-300)
+        alike = W.new_full(W.shape[:2], scale)
+        moments[name].grads = torch.diag_embed(alike) if W.shape[1] <= max_size else alike
+    return frozenset(weights)
+
 # %% ../nbs/10_calibrate.ipynb #18bf4549
 def _width(m): # a `Moments`
     "Count the rows of the moment of a layer's inputs, or of the outputs that stand for them"
@@ -293,6 +320,7 @@ class Calibration(Mapping):
     settings:Settings
     n_items:int # that they come from
     enough:int # items, see `enough_items`
+    no_gradient:frozenset = frozenset() # names of the layers that no gradient reaches
 
     def __getitem__(self, name): return self.moments[name]
     def __iter__(self): return iter(self.moments)
@@ -320,6 +348,8 @@ class Calibration(Mapping):
 
     def note(self, name:str)->str: # empty if there is nothing to say
         "A note on what is coarse about the metric of the layer `name`"
+        if name in self.no_gradient and self.settings.metric == 'fisher':
+            return 'no gradient reaches it: measured by its outputs, on the scale of the median layer'
         whole = self.moments[name].grads.dim() == 3
         return '' if whole else 'too many outputs for a full moment: weighted by its diagonal'
 
@@ -327,7 +357,7 @@ class Calibration(Mapping):
 def _run_back(model, batch, settings, scale, gen)->float: # the number of classes
     "Run the model on a batch, and back from the loss"
     loss = settings.loss
-    with blaming_data(batch): out = run_model(model, batch)
+    with blaming_data(batch), differentiable(): out = run_model(model, batch)
     scalar = loss(out, gen)
     if scalar.requires_grad: scalar.backward(torch.full_like(scalar, scale))
     return loss.n_classes(out, n_items(batch))
@@ -365,7 +395,8 @@ def _calibrate(model, data, settings):
     by_layer,items,classes = gather_moments(model, batches, settings)
     enough = enough_items(by_layer, items, classes)
     warn_if_too_few(items, enough)
-    return Calibration(model, batches, by_layer, settings, items, enough)
+    no_gradient = give_gradients(model, by_layer, settings.max_size)
+    return Calibration(model, batches, by_layer, settings, items, enough, no_gradient)
 
 @takes_settings(but=['loss'])
 def calibrate(

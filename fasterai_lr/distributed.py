@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .layers import moved
 from .running import Batches, Inputs, undisturbed
 from .metric import Moments
-from .calibrate import Calibration, enough_items, gather_moments, warn_if_too_few
+from .calibrate import Calibration, enough_items, gather_moments, give_gradients, warn_if_too_few
 from .settings import Settings, takes_settings
 
 # %% ../nbs/17_distributed.ipynb #1e5072d9
@@ -125,7 +125,7 @@ def _mean_of_all(here, outline, share, device):
     for field,shape in outline.items():
         if shape is None or field == 'positions': continue
         mean = torch.zeros(shape, dtype=torch.float64, device=device)
-        if here is not None:
+        if getattr(here, field, None) is not None:
             weight = share if field == 'grads' else here.positions/outline['positions']
             mean.add_(getattr(here, field), alpha=weight)
         dist.all_reduce(mean)
@@ -139,8 +139,9 @@ def _added(by_layer, samples, device): # `by_layer`: {layer name: `Moments`}
     for n,layers in parts:
         total += n
         for name,outline in layers.items():
-            if name in outlines: outline['positions'] += outlines[name]['positions']
-            outlines[name] = outline
+            known = outlines.get(name, dict(positions=0))
+            outline['positions'] += known['positions']
+            outlines[name] = known | {field: shape for field,shape in outline.items() if shape is not None}
     share = samples/total
     return {name: _mean_of_all(by_layer.get(name), o, share, device) for name,o in outlines.items()},total
 
@@ -159,7 +160,8 @@ def shared_calibration(
     moments,total = _added(moments, items, ddp.device)
     enough = enough_items(moments, total, classes)
     if dist.get_rank() == 0: warn_if_too_few(total, enough)
-    return Calibration(model, batches, moments, settings, total, enough)
+    no_gradient = give_gradients(model, moments, settings.max_size)
+    return Calibration(model, batches, moments, settings, total, enough, no_gradient)
 
 # %% ../nbs/17_distributed.ipynb #76d91959
 def rewrap_(

@@ -235,8 +235,9 @@ def _unreachable(planner, options, budget):
 
 # %% ../nbs/15_planner.ipynb #e77387f7
 def predicted_loss(calibration, losses)->dict: # like {'loss': .1}
-    "The sum of the losses of all layers, where the metric is one of the loss"
-    return dict(loss=sum(losses)) if calibration.settings.metric == 'fisher' else {}
+    "The sum of the losses of all layers, where the metric is one of the loss for each of them"
+    is_loss = calibration.settings.metric == 'fisher' and not calibration.no_gradient
+    return dict(loss=sum(losses)) if is_loss else {}
 
 def _record(planner, found, option):
     "Make the record of a layer that becomes `option`"
