@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .layers import Geometry, check_module, factored_layers, find_layers, layer_types, recompose
+from .layers import Geometry, factored_layers, find_layers, layer_types, recompose, uncompiled
 from .running import Batches, trace
 from .schemes import schemes as known_schemes
 from .cost import macs_per_layer
@@ -84,7 +84,7 @@ def too_loose(
 
 def dense_model(model:nn.Module)->nn.Module: # `model` itself where nothing in it is factored
     "The dense model that `model`, decomposed or not, stands for; budgets are fractions of it"
-    check_module(model)
+    model = uncompiled(model)
     return recompose(model) if factored_layers(model) else model
 
 # %% ../nbs/13_budget.ipynb #ba8d6257

@@ -22,7 +22,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from .linalg import full_precision, lower_gram, symmetric
-from .layers import Geometry, conv_types, find_layers, linear_types, moved
+from .layers import Geometry, conv_types, find_layers, linear_types, moved, uncompiled
 from .running import (
     Batches, blaming_data, differentiable, evaluating, frozen, hooked, in_backward, n_items,
     run_model, trace, undisturbed, unfused)
@@ -406,7 +406,7 @@ def calibrate(
     **kwargs
    )->Calibration:
     "Gather the second moments of every linear layer and convolution of `model` over `data`"
-    return _calibrate(model, data, Settings.of(dict(kwargs, loss=loss), calibrate))
+    return _calibrate(uncompiled(model), data, Settings.of(dict(kwargs, loss=loss), calibrate))
 
 # %% ../nbs/10_calibrate.ipynb #fbff7de5
 def calibrated(

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.imports import noop             # not fastcore's
-from fastai.torch_core import find_bs, get_model, to_float
+from fastai.torch_core import find_bs, to_float
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.schedule import SchedCos, SchedNo
@@ -28,8 +28,9 @@ from .settings import Settings, check_names
 from .budget import Budget, check_reach, dense_model
 from .decomposer import as_decomposers, factorize, needs_data
 from .distributed import check_wrapper
-from .layers import (
-    FactoredLayer, factored_layers, find_layers, layer_types, moved, replace_layers)
+from fasterai_lr.layers import (
+    FactoredLayer, factored_layers, find_layers, inner_model, layer_types, moved,
+    replace_layers)
 from .optimizer import check_opt, swap_layers
 from .plan import Plan
 from .learned import (
@@ -133,14 +134,14 @@ def _replaced(before, model): # `before`: {name: module} of the model before
 
 def _way_back(learn):
     "Return a function that undoes a decomposition of `learn` after this call"
-    model = get_model(learn.model)
+    model = inner_model(learn.model)
     modules = dict(model.named_modules())
     plan = vars(model).get('low_rank_plan')
     states = [dict(state) for state in _states(learn.opt)]
     def restore():
-        swap_layers(learn, _replaced(modules, get_model(learn.model)))
+        swap_layers(learn, _replaced(modules, inner_model(learn.model)))
         for state,before in zip(_states(learn.opt), states): state.update(before)
-        model = get_model(learn.model)
+        model = inner_model(learn.model)
         vars(model).pop('low_rank_plan', None)
         if plan is not None: model.low_rank_plan = plan
     return restore
@@ -258,7 +259,7 @@ def _begin(self:DecomposeCallback):
 @patch
 def _check(self:DecomposeCallback):
     "Raise an error where the model cannot be changed in a fit, or not as the schedule says"
-    model = get_model(self.model)
+    model = inner_model(self.model)
     _refuse_copies(self.learn)
     check_wrapper(self.model)
     check_opt(self.opt)
@@ -278,7 +279,7 @@ def _check_budget(self:DecomposeCallback, budget):
     "Raise an error for a budget that the model cannot keep to, or that allows everything"
     if goes_by_metric(budget, self.kwargs): check_max_drop(self.learn, budget.value)
     sample = self.kwargs.get('sample')
-    model = dense_model(get_model(self.model))
+    model = dense_model(inner_model(self.model))
     if sample is None: sample = sample_of(self.learn, self.data)
     else: sample = Batches([sample], device_of(model)).first
     check_reach(model, budget, sample, self.kwargs.get('schemes', Settings.schemes))
@@ -304,13 +305,13 @@ def _decompose(self:DecomposeCallback, what):
     "Carry out an entry of the schedule, and train on with what it leaves"
     learn,teacher = self.learn,self.teacher
     if self.distill and teacher is None:
-        teacher = replace_layers(get_model(self.model), {}).eval().requires_grad_(False)
+        teacher = replace_layers(inner_model(self.model), {}).eval().requires_grad_(False)
     mbar = getattr(getattr(self, 'progress', None), 'mbar', None)
     decompose = partial(decompose_learner, learn, what, self.data, mbar, **self._arguments_for(what))
     start = time()
     record = dict(epoch=self.epoch, step=self.train_iter) | _guarded(learn, self.max_drop, decompose)
     if mbar is not None: _give_back(mbar, self.progress.pbar, time() - start)
-    reset_model(get_model(self.model))
+    reset_model(inner_model(self.model))
     self.history.append(record)
     if hasattr(self, 'recorder'): self.recorder.decomposed.append(record)
     if self.logger is not noop: print(_line(record, self.max_drop))

@@ -20,9 +20,10 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import nn
 
-from .layers import (
-    FactoredLayer, Geometry, check_loaded, check_module, check_patterns, conv_types, find_layers,
-    layer_types, linear_types, matches, moved, replace_layers_, select, transposed_types)
+from fasterai_lr.layers import (
+    FactoredLayer, Geometry, check_loaded, check_patterns, compiled_like, conv_types, find_layers,
+    layer_types, linear_types, matches, moved, replace_layers_, select, transposed_types,
+    uncompiled)
 from .rank import check_rank
 from .running import Batches, check_callable
 from .schemes import Svd, check_scheme, exceeds, schemes
@@ -137,7 +138,8 @@ class Decomposer:
         selection = Selection(rank_fraction(percent_removed, rank_ratio), layers, exclude)
         settings = settings_for(kwargs, Decomposer.decompose, data)
         if data is None: check_without_data(kwargs)
-        return finished(_by_decomposers([self], model, selection, data, settings))
+        change = _by_decomposers([self], uncompiled(model), selection, data, settings)
+        return compiled_like(model, finished(change))
 
 # %% ../nbs/16_decomposer.ipynb #f2ac1cb7
 def _refuse_pairs(rank):
@@ -376,7 +378,7 @@ def factorize(
     **kwargs
    )->Change:
     "Decompose `model` and say which of its modules that changes; `decompose` returns the model alone"
-    check_module(model)
+    given,model = model,uncompiled(model)
     settings = settings_for(kwargs, factorize, data)
     check_what([what], kwargs, evaluate, sample)
     if data is None:
@@ -385,12 +387,12 @@ def factorize(
     if isinstance(what, Plan): # its own settings hold where the call does not say
         return carry_out(what, model, data, Settings.of(kwargs, factorize, what.settings))
     if what is None or isinstance(what, Budget):
-        return _by_budget(what, model, data, settings, evaluate, sample)
+        return _by_budget(what, given, data, settings, evaluate, sample)
     return _by_decomposers(as_decomposers(what), model, Selection(), data, settings)
 
 def _by_budget(budget, model, data, settings, evaluate, sample):
     "Decompose `model` for a budget; without one, save half of the MACs that can be saved"
-    dense = dense_model(model)
+    like,model,dense = model,uncompiled(model),dense_model(model)
     value = budget and check_evaluate(dense, budget, evaluate)
     if not isinstance(data, Calibration): data = Batches.of(data, dense) # a loader is read once
     counts = Counts.of(dense, data, sample)
@@ -398,7 +400,7 @@ def _by_budget(budget, model, data, settings, evaluate, sample):
     if budget is None: return _by_decomposers(as_decomposers(None), model, Selection(), data, settings)
     counts.check(budget, settings.schemes)
     calibration = calibrated(dense, data, settings)
-    planner = Planner(calibration, sample, counts)
+    planner = Planner(calibration, sample, counts, like)
     if budget.kind == 'max_drop': return search_drop(planner, budget, evaluate, value, model)
     return carry_out(planner.make(budget), model, calibration, settings)
 
@@ -412,7 +414,7 @@ def decompose(
    )->nn.Module:
     "Decompose a copy of `model`; with data, its layers are fitted to make up for each other"
     check_names(kwargs, decompose)
-    return finished(factorize(model, what, data, **kwargs))
+    return compiled_like(model, finished(factorize(model, what, data, **kwargs)))
 
 # %% ../nbs/16_decomposer.ipynb #367983f7
 def project_(
@@ -422,7 +424,7 @@ def project_(
    )->nn.Module: # `model`
     "Replace each weight by the nearest one of the given rank, as a matrix (o | i h w); its shape stays"
     rank = Decomposer(rank).rank
-    _,chosen = _selected(layer_types, model, rank, Selection(layers=layers))
+    _,chosen = _selected(layer_types, uncompiled(model), rank, Selection(layers=layers))
     new,reasons = {},defaultdict(list)
     for f in chosen:
         wish,named = wish_for(f, rank)

@@ -18,7 +18,7 @@ import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .layers import factored_layers, replace_layers
+from .layers import compiled_like, factored_layers, replace_layers, uncompiled
 from .running import devices_of, evaluating, run_model
 from .cost import size_on_disk
 from .budget import dense_model
@@ -70,7 +70,7 @@ def save_low_rank(
     opt=None # the state of an optimizer, to be saved with it
    )->Path: # the file
     "Write the plan and the weights of `model`"
-    path = as_file(path, '.pth')
+    path,model = as_file(path, '.pth'),uncompiled(model)
     state = model.state_dict()
     for key,value in state.items(): state[key] = plain(value, f'model: {key!r}')
     data = dict(format=_format, version=_version, plan=current_plan(model).plain(), model=state)
@@ -172,7 +172,7 @@ def load_low_rank(
    )->nn.Module:
     "Return a copy of `model` with the structure and the weights in the file"
     path = as_file(path, '.pth')
-    return rebuild(model, read_low_rank(path), f"file: {str(path)!r}")
+    return compiled_like(model, rebuild(model, read_low_rank(path), f"file: {str(path)!r}"))
 
 # %% ../nbs/22_export.ipynb #ffc7c4b7
 def changed_layers(
@@ -273,7 +273,8 @@ def export_onnx(
     file = as_file(file, '.onnx')
     n = max(2, _checked_rows(sample)) # torch takes one row for a constant
     sample = _with_rows(sample, n)
-    model = _as_maximum(replace_layers(model, {})) # a copy: nothing of the tracing stays in `model`
+    copied = replace_layers(uncompiled(model), {}) # nothing of the tracing stays in `model`
+    model = _as_maximum(copied)
     with evaluating(model), torch.no_grad(), TemporaryDirectory(dir=file.parent, prefix='.onnx') as folder:
         new = Path(folder)/file.name
         try: program = torch.onnx.export(model, dynamo=True, verbose=False, **_export_arguments(sample))

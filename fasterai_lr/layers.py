@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['linear_types', 'conv_types', 'transposed_types', 'layer_types', 'Geometry', 'ChannelShuffle', 'product',
            'FactoredLayer', 'memory_format', 'fill', 'FactoredTranspose', 'factored_layers', 'Found', 'check_module',
-           'find_layers', 'check_loaded', 'did_you_mean', 'moved', 'matches', 'check_patterns', 'select',
-           'replace_layers_', 'replace_layers', 'recompose']
+           'uncompiled', 'compiled_like', 'inner_model', 'find_layers', 'check_loaded', 'did_you_mean', 'moved',
+           'matches', 'check_patterns', 'select', 'replace_layers_', 'replace_layers', 'recompose']
 
 # %% ../nbs/02_layers.ipynb #cb2d4141
 import copy, difflib, fnmatch
@@ -332,6 +332,21 @@ def check_module(model):
     "Raise a `TypeError` where `model` is no module"
     if not isinstance(model, nn.Module): raise TypeError(f"model: {type(model).__name__} is not an nn.Module")
 
+def uncompiled(model:nn.Module)->nn.Module: # `model` itself, if it is not compiled
+    "Return the model that `torch.compile` has put into `model`; the names of layers are those in there"
+    check_module(model)
+    return model._modules.get('_orig_mod', model)
+
+def compiled_like(model:nn.Module, new:nn.Module)->nn.Module:
+    "Return `new` compiled as `model` is, or as it is if `model` is not compiled"
+    if uncompiled(model) is model: return new
+    return type(model)(new, model.dynamo_ctx)
+
+def inner_model(model:nn.Module)->nn.Module:
+    "Return the model inside of data-parallel and compiled wrappers"
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
+    return uncompiled(model)
+
 def find_layers(model:nn.Module,
                 types:tuple # exact classes
                )->list: # of `Found`, in the order of the model
@@ -470,10 +485,11 @@ def replace_layers(model:nn.Module, # left untouched
 def recompose(model:nn.Module # left untouched
              )->nn.Module:
     "Return a copy of `model` in which every factored layer is one dense layer again"
-    dense = {n: m.recompose() for n,m in factored_layers(model).items()}
-    res = replace_layers(model, dense)
+    inner = uncompiled(model)
+    dense = {n: m.recompose() for n,m in factored_layers(inner).items()}
+    res = replace_layers(inner, dense)
     vars(res).pop('low_rank_plan', None)
-    return res
+    return compiled_like(model, res)
 
 # %% ../nbs/02_layers.ipynb #c66e9f71
 __getattr__ = moved(__name__,

@@ -32,7 +32,7 @@ from .progress import Progress
 from .decomposer import (
     as_decomposers, check_what, factorize, needs_data, warn_if_unchanged)
 from .distributed import in_all, on_first_rank, shared_calibration
-from .layers import FactoredLayer
+from .layers import FactoredLayer, inner_model
 from .optimizer import swap_layers
 from .budget import Budget, dense_model, half_saved, too_loose
 from .plan import Plan, check_without_data
@@ -106,7 +106,7 @@ def check_data(
     loss=None # as for `decompose`; `None`: what the learner knows
    ):
     "Raise an error where the model cannot be called with `data`, or its output cannot be read"
-    model = dense_model(get_model(learn.model))
+    model = dense_model(inner_model(learn.model))
     sample = sample_of(learn, data)
     trace(model, [], sample)
     loss = output_kind(learn) if loss is None else as_loss(loss).reading(output_of(learn))
@@ -168,7 +168,7 @@ def goes_by_metric(
 def _default_what(learn, data):
     "A budget of half of the MACs that can be saved, or decomposers where none can or nobody can tell"
     if data is not None: check_data(learn, data)    # where it is the data that is wrong
-    model = dense_model(get_model(learn.model))
+    model = dense_model(inner_model(learn.model))
     try:
         sample = sample_of(learn, data)
         output_kind(learn)(evaluated(model, sample))
@@ -223,7 +223,7 @@ def _calibrated_by_all(learn, what, data, evaluate=None, sample=None, **settings
     "`data`, or where there are several processes the `Calibration` that each of them has made a part of"
     alone = not isinstance(learn.model, DistributedDataParallel)
     if alone or data is None or isinstance(data, Calibration): return data
-    model = get_model(learn.model)
+    model = inner_model(learn.model)
     if needs_data(what): model = dense_model(model)
     return shared_calibration(learn.model, model, data, **settings)
 
@@ -255,14 +255,14 @@ def decompose_learner(
    )->dict: # the numbers of layers 'decomposed' and in all, and of parameters before and after
     "Replace the layers of `learn.model` by their factors"
     check_names(kwargs, decompose_learner)
-    model = get_model(learn.model)
+    model = inner_model(learn.model)
     reset_model(model)
     what,data,kwargs = in_all(partial(_arguments, learn, what, data, kwargs), learn.model)
     kwargs['progress'] = progress_of(learn, mbar)
     new,plan = _new_layers(learn, what, data, kwargs)
     before = count_params(model)
     swap_layers(learn, new)
-    model = get_model(learn.model)
+    model = inner_model(learn.model)
     model.low_rank_plan = plan
     n = sum(isinstance(layer, FactoredLayer) for layer in new.values())
     return dict(decomposed=n, layers=len(plan['layers']),
@@ -271,7 +271,7 @@ def decompose_learner(
 # %% ../nbs/19_learned.ipynb #40461785
 def _macs_of_an_item(learn):
     "Count the multiply-accumulates for one item; `None` where they cannot be counted"
-    try: return count_macs(get_model(learn.model), sample_of(learn)) or None
+    try: return count_macs(inner_model(learn.model), sample_of(learn)) or None
     except Exception: return None
 
 def _measured_value(learn, needed):

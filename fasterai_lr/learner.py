@@ -19,9 +19,9 @@ import fastai.callback.schedule # a Learner gets `fit_one_cycle` and progress ba
 from fastai.layers import ToTensorBase
 from fastai.imports import noop # not fastcore's
 from fastai.learner import Learner
-from fastai.torch_core import distrib_barrier, get_model, rank_distrib
+from fastai.torch_core import distrib_barrier, rank_distrib
 from .distributed import check_wrapper
-from .layers import replace_layers
+from .layers import inner_model, replace_layers
 from .settings import check_names
 from .budget import dense_model
 from .decomposer import factorize
@@ -54,7 +54,7 @@ def low_rank_summary(self:Learner,
    )->Summary: # a `DataFrame` that shows itself as a table in a notebook, as text in a terminal
     "List what became of each layer, what it costs, and why it stayed as it was; see `summarize`"
     if sample is None and len(self.dls.train): sample = sample_of(self)
-    return summarize(get_model(self.model), sample)
+    return summarize(inner_model(self.model), sample)
 
 # %% ../nbs/23_learner.ipynb #96118721
 @patch
@@ -66,7 +66,7 @@ def plot_spectra(self:Learner,
    )->list: # the axes, one for each layer
     "Draw the singular values of each layer, relative to the largest, and mark its rank; see `plot_spectra`"
     if data is not None: data = data_for(self, data)
-    return plot_spectra(get_model(self.model), layers, plan, data, output_kind(self), axes)
+    return plot_spectra(inner_model(self.model), layers, plan, data, output_kind(self), axes)
 
 # %% ../nbs/23_learner.ipynb #50bf544c
 def _own_value(learn):
@@ -92,7 +92,7 @@ def tradeoff(self:Learner,
     if evaluate is None: evaluate = _own_value(self)
     data = data_for(self, data) # this moves the model to the device of the loaders
     kwargs.setdefault('loss', output_kind(self))
-    model = dense_model(get_model(self.model))
+    model = dense_model(inner_model(self.model))
     return tradeoff(model, data, evaluate, budgets, kind, progress=progress_of(self), **kwargs)
 
 # %% ../nbs/23_learner.ipynb #ee25ecb2
@@ -141,7 +141,7 @@ def save_low_rank(self:Learner,
     file = _low_rank_file(self, file)
     if rank_distrib(): return file
     file.parent.mkdir(parents=True, exist_ok=True)
-    model = get_model(self.model)
+    model = inner_model(self.model)
     opt = opt_state(self.opt, model) if with_opt and self.opt is not None else None
     return save_low_rank(model, file, opt)
 
@@ -152,7 +152,7 @@ def _check_opt_of(learn, opt, new):
     try:
         if opt is not None and had is None: learn.create_opt()
         if learn.opt is not None: check_opt(learn.opt)
-        if opt is not None: check_opt_state(opt, learn.opt, get_model(learn.model), new)
+        if opt is not None: check_opt_state(opt, learn.opt, inner_model(learn.model), new)
     except Exception:
         learn.opt = had
         raise
@@ -168,7 +168,7 @@ def load_low_rank(self:Learner,
     distrib_barrier()
     check_wrapper(self.model)
     saved = read_low_rank(file)
-    model = get_model(self.model)
+    model = inner_model(self.model)
     rebuilt = rebuild(model, saved, label)
     new = changed_layers(model, rebuilt)
     opt = saved.get('opt') if with_opt else None
@@ -177,7 +177,7 @@ def load_low_rank(self:Learner,
         raise ValueError(f"{label} does not fit: {e}; `with_opt=False` loads the model alone") from None
     if with_opt and opt is None: warn(f"{label} holds no optimizer state")
     swap_layers(self, new)
-    model = get_model(self.model) # another one if the root was replaced
+    model = inner_model(self.model) # another one if the root was replaced
     model.load_state_dict(saved['model'])
     model.low_rank_plan = rebuilt.low_rank_plan
     if opt is not None: load_opt_state(self.opt, opt)
@@ -190,7 +190,7 @@ def export_onnx(self:Learner,
     sample=None # inputs as the model takes them; `None`: a batch of the validation set
    )->Path: # the file
     "Write the model as ONNX, for batches of any size, and compare its outputs on real inputs"
-    model = get_model(self.model)
+    model = inner_model(self.model)
     if sample is None: sample = _valid_inputs(self)
     # a `ToTensorBase` is at the end of a U-Net, and ONNX has no tensor classes
     untyped = {name: nn.Identity() for name,m in model.named_modules() if isinstance(m, ToTensorBase)}

@@ -22,7 +22,8 @@ from fastai.callback.training import ShortEpochCallback
 from fastai.imports import noop
 from fastai.learner import AvgLoss, Learner, Metric, Recorder
 from fastai.torch_core import get_model, no_random, to_detach
-from .running import Batches, Inputs, blaming_data, evaluating, n_items
+from .running import Batches, Inputs, blaming_data, evaluating, n_items, unfused
+from .layers import inner_model
 
 # %% ../nbs/19_loop.ipynb #eec96e0f
 def _content(o):
@@ -165,12 +166,12 @@ def model_inputs(
     split=None # function from a batch to inputs and targets; `None`: the learner's way
    )->Inputs: # batches of the model's arguments
     "Return what the model is called with in a validation loop over `dl`, on the device where it runs"
-    model,take = get_model(learn.model),_Take(n)
+    model,take = inner_model(learn.model),_Take(n)
     def own_split(batch): learn.xb,learn.yb = split(batch)
     before = model.register_forward_pre_hook(take.called, with_kwargs=True)
     after = model.register_forward_hook(take.returned)
     try:
-        with on_the_side(learn, model, take, seed=seed):
+        with unfused(), on_the_side(learn, model, take, seed=seed): # also uncompiled
             if split: learn._split = own_split
             learn._do_epoch_validate(dl=dl)
     except Exception:

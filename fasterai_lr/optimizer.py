@@ -17,7 +17,7 @@ from fastai.optimizer import Optimizer, OptimWrapper, Lookahead
 from fastai.torch_core import get_model, to_device
 
 from .distributed import rewrap_
-from .layers import replace_layers_
+from .layers import compiled_like, inner_model, replace_layers_
 
 # %% ../nbs/18_optimizer.ipynb #fada0263
 def _predecessor(name, olds):
@@ -105,12 +105,13 @@ def swap_layers(
 ):
     "Replace layers of `learn.model` in place, at any time between two steps"
     if not new: return
-    model = get_model(learn.model)
+    model = inner_model(learn.model)
     if learn.opt is not None: rebind_opt(learn.opt, follow_params(model, new))
-    root = replace_layers_(model, new)
-    if learn.model is model: learn.model = root
-    else: learn.model.module = root
-    if isinstance(learn.model, DistributedDataParallel): rewrap_(learn.model)
+    root,outer = replace_layers_(model, new),learn.model
+    wrapped = get_model(outer)
+    if wrapped is outer: learn.model = compiled_like(outer, root)
+    else: outer.module = compiled_like(wrapped, root)
+    if isinstance(outer, DistributedDataParallel): rewrap_(outer)
 
 # %% ../nbs/18_optimizer.ipynb #5fbeeb71
 def _kind(opt):

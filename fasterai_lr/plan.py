@@ -19,8 +19,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from .layers import (
-    FactoredLayer, Geometry, did_you_mean, factored_layers, find_layers, layer_types,
-    memory_format, moved, replace_layers, replace_layers_)
+    FactoredLayer, Geometry, compiled_like, did_you_mean, factored_layers, find_layers,
+    layer_types, memory_format, moved, replace_layers, replace_layers_, uncompiled)
 from .running import Batches
 from .schemes import check_scheme, exceeds, schemes as known_schemes
 from .cost import count_macs, count_params
@@ -314,7 +314,8 @@ class Plan(PlanFile):
         "Decompose a copy of `model` as planned, and fit it to `data`"
         settings = Settings.of(kwargs, Plan.apply, self.settings)
         if data is None: check_without_data(kwargs)
-        return carry_out(self, model, data, settings).finished()
+        change = carry_out(self, uncompiled(model), data, settings)
+        return compiled_like(model, change.finished())
 
 # %% ../nbs/14_plan.ipynb #88ada77d
 def check_without_data(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .layers import Geometry
+from .layers import Geometry, compiled_like, uncompiled
 from .running import check_callable, device_of, undisturbed
 from .cost import count_params, latency_per_layer, measure_latency
 from .settings import takes_settings
@@ -172,8 +172,10 @@ class Planner:
     def __init__(self,
         calibration:Calibration, # of the model
         sample=None, # a batch to count and to time with; `None`: the first of the data
-        counts=None): # the `Counts` of that batch, where there are some already
+        counts=None, # the `Counts` of that batch, where there are some already
+        like:nn.Module|None=None): # a compiled model is timed, and what becomes of it too, as it is compiled
         self.calibration,self.model = calibration,calibration.model
+        self.like = like or self.model
         self.counts = counts or Counts.of(self.model, calibration, sample)
         self.sample,self.found = self.counts.sample,self.counts.found
         self.uses = {name: use for name,use in self.counts.uses.items() if name in calibration}
@@ -353,15 +355,22 @@ def measured_ratio(
     ms = _timed({'dense': dense, 'other': other}, sample, seconds, 3, once)
     return ms['other'].ms/ms['dense'].ms
 
+def _ratio_as_compiled(planner, planned, once):
+    "Measure the time of `planned` as a fraction; both models are compiled first, if the given one is"
+    dense,like,sample = planner.model,planner.like,planner.sample
+    if uncompiled(like) is like: return measured_ratio(dense, planned, sample, once=once)
+    dense,planned = compiled_like(like, dense),compiled_like(like, planned)
+    measure_latency(dict(dense=dense, planned=planned), sample, 1, 2) # torch compiles in the first call
+    return measured_ratio(dense, planned, sample)
+
 def _plan_of_latency(planner, aim):
     "Make the plan for a fraction of the time of all layers, with the time that the whole model takes"
     options = planner.timed_options
     plan = plan_within(planner, options, Budget(latency=aim))
     ratio = 1.
     if plan.choices:
-        planned = plan.skeleton(planner.model)
-        once = options.totals['latency']
-        ratio = measured_ratio(planner.model, planned, planner.sample, once=once)
+        planned,once = plan.skeleton(planner.model),options.totals['latency']
+        ratio = _ratio_as_compiled(planner, planned, once)
     plan.measured['latency'] = ratio
     return plan
 
@@ -479,7 +488,7 @@ def make_plan(
     "Choose scheme and rank of every layer, for the least estimated loss within the budget"
     settings = settings_for(kwargs, make_plan, data)
     check_budget(budget)
-    model = dense_model(model)
-    dense = check_evaluate(model, budget, evaluate)
-    calibration = calibrated(model, data, settings)
-    return Planner(calibration, sample).make(budget, evaluate, dense)
+    dense = dense_model(model)
+    value = check_evaluate(dense, budget, evaluate)
+    calibration = calibrated(dense, data, settings)
+    return Planner(calibration, sample, like=model).make(budget, evaluate, value)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .layers import (
-    FactoredLayer, factored_layers, find_layers, layer_types, recompose, select)
+    FactoredLayer, factored_layers, find_layers, layer_types, recompose, select, uncompiled)
 from .running import evaluating, n_items
 from .loss import classification
 from .cost import count_macs, count_params, macs_per_layer, measure_latency, size_on_disk
@@ -65,6 +65,7 @@ def summarize(
     sample=None # an input, a tuple or a dict of inputs: MACs are counted for it
    )->Summary: # a `DataFrame` indexed by layer name, last row `total`
     "List the scheme, rank, parameters, MACs, error, status and reason of each layer, and the totals"
+    model = uncompiled(model)
     table = pd.DataFrame.from_dict(_rows(model), orient='index', columns=list(_summary_columns))
     after = count_params(model)
     before = after + (table.params_before - table.params_after).sum()
@@ -264,10 +265,11 @@ def _solver_of(found, scheme_name, calibration):
 
 def _spectra(model, layers, plan, data, loss):
     "(layer name, name of its scheme, rank or `None`, `Mode`s) for each layer that has a spectrum"
+    model = uncompiled(model)
     all_found = find_layers(model, (*layer_types, FactoredLayer))
     if isinstance(plan, Plan): choices = plan.choices
     else:
-        factored = factored_layers(plan or model)
+        factored = factored_layers(uncompiled(plan or model))
         choices = {name: (layer.scheme, layer.rank) for name,layer in factored.items()}
     unknown = choices.keys() - {name for found in all_found for name in found.names}
     if unknown: raise ValueError(f"plan: the model has no layer {min(unknown)!r}")
@@ -382,9 +384,9 @@ def tradeoff(
     settings = settings_for(kwargs, tradeoff, data)
     _check_kind('kind', kind)
     budgets = [Budget(**{kind: fraction}) for fraction in sorted(budgets, reverse=True)]
-    model = dense_model(model)
+    like,model = model,dense_model(model)
     calibration = calibrated(model, data, settings)
-    plans = _plans(Planner(calibration), budgets)
+    plans = _plans(Planner(calibration, like=like), budgets)
     dense = {'budget': 1., 'params': 1., 'macs': 1., kind: 1.}
     if settings.metric == 'fisher': dense['loss'] = 0.
     rows = [dense]

@@ -1,0 +1,94 @@
+"Compiled models: they are decomposed like the models inside, and compiled again"
+import copy
+
+import pytest
+import torch
+from torch import nn
+from fastai.callback.schedule import *  # noqa: F403 - gives a Learner its `fit_one_cycle`
+from fastai.losses import CrossEntropyLossFlat
+from fasterai_lr.all import Budget, ConvDecomposer, DecomposeCallback, FC_Decomposer, decompose, load_low_rank, make_plan, recompose, save_low_rank, summarize
+from fasterai_lr.layers import factored_layers, inner_model
+from learners import digit_learner, quiet
+from networks import digits
+
+class Counting:
+    "A compiler that only counts how often it compiles"
+    def __init__(self): self.n = 0
+    def __call__(self, graph, inputs):
+        self.n += 1
+        return graph.forward
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
+
+def is_compiled(model): return '_orig_mod' in model._modules
+def same(a, b): return all(torch.equal(x, y) for x,y in zip(a.parameters(), b.parameters(), strict=True))
+
+@pytest.fixture(autouse=True)
+def fresh(): torch.compiler.reset(); yield; torch.compiler.reset()
+
+@pytest.mark.parametrize('what', [None, Budget(macs=.5), Budget(params=.5), [FC_Decomposer(), ConvDecomposer('spatial', .5)]], ids=str)
+def test_the_model_inside_is_decomposed(what):
+    x = digits(200)[0]
+    data = None if isinstance(what, list) else x
+    compiled,want = torch.compile(network(), backend='eager'),decompose(network(), what, data)
+    got = decompose(compiled, what, data)
+    assert is_compiled(got) and is_compiled(compiled) and not factored_layers(compiled._orig_mod)
+    assert same(got._orig_mod, want) and list(got._orig_mod.low_rank_plan['layers']) == list(want.low_rank_plan['layers'])
+    torch.testing.assert_close(got(x), want(x), rtol=1e-5, atol=1e-6) # the same kernels, perhaps in another order
+    assert list(summarize(got).index) == list(summarize(want).index) and same(recompose(got)._orig_mod, recompose(want))
+
+def test_plans_and_files_know_the_names_inside(tmp_path):
+    x = digits(200)[0]
+    compiled = torch.compile(network(), backend='eager')
+    plan = make_plan(compiled, x, Budget(macs=.5))
+    assert all(name in dict(network().named_modules()) for name in plan.layers)
+    small = plan.apply(compiled, x)
+    save_low_rank(small, tmp_path/'small')
+    for model in (network(), compiled):
+        loaded = load_low_rank(model, tmp_path/'small')
+        assert is_compiled(loaded) == is_compiled(model) and same(inner_model(loaded), small._orig_mod)
+
+def test_a_budget_of_time_is_measured_compiled():
+    "What is timed at the end is compiled; the dense model is too"
+    counting = Counting()
+    net = torch.compile(nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10)), backend=counting)
+    x = torch.randn(256, 2048)
+    small = decompose(net, Budget(latency=.7), x)
+    assert counting.n >= 2 and is_compiled(small) and factored_layers(small._orig_mod)
+
+@pytest.mark.parametrize('what', [None, Budget(macs=.4), Budget(max_drop=.05)], ids=str)
+def test_in_a_learner(what, tmp_path):
+    "A Learner of a compiled model decomposes the model inside, in a fit and outside, and goes on with a compiled one"
+    results = []
+    for compiled in (False, True):
+        counting,net = Counting(),network()
+        model = torch.compile(net, backend=counting) if compiled else net
+        learn = quiet(digit_learner(model, range(600), range(600, 800), loss_func=CrossEntropyLossFlat()), tmp_path)
+        learn.fit_one_cycle(2, 1e-2, cbs=DecomposeCallback(1, what))
+        n = counting.n
+        record, = learn.recorder.decomposed
+        assert record['decomposed'] and record['metric_after'] == pytest.approx(learn.recorder.decomposed[0]['metric_after'])
+        if compiled:
+            assert is_compiled(learn.model) and n >= 2
+            learn.validate()
+            assert counting.n <= n+1 # for evaluation, at most
+        learn.save_low_rank('small')
+        other = quiet(digit_learner(network(), range(600), range(600, 800)), tmp_path).load_low_rank('small', with_opt=False)
+        assert same(other.model, inner_model(learn.model))
+        results.append((learn, record))
+    (plain,a),(learn,b) = results
+    assert {k: v for k,v in a.items() if 'metric' not in k} == pytest.approx({k: v for k,v in b.items() if 'metric' not in k}, rel=.02) # training differs in rounding
+    learn.decompose(Budget(macs=.2))
+    assert is_compiled(learn.model) and factored_layers(inner_model(learn.model)) and len(learn.validate()) == 2 and learn.low_rank_summary() is not None
+
+def test_a_model_that_compiles_itself():
+    "`model.compile()` leaves the names as they are; what comes back can be run, and compiled"
+    x,net = digits(200)[0],network()
+    want = decompose(copy.deepcopy(net), Budget(macs=.5), x)
+    net.compile(backend='eager')
+    small = decompose(net, Budget(macs=.5), x)
+    assert same(small, want)
+    torch.testing.assert_close(small(x), want(x), rtol=1e-5, atol=1e-6) # as above
