@@ -13,11 +13,13 @@ from time import time
 from warnings import warn
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.imports import noop             # not fastcore's
+from fastai.learner import Learner
 from fastai.torch_core import find_bs, to_float
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
@@ -34,8 +36,8 @@ from fasterai_lr.layers import (
 from .optimizer import check_opt, swap_layers
 from .plan import Plan
 from .learned import (
-    check_arguments, check_data, check_max_drop, decompose_learner, goes_by_metric,
-    output_kind, record_line, reset_model, sample_of, signed_value, watched)
+    averages_of, check_arguments, check_data, check_max_drop, decompose_learner, follow_averages,
+    goes_by_metric, output_kind, record_line, reset_model, sample_of, signed_value, watched)
 from .loop import learner_metric, output_of
 from .running import Batches, device_of, first_output
 
@@ -107,6 +109,27 @@ def _refuse_holders(cbs, layers):
             raise RuntimeError(f"DecomposeCallback: {type(cb).__name__} holds layers or parameters that may "
                                f"be replaced (in `{attr}`) and would go on with the old ones; take it out, "
                                "or use `learn.decompose` before the fit")
+
+def _copies_in(held):
+    "Yield the tensors in an attribute of a callback, and those in the state of modules there"
+    for leaf in _leaves(held):
+        if isinstance(leaf, nn.Module): yield from leaf.state_dict().values()
+        elif isinstance(leaf, torch.Tensor): yield leaf
+
+def _refuse_weight_copies(learn, layers):
+    "Raise a `RuntimeError` where a callback holds a copy of a weight that may be replaced"
+    followed,weights = averages_of(learn),{}
+    for layer in layers: weights.setdefault(layer.weight.shape, []).append(layer.weight)
+    for cb in learn.cbs:
+        for attr,held in vars(cb).items():
+            if isinstance(held, Learner) or any(held is average for average in followed): continue
+            for t in _copies_in(held):
+                if not any(torch.equal(t.to(w), w) for w in weights.get(t.shape, [])): continue
+                raise RuntimeError(
+                    f"DecomposeCallback: {type(cb).__name__} holds a copy of weights of the model (in "
+                    f"`{attr}`), which will not fit the decomposed model; keep averages in torch's "
+                    "`AveragedModel` or timm's `ModelEmaV3`, which are decomposed too, or use "
+                    "`learn.decompose` before the fit")
 
 # %% ../nbs/20_callback.ipynb #f57a6ec6
 def _start_over(cb):
@@ -263,7 +286,9 @@ def _check(self:DecomposeCallback):
     _refuse_copies(self.learn)
     check_wrapper(self.model)
     check_opt(self.opt)
-    _refuse_holders(self.learn.cbs, _replaceable(model, self.schedule.values()))
+    layers = _replaceable(model, self.schedule.values())
+    _refuse_holders(self.learn.cbs, layers)
+    _refuse_weight_copies(self.learn, layers)
     given = [what for what in self.schedule.values() if what is not None]
     if self.data is not None or any(map(needs_data, given)):
         check_data(self.learn, self.data, self.kwargs.get('loss'))
@@ -316,6 +341,7 @@ def _decompose(self:DecomposeCallback, what):
     if hasattr(self, 'recorder'): self.recorder.decomposed.append(record)
     if self.logger is not noop: print(_line(record, self.max_drop))
     if not record['decomposed']: return
+    follow_averages(learn, self.data)
     self.opt.zero_grad()
     self._start = self.epoch/self.n_epoch
     self.teacher = teacher

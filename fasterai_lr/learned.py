@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['calibration_batches', 'data_for', 'sample_of', 'output_kind', 'check_data', 'reset_model', 'signed_value',
            'metric_value', 'evaluation_by', 'check_max_drop', 'goes_by_metric', 'check_arguments', 'progress_of',
-           'decompose_learner', 'watched', 'record_line']
+           'decompose_learner', 'averages_of', 'follow_averages', 'watched', 'record_line']
 
 # %% ../nbs/19_learned.ipynb #8f50b1b3
 import re
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Subset
 
 from fastcore.meta import delegates
@@ -32,7 +33,7 @@ from .progress import Progress
 from .decomposer import (
     as_decomposers, check_what, factorize, needs_data, warn_if_unchanged)
 from .distributed import in_all, on_first_rank, shared_calibration
-from .layers import FactoredLayer, inner_model
+from .layers import FactoredLayer, compiled_like, inner_model, replace_layers
 from .optimizer import swap_layers
 from .budget import Budget, dense_model, half_saved, too_loose
 from .plan import Plan, check_without_data
@@ -267,6 +268,49 @@ def decompose_learner(
     n = sum(isinstance(layer, FactoredLayer) for layer in new.values())
     return dict(decomposed=n, layers=len(plan['layers']),
                 params_before=before, params_after=count_params(model))
+
+# %% ../nbs/19_learned.ipynb #da70f56e
+_averages = 'ModelEma', 'ModelEmaV2', 'ModelEmaV3' # timm's
+
+def averages_of(learn)->list: # of modules that hold a copy of the model as their `module`
+    "Find torch's `AveragedModel`s and timm's `ModelEma`s in the callbacks"
+    res = []
+    for cb in learn.cbs:
+        for held in vars(cb).values():
+            if isinstance(held, AveragedModel) or type(held).__name__ in _averages: res.append(held)
+    return res
+
+def _same_shapes(a, b):
+    "Do two models have parameters and buffers of the same names and shapes?"
+    a,b = a.state_dict(),b.state_dict()
+    return a.keys() == b.keys() and all(a[name].shape == b[name].shape for name in a)
+
+def _planned_average(learn, average, data):
+    "Decompose the model in `average` as that of `learn` was; `None` where that cannot be done"
+    model = inner_model(learn.model)
+    plan = Plan.of(model.low_rank_plan)
+    known = {}
+    if plan.data: # it was fitted to data
+        known = dict(loss=output_kind(learn), output=output_of(learn), progress=progress_of(learn))
+        data = data_for(learn, data)
+    try: res = plan.apply(inner_model(average.module), data if plan.data else None, **known)
+    except ValueError: return None
+    return res if _same_shapes(res, model) else None
+
+def follow_averages(
+    learn, # a `Learner` whose model was decomposed just now
+    data=None # as for `decompose`
+   ):
+    "Give the averages of weights that callbacks hold the structure of the model"
+    for average in averages_of(learn):
+        flags = [p.requires_grad for p in average.parameters()]
+        planned = _planned_average(learn, average, data)
+        new = replace_layers(inner_model(learn.model), {}) # a copy
+        keeps = planned is not None and metric_value(learn, planned) > metric_value(learn, new)
+        if keeps: new = planned
+        elif hasattr(average, 'n_averaged'): average.n_averaged.zero_() # it starts anew
+        new.requires_grad_(any(flags)).train(average.module.training)
+        average.module = compiled_like(get_model(average.module), new.to(_device(average.module)))
 
 # %% ../nbs/19_learned.ipynb #40461785
 def _macs_of_an_item(learn):

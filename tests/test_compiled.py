@@ -9,7 +9,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fasterai_lr.all import Budget, ConvDecomposer, DecomposeCallback, FC_Decomposer, decompose, load_low_rank, make_plan, recompose, save_low_rank, summarize
 from fasterai_lr.layers import factored_layers, inner_model
 from learners import digit_learner, quiet
-from networks import digits
+from networks import digit_cnn, digits
 
 class Counting:
     "A compiler that only counts how often it compiles"
@@ -17,11 +17,6 @@ class Counting:
     def __call__(self, graph, inputs):
         self.n += 1
         return graph.forward
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
-                         nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
 
 def is_compiled(model): return '_orig_mod' in model._modules
 def same(a, b): return all(torch.equal(x, y) for x,y in zip(a.parameters(), b.parameters(), strict=True))
@@ -33,7 +28,7 @@ def fresh(): torch.compiler.reset(); yield; torch.compiler.reset()
 def test_the_model_inside_is_decomposed(what):
     x = digits(200)[0]
     data = None if isinstance(what, list) else x
-    compiled,want = torch.compile(network(), backend='eager'),decompose(network(), what, data)
+    compiled,want = torch.compile(digit_cnn(), backend='eager'),decompose(digit_cnn(), what, data)
     got = decompose(compiled, what, data)
     assert is_compiled(got) and is_compiled(compiled) and not factored_layers(compiled._orig_mod)
     assert same(got._orig_mod, want) and list(got._orig_mod.low_rank_plan['layers']) == list(want.low_rank_plan['layers'])
@@ -42,12 +37,12 @@ def test_the_model_inside_is_decomposed(what):
 
 def test_plans_and_files_know_the_names_inside(tmp_path):
     x = digits(200)[0]
-    compiled = torch.compile(network(), backend='eager')
+    compiled = torch.compile(digit_cnn(), backend='eager')
     plan = make_plan(compiled, x, Budget(macs=.5))
-    assert all(name in dict(network().named_modules()) for name in plan.layers)
+    assert all(name in dict(digit_cnn().named_modules()) for name in plan.layers)
     small = plan.apply(compiled, x)
     save_low_rank(small, tmp_path/'small')
-    for model in (network(), compiled):
+    for model in (digit_cnn(), compiled):
         loaded = load_low_rank(model, tmp_path/'small')
         assert is_compiled(loaded) == is_compiled(model) and same(inner_model(loaded), small._orig_mod)
 
@@ -64,7 +59,7 @@ def test_in_a_learner(what, tmp_path):
     "A Learner of a compiled model decomposes the model inside, in a fit and outside, and goes on with a compiled one"
     results = []
     for compiled in (False, True):
-        counting,net = Counting(),network()
+        counting,net = Counting(),digit_cnn()
         model = torch.compile(net, backend=counting) if compiled else net
         learn = quiet(digit_learner(model, range(600), range(600, 800), loss_func=CrossEntropyLossFlat()), tmp_path)
         learn.fit_one_cycle(2, 1e-2, cbs=DecomposeCallback(1, what))
@@ -76,7 +71,7 @@ def test_in_a_learner(what, tmp_path):
             learn.validate()
             assert counting.n <= n+1 # for evaluation, at most
         learn.save_low_rank('small')
-        other = quiet(digit_learner(network(), range(600), range(600, 800)), tmp_path).load_low_rank('small', with_opt=False)
+        other = quiet(digit_learner(digit_cnn(), range(600), range(600, 800)), tmp_path).load_low_rank('small', with_opt=False)
         assert same(other.model, inner_model(learn.model))
         results.append((learn, record))
     (plain,a),(learn,b) = results
@@ -86,7 +81,7 @@ def test_in_a_learner(what, tmp_path):
 
 def test_a_model_that_compiles_itself():
     "`model.compile()` leaves the names as they are; what comes back can be run, and compiled"
-    x,net = digits(200)[0],network()
+    x,net = digits(200)[0],digit_cnn()
     want = decompose(copy.deepcopy(net), Budget(macs=.5), x)
     net.compile(backend='eager')
     small = decompose(net, Budget(macs=.5), x)
