@@ -122,19 +122,19 @@ def _html_row(cells, tag):
     for column,cell in cells.items():
         side = 'left' if column in _words else 'right'
         row += f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>'
-    return f'<tr>{row}</tr>\n'
+    return f'<tr>{row}</tr>'
 
 def _as_html(rows):
     "The table in HTML, with its first and last row in bold"
     head = _html_row(dict(zip(rows, rows)), 'th')
     *layers,total = rows.to_dict('records')
     body = ''
-    for cells in layers: body += _html_row(cells, 'td')
-    body += _html_row(total, 'th')
+    for cells in layers: body += _html_row(cells, 'td') + '\n'
     return f'''<table class="dataframe">
 <thead>{head}</thead>
-<tbody>{body}</tbody>
-</table>'''
+<tbody>
+{body}{_html_row(total, 'th')}
+</tbody></table>'''
 
 # %% ../nbs/21_report.ipynb #0ddcb31f
 def _value_of(model, evaluate):
@@ -440,14 +440,14 @@ def _decompositions(recorder):
     records = getattr(recorder, 'decomposed', [])
     losses = getattr(records, 'losses', recorder.losses)
     if losses is not recorder.losses: return [] # they are of an earlier fit
-    return [record for record in records if record['decomposed'] or 'metric' in record]
+    return [record for record in records if record.get('decomposed', 1) or 'metric' in record]
 
 def _mark(axes, records):
     "Draw a line at each decomposition, grey if it was undone, and label one of each sort"
     seen = set()
     for record in records:
         label,colour = 'decomposed','k'
-        if not record['decomposed']: label,colour = 'decomposed and undone','#8c8c8c'
+        if not record.get('decomposed', 1): label,colour = 'decomposed and undone','#8c8c8c'
         new_label = None if label in seen else label
         for ax in axes: ax.axvline(record['step'], color=colour, ls=':', lw=1.5, label=new_label)
         seen.add(label)
