@@ -257,6 +257,8 @@ def _check_finite(by_layer, batches): # `by_layer`: {layer name: `Moments`}
         raise ValueError(f"loss: its gradient is NaN or infinite at layer {name!r}")
 
 # %% ../nbs/10_calibrate.ipynb #8091ee0d
+_without_gradient = 'no gradient reaches it: measured by its outputs, on the scale of the median layer'
+
 def _lost_without(m, W)->float:
     "Estimate the loss without the outputs of a layer, or what their squares add up to without gradients"
     if m.outputs is not None: outputs = m.outputs
@@ -266,21 +268,22 @@ def _lost_without(m, W)->float:
     if m.grads.dim() == 2: outputs = diagonal_of(outputs)
     return float((m.grads*outputs).sum())
 
+# %% ../nbs/10_calibrate.ipynb #4a9f9543
 def give_gradients(
     model:nn.Module,
-    moments:dict, # {layer name: `Moments`}; changed where there are no gradients
-    max_size:int # outputs, at most, for a full moment
+    by_layer:dict, # {layer name: `Moments`}; changed where there are no gradients
+    settings:Settings
    )->frozenset: # the names of these layers
     "Let all outputs count alike in layers that no gradient reaches, as much in all as in the median layer"
-    weights = {name: flat_blocks(model.get_submodule(name)) for name,m in moments.items() if m.grads is None}
+    weights = {name: flat_blocks(model.get_submodule(name)) for name,m in by_layer.items() if m.grads is None}
     if not weights: return frozenset()
     lost = [_lost_without(m, flat_blocks(model.get_submodule(name)))
-            for name,m in moments.items() if name not in weights]
+            for name,m in by_layer.items() if name not in weights]
     typical = median(lost) if lost else 1.
     for name,W in weights.items():
-        scale = typical/max(_lost_without(moments[name], W), 1e-300)
+        scale = typical/max(_lost_without(by_layer[name], W), 1e-300)
         alike = W.new_full(W.shape[:2], scale)
-        moments[name].grads = torch.diag_embed(alike) if W.shape[1] <= max_size else alike
+        by_layer[name].grads = torch.diag_embed(alike) if W.shape[1] <= settings.max_size else alike
     return frozenset(weights)
 
 # %% ../nbs/10_calibrate.ipynb #18bf4549
@@ -348,8 +351,7 @@ class Calibration(Mapping):
 
     def note(self, name:str)->str: # empty if there is nothing to say
         "A note on what is coarse about the metric of the layer `name`"
-        if name in self.no_gradient and self.settings.metric == 'fisher':
-            return 'no gradient reaches it: measured by its outputs, on the scale of the median layer'
+        if name in self.no_gradient and self.settings.metric == 'fisher': return _without_gradient
         whole = self.moments[name].grads.dim() == 3
         return '' if whole else 'too many outputs for a full moment: weighted by its diagonal'
 
@@ -395,7 +397,7 @@ def _calibrate(model, data, settings):
     by_layer,items,classes = gather_moments(model, batches, settings)
     enough = enough_items(by_layer, items, classes)
     warn_if_too_few(items, enough)
-    no_gradient = give_gradients(model, by_layer, settings.max_size)
+    no_gradient = give_gradients(model, by_layer, settings)
     return Calibration(model, batches, by_layer, settings, items, enough, no_gradient)
 
 @takes_settings(but=['loss'])

@@ -110,6 +110,7 @@ def _refuse_holders(cbs, layers):
                                f"be replaced (in `{attr}`) and would go on with the old ones; take it out, "
                                "or use `learn.decompose` before the fit")
 
+# %% ../nbs/20_callback.ipynb #a69cd8b5
 def _copies_in(held):
     "Yield the tensors in an attribute of a callback, and those in the state of modules there"
     for leaf in _leaves(held):

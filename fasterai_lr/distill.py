@@ -28,7 +28,8 @@ def flip_and_crop(
     flip = torch.rand(len(x), 1, 1, 1, generator=gen).to(x.device) < .5
     i,j = torch.randint(2*pad+1, (2,), generator=gen).tolist()
     h,w = x.shape[2:]
-    padded = F.pad(torch.where(flip, x.flip(-1), x), (pad,)*4, mode='reflect')
+    flipped = torch.where(flip, x.flip(-1), x)
+    padded = F.pad(flipped, (pad,)*4, mode='reflect')
     return padded[:,:,i:i+h,j:j+w]
 
 def mix(
@@ -116,7 +117,8 @@ class _Student:
         want,wanted = self._run(evaluated, self.teacher, batch)
         if self.dtypes: batch = _wide(batch)
         out,mine = self._run(run_model, self.model, batch)
-        return self.settings.loss.distance(out, want.to(out.dtype)) + _feature_loss(mine, wanted)
+        distance = self.settings.loss.distance(out, want.to(out.dtype))
+        return distance + _feature_loss(mine, wanted)
 
     def finished(self):
         "Return the trained model, with the dtypes and flags that it had"
@@ -132,7 +134,8 @@ def _trained(student, batches, steps, lr):
     opt = torch.optim.Adam(list(student.flags), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     with evaluating(student.model, student.teacher), torch.enable_grad():
-        for _,batch in zip(settings.progressing(range(steps), 'distilling'), batches):
+        progress = settings.progressing(range(steps), 'distilling')
+        for _,batch in zip(progress, batches):
             opt.zero_grad()
             student.distance(batch).backward()
             opt.step()
@@ -144,7 +147,8 @@ def _apart(model, teacher, batches, settings):
     "The `distance` of the outputs of the two, the mean over batches"
     loss,distances = settings.loss,[]
     for batch in _augmented(batches, settings, 1):
-        out,want = loss.read(evaluated(model, batch)),loss.read(evaluated(teacher, batch))
+        out = loss.read(evaluated(model, batch))
+        want = loss.read(evaluated(teacher, batch))
         distances.append(loss.distance(out.float(), want.float()))
     return float(torch.stack(distances).mean())
 

@@ -160,7 +160,7 @@ def shared_calibration(
     moments,total = _added(moments, items, ddp.device)
     enough = enough_items(moments, total, classes)
     if dist.get_rank() == 0: warn_if_too_few(total, enough)
-    no_gradient = give_gradients(model, moments, settings.max_size)
+    no_gradient = give_gradients(model, moments, settings)
     return Calibration(model, batches, moments, settings, total, enough, no_gradient)
 
 # %% ../nbs/17_distributed.ipynb #76d91959

@@ -55,7 +55,7 @@ def calibration_batches(
    )->list: # of tuples of inputs, each `[batch size, ...]`
     "Draw training items and return what the model is called with, after all callbacks and without a trace"
     with no_random(seed): dl = _calibration_dl(learn.dls, n)
-    return model_inputs(learn, dl, n, seed)
+    return model_inputs(learn, dl, n)
 
 # %% ../nbs/19_learned.ipynb #a69cdf7d
 def _device(model): return next(model.parameters()).device
@@ -297,6 +297,7 @@ def _planned_average(learn, average, data):
     except ValueError: return None
     return res if _same_shapes(res, model) else None
 
+# %% ../nbs/19_learned.ipynb #e4943332
 def follow_averages(
     learn, # a `Learner` whose model was decomposed just now
     data=None # as for `decompose`
@@ -341,6 +342,7 @@ def watched(
     if None not in (macs, macs_after): record |= dict(macs_before=macs, macs_after=macs_after)
     return record
 
+# %% ../nbs/19_learned.ipynb #f870162e
 def _size_change(record, kind, unit):
     "Write the size of the model before and after"
     before,after = record[f'{kind}_before'],record[f'{kind}_after']

@@ -107,14 +107,13 @@ def _memory_kept(model):
 def on_the_side(
     learn:Learner,
     model:nn.Module, # to run in place of the learner's
-    *cbs, # callbacks to add
-    seed:int=42 # of the random states, which are restored afterwards
+    *cbs # callbacks to add
    ):
     "Prepare `learn` for its validation loop, as `learn.validate` does, and bring everything back"
     fitting,kept = is_fitting(learn),Kept(learn)
     with ExitStack() as stack:
         for dl in learn.dls.loaders: stack.enter_context(_loader_kept(whole(dl)))
-        for context in (no_random(seed), _memory_kept(model), evaluating(model)): stack.enter_context(context)
+        for context in (no_random(), _memory_kept(model), evaluating(model)): stack.enter_context(context)
         try:
             learn.model,learn.logger = model,noop
             learn.cbs = learn.cbs.filter(takes_part)
@@ -162,7 +161,6 @@ def model_inputs(
     learn:Learner,
     dl, # a loader, or whatever else gives batches as the learner takes them
     n=inf, # items to take
-    seed:int=0,
     split=None # function from a batch to inputs and targets; `None`: the learner's way
    )->Inputs: # batches of the model's arguments
     "Return what the model is called with in a validation loop over `dl`, on the device where it runs"
@@ -171,7 +169,7 @@ def model_inputs(
     before = model.register_forward_pre_hook(take.called, with_kwargs=True)
     after = model.register_forward_hook(take.returned)
     try:
-        with unfused(), on_the_side(learn, model, take, seed=seed): # also uncompiled
+        with unfused(), on_the_side(learn, model, take): # also uncompiled
             if split: learn._split = own_split
             learn._do_epoch_validate(dl=dl)
     except Exception:

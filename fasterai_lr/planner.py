@@ -59,7 +59,8 @@ def _options_of(solver, use, step)->list:
     scheme = solver.scheme
     dense = scheme.geom
     res = []
-    ranks = [rank for rank in _ranks(scheme.full(), step) if scheme.n_params(rank) < dense.n_params]
+    ranks = _ranks(scheme.full(), step)
+    ranks = [rank for rank in ranks if scheme.n_params(rank) < dense.n_params]
     for rank,loss in zip(ranks, solver.costs(ranks)):
         macs = scheme.macs(rank, use)
         if macs >= dense.macs(use): continue
@@ -326,7 +327,8 @@ def _timed_options(planner)->Options:
     calibration = planner.calibration
     known = {}
     res = Options(planner.totals | dict(latency=inside['']))
-    for name in calibration.settings.progressing(list(planner.uses), 'timing layers'):
+    names = list(planner.uses)
+    for name in calibration.settings.progressing(names, 'timing layers'):
         layer = planner.model.get_submodule(name)
         use = planner.uses[name]
         options = layer_options(calibration, name, use, _rank_step(layer))
@@ -359,7 +361,8 @@ def _ratio_as_compiled(planner, planned, once):
     "Measure the time of `planned` as a fraction; both models are compiled first, if the given one is"
     dense,like,sample = planner.model,planner.like,planner.sample
     if uncompiled(like) is like: return measured_ratio(dense, planned, sample, once=once)
-    dense,planned = compiled_like(like, dense),compiled_like(like, planned)
+    dense = compiled_like(like, dense)
+    planned = compiled_like(like, planned)
     measure_latency(dict(dense=dense, planned=planned), sample, 1, 2) # torch compiles in the first call
     return measured_ratio(dense, planned, sample)
 
@@ -369,8 +372,8 @@ def _plan_of_latency(planner, aim):
     plan = plan_within(planner, options, Budget(latency=aim))
     ratio = 1.
     if plan.choices:
-        planned,once = plan.skeleton(planner.model),options.totals['latency']
-        ratio = _ratio_as_compiled(planner, planned, once)
+        planned = plan.skeleton(planner.model)
+        ratio = _ratio_as_compiled(planner, planned, options.totals['latency'])
     plan.measured['latency'] = ratio
     return plan
 
@@ -451,7 +454,8 @@ def search_drop(
         plan = planner.make(Budget(macs=share))
         change = carry_out(plan, given, calibration, plan.settings)
         return change, evaluation(evaluate, change.finished())
-    low,high,best = planner.options.least('macs'),1.,None
+    low = planner.options.least('macs')
+    high,best = 1.,None
     for _ in calibration.settings.progressing(range(6), 'trying budgets'):
         share = (low*high)**.5
         change,value = tried(share)

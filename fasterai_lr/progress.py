@@ -54,9 +54,9 @@ class _Loop:
     def __init__(self, progress, steps, label):
         self.progress,self.label = progress,label
         self.n = len(steps) if hasattr(steps, '__len__') else None
-        self.i,self.bar = 0,None
-        self.start = self.last = time()
-        self.around = list(progress.around)
+        self.i,self.bar,self.start = 0,None,time()
+        self.last = self.start
+        self.text = ', '.join([*map(str, progress.around), label])
         progress.around.append(self)
 
     def __str__(self): return f'{self.label} {self.i+1}/{self.n or "?"}'
@@ -71,21 +71,19 @@ class _Loop:
             self.last = now
             print(self._line(now - self.start), flush=True)
 
-    def _text(self): return ', '.join([*map(str, self.around), self.label])
-
     def _open(self):
         from fastprogress.fastprogress import progress_bar # slow to import
-        n,master = self.n or 'noinfer',self.progress.master
+        master = self.progress.master
         make = progress_bar if master is None else master.progress
-        self.bar = make(range(self.n or 0), total=n, leave=False)
-        self.bar.prefix = self.bar.comment = self._text() # the former in a terminal, the latter in a notebook
+        self.bar = make(range(self.n or 0), total=self.n or 'noinfer', leave=False)
+        self.bar.prefix = self.bar.comment = self.text # the former in a terminal, the latter in a notebook
         self.bar.update(0)
         self.bar.start_t = self.start
 
     def _line(self, seconds):
-        line = f'{self._text()}: {self.i} of {self.n or "?"}, {_minutes(seconds)} so far'
-        if self.n and self.i: line += f', {_minutes(seconds*(self.n/self.i - 1))} to go'
-        return line
+        line = f'{self.text}: {self.i} of {self.n or "?"}, {_minutes(seconds)} so far'
+        if not self.n or not self.i: return line
+        return line + f', {_minutes(seconds*(self.n/self.i - 1))} to go'
 
     def close(self):
         self.progress.around.remove(self)

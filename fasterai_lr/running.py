@@ -102,6 +102,7 @@ def unfused():
             yield
     finally: torch.backends.mha.set_fastpath_enabled(enabled)
 
+# %% ../nbs/05_running.ipynb #ce97254f
 class _GradientsStay(TorchFunctionMode):
     "Leaves gradients on where a model switches them off"
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -367,7 +368,7 @@ class Additions(TorchFunctionMode):
         self.n += 1
 
 # %% ../nbs/05_running.ipynb #0ba3a3ce
-def _version(t): return 0 if t.is_inference() else t._version # tensors of inference mode count no changes
+def _changes_of(t): return 0 if t.is_inference() else t._version # tensors of inference mode count no changes
 
 class _Tracer:
     "Finds the `Use` of layers while their model runs"
@@ -376,12 +377,12 @@ class _Tracer:
         self.made = WeakTensorKeyDictionary() # which does not keep the outputs alive
 
     def note(self, name, out, own): # `own`: by the layer itself, not by a BatchNorm after it
-        self.made[out] = name,own,_version(out)
+        self.made[out] = name,own,_changes_of(out)
 
     def origin(self, tensor):
         "Return the layer that made `tensor` as it is now, `None` if none did, and whether it did so itself"
         name,own,version = self.made.get(tensor, (None, False, None))
-        if _version(tensor) == version: return name,own
+        if _changes_of(tensor) == version: return name,own
         return None,False
 
     def layer_called(self, name, layer, x, out):
