@@ -800,6 +800,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterai_lr.progress._Loop._open': ('progress.html#_loop._open', 'fasterai_lr/progress.py'),
                                       'fasterai_lr.progress._Loop.close': ('progress.html#_loop.close', 'fasterai_lr/progress.py'),
                                       'fasterai_lr.progress._Loop.show': ('progress.html#_loop.show', 'fasterai_lr/progress.py'),
+                                      'fasterai_lr.progress._length': ('progress.html#_length', 'fasterai_lr/progress.py'),
                                       'fasterai_lr.progress._minutes': ('progress.html#_minutes', 'fasterai_lr/progress.py'),
                                       'fasterai_lr.progress.can_show_bars': ('progress.html#can_show_bars', 'fasterai_lr/progress.py')},
             'fasterai_lr.rank': { 'fasterai_lr.rank.EVBMF': ('rank.html#evbmf', 'fasterai_lr/rank.py'),

@@ -49,11 +49,16 @@ class Progress:
         finally: loop.close()
 
 # %% ../nbs/05_progress.ipynb #ef96f93c
+def _length(steps):
+    "Return the number of `steps`, `None` where nobody knows"
+    try: return len(steps)
+    except TypeError: return None
+
 class _Loop:
     "A loop that a `Progress` shows"
     def __init__(self, progress, steps, label):
         self.progress,self.label = progress,label
-        self.n = len(steps) if hasattr(steps, '__len__') else None
+        self.n = _length(steps)
         self.i,self.bar,self.start = 0,None,time()
         self.last = self.start
         self.text = ', '.join([*map(str, progress.around), label])
