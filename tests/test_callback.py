@@ -20,6 +20,7 @@ from helpers import flat, ids, moved, n_factored, same, snapshot
 from learners import Watch, mk_learn, stops_at
 from networks import linear_net
 from fastai.data.core import DataLoaders
+from fasterai_lr.progress import Progress
 from fasterai_lr.running import n_items
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.learned import calibration_batches, decompose_learner
@@ -456,7 +457,9 @@ def test_the_line_in_the_log(capsys):
     with learn.no_logging(): learn.fit(2, 1e-2, cbs=cb(1))
     assert capsys.readouterr().out == ''
 
-def test_with_fastai_bars(capsys):
+def test_with_fastai_bars(capsys, monkeypatch):
+    monkeypatch.setattr(Progress, 'patience', -1.) # a bar at once
+    monkeypatch.setattr('fasterai_lr.progress.can_show_bars', lambda: True)
     learn = mk_learn()
     learn.logger = print
     learn.add_cb(ProgressCallback())
@@ -465,7 +468,7 @@ def test_with_fastai_bars(capsys):
         def before_train(self): assert self.progress.mbar.child is self.progress.pbar
     learn.fit(2, 1e-2, cbs=[cb(1), Bars()])
     out = capsys.readouterr().out
-    assert '100.00% [3/3' in out                    # the layers' bar
+    assert 'decomposing |' in out and '100.00% [3/3' in out # the layers' bar, with its label
     line = next(l for l in out.splitlines() if 'decomposed' in l)
     assert line.split('\r')[-1].startswith('epoch 1: decomposed 3 of 3')    # on a line of its own, the bar cleared away
     assert '100.00% [4/4' in out.split('decomposed')[1]                     # the epoch's bar went on

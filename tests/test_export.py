@@ -221,7 +221,8 @@ def dense_and_fitted(path, **kw):
 
 def otherwise(path, **kw):
     "Decomposed in another way, in the middle of training"
-    learn = dense_and_fitted(path, **kw).decompose([FC_Decomposer(.3), ConvDecomposer('tucker', .4)])
+    learn = dense_and_fitted(path, **kw)
+    learn.decompose([FC_Decomposer(.3), ConvDecomposer('tucker', .4)])
     learn.fit(1, 1e-2)
     return learn
 
@@ -290,7 +291,8 @@ def test_the_decomposed_root(tmp_path):
     assert same(train_on(mk_learn(model=nn.Linear(8, 4), splitter=lambda m: list(m.parameters()), path=tmp_path).load_low_rank('m')), after)
 
 def test_another_optimizer_is_refused(tmp_path):
-    learn = mk_learn(path=tmp_path).decompose(small)
+    learn = mk_learn(path=tmp_path)
+    learn.decompose(small)
     learn.fit(1, 1e-2)
     learn.save_low_rank('m')
     others = {r'its optimizer is another one \(': mk_learn(SGD, path=tmp_path), 'has groups of': mk_learn(splitter=lambda m: list(m.parameters()), path=tmp_path),
@@ -331,7 +333,8 @@ def unet(path):
 def test_a_unet_with_its_hooks(tmp_path):
     "Right after training its hooks keep outputs that torch refuses to copy"
     import onnxruntime
-    learn = made(unet, tmp_path/'a').decompose(what)
+    learn = made(unet, tmp_path/'a')
+    learn.decompose(what)
     learn.fit(1, 1e-2)
     file = learn.save_low_rank(tmp_path/'u')
     other = made(unet, tmp_path/'b')
@@ -386,7 +389,8 @@ def test_onnx_of_several_inputs_and_outputs(as_dict, tmp_path):
 def test_onnx_of_learners(tmp_path):
     "Compared on a batch of the validation set, in the learner's folder"
     import onnxruntime
-    learn = xresnet(tmp_path).decompose(what)
+    learn = xresnet(tmp_path)
+    learn.decompose(what)
     assert learn.export_onnx('m') == tmp_path/'m.onnx'
     session = onnxruntime.InferenceSession(tmp_path/'m.onnx')
     x,_ = learn.dls.valid.one_batch()
@@ -394,7 +398,8 @@ def test_onnx_of_learners(tmp_path):
     assert_close(got.softmax(-1), out(learn.model.eval(), x).softmax(-1).as_subclass(torch.Tensor), rtol=1e-4, atol=1e-5)
 
 def test_onnx_file_and_sample_as_given(tmp_path):
-    learn = mk_learn().decompose(small)
+    learn = mk_learn()
+    learn.decompose(small)
     assert learn.export_onnx(tmp_path/'a.v2', torch.ones(1, 8)) == tmp_path/'a.v2' and os.listdir(tmp_path) == ['a.v2']
 
 def test_what_cannot_be_exported_leaves_the_learner_trainable(tmp_path):

@@ -1,5 +1,5 @@
 "The methods a Learner gets"
-import copy, random
+import copy, random, re
 import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from torch import nn
@@ -22,7 +22,7 @@ def distance(pred, targ): return (pred - targ).abs().mean()
 
 def test_decompose_between_fits():
     learn = mk_learn()
-    assert learn.decompose(what) is learn and learn.opt is None
+    assert learn.decompose(what) is None and learn.opt is None # a cell ends with the line, not with `<Learner object …>`
     learn = mk_learn()
     learn.fit(2, 1e-2)
     steps = learn.opt.state[learn.model[2].weight]['step']
@@ -31,6 +31,18 @@ def test_decompose_between_fits():
     before = snapshot(learn.model)
     learn.fit(1, 1e-2)
     assert all(moved(before, learn.model)) and ids(flat(learn.opt)) == ids(learn.model.parameters())
+
+def test_one_line_of_result(capsys):
+    "It says what has changed, unless the learner logs nothing"
+    learn = mk_learn()
+    learn.logger = print
+    learn.decompose(what)
+    line, = capsys.readouterr().out.splitlines()
+    sizes = r'decomposed 3 of 3 layers, 326 -> 182 parameters \(0.56x\), [\d,]+ -> [\d,]+ MACs \(0.\d\dx\)'
+    assert re.fullmatch(sizes + r', loss \d.\d{4} -> \d.\d{4}', line)
+    assert line.endswith(f'-> {learn.validate()[0]:.4f}')
+    with learn.no_logging(): learn.decompose(FC_Decomposer(rank=1))
+    assert capsys.readouterr().out == ''
 
 def test_wrong_what_changes_nothing():
     learn = mk_learn()

@@ -10,7 +10,7 @@ from fastcore.nbio import read_nb
 root = Path(__file__).resolve().parent.parent
 lib = root/'fasterai_lr'
 modules = sorted(p.stem for p in lib.glob('*.py') if p.stem != '__init__')
-may_import_fastai = {'optimizer', 'learned', 'callback', 'learner', 'all', 'digits'}
+may_import_fastai = {'optimizer', 'loop', 'learned', 'callback', 'learner', 'all', 'digits'}
 
 # Metadata
 

@@ -25,7 +25,7 @@ sections = 'tutorials', 'howto', 'explanation', 'api' # above the list of its pa
 menu = 'quickstart', *(f'{o}/index' for o in sections), 'Benchmarks <benchmarks>', 'changelog', 'contributing'
 moved = {
     'nbs': 'api/index.md',
-    'nbs/25_digits.ipynb': 'tutorials/digits.ipynb',
+    'nbs/27_digits.ipynb': 'tutorials/digits.ipynb',
     'nbs/tutorials': 'tutorials/index.md',
     'nbs/howto': 'howto/index.md',
     'README.md': 'index.ipynb',
