@@ -21,6 +21,11 @@ def _minutes(seconds):
     minutes,seconds = divmod(round(seconds), 60)
     return f'{minutes}:{seconds:02}'
 
+def _length(steps):
+    "Return the number of `steps`, `None` where nobody knows"
+    try: return len(steps)
+    except TypeError: return None
+
 class Progress:
     "Shows how far a computation has come once it takes long; call it with the steps to go through"
     patience = 2. # seconds before a bar is shown
@@ -49,11 +54,6 @@ class Progress:
         finally: loop.close()
 
 # %% ../nbs/05_progress.ipynb #ef96f93c
-def _length(steps):
-    "Return the number of `steps`, `None` where nobody knows"
-    try: return len(steps)
-    except TypeError: return None
-
 class _Loop:
     "A loop that a `Progress` shows"
     def __init__(self, progress, steps, label):

@@ -13,6 +13,8 @@ def pytest_configure(config):
     for m in modules: config.addinivalue_line('filterwarnings', f'error:::fasterai_lr.{m}')
     # tests work with few items, so as to be fast, and many ask what stays dense; `tests/test_found_by_use.py` is about these two, which are errors again there
     for text in ('data. [0-9]+ items are too few', 'No layer was decomposed'): config.addinivalue_line('filterwarnings', f'ignore:{text}')
+    # torch's remark about a layer of the model, which it makes once, and takes for ours where a mode of ours (`TorchFunctionMode`) has called the layer
+    config.addinivalue_line('filterwarnings', "ignore:Using padding='same' with even kernel lengths")
 
 @pytest.fixture
 def seeded():
