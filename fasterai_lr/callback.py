@@ -117,6 +117,10 @@ def _copies_in(held):
         if isinstance(leaf, nn.Module): yield from leaf.state_dict().values()
         elif isinstance(leaf, torch.Tensor): yield leaf
 
+def _is_copy(t, weight):
+    "Has `t` the values of `weight`, in other memory?"
+    return t.data_ptr() != weight.data_ptr() and torch.equal(t.to(weight), weight)
+
 def _refuse_weight_copies(learn, layers):
     "Raise a `RuntimeError` where a callback holds a copy of a weight that may be replaced"
     followed,weights = averages_of(learn),{}
@@ -125,7 +129,7 @@ def _refuse_weight_copies(learn, layers):
         for attr,held in vars(cb).items():
             if isinstance(held, Learner) or any(held is average for average in followed): continue
             for t in _copies_in(held):
-                if not any(torch.equal(t.to(w), w) for w in weights.get(t.shape, [])): continue
+                if not any(_is_copy(t, weight) for weight in weights.get(t.shape, [])): continue
                 raise RuntimeError(
                     f"DecomposeCallback: {type(cb).__name__} holds a copy of weights of the model (in "
                     f"`{attr}`), which will not fit the decomposed model; keep averages in torch's "
