@@ -585,6 +585,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterai_lr.loop._bring_back': ('loop.html#_bring_back', 'fasterai_lr/loop.py'),
                                   'fasterai_lr.loop._content': ('loop.html#_content', 'fasterai_lr/loop.py'),
                                   'fasterai_lr.loop._first_items': ('loop.html#_first_items', 'fasterai_lr/loop.py'),
+                                  'fasterai_lr.loop._has_list': ('loop.html#_has_list', 'fasterai_lr/loop.py'),
                                   'fasterai_lr.loop._inputs_alone': ('loop.html#_inputs_alone', 'fasterai_lr/loop.py'),
                                   'fasterai_lr.loop._loader_kept': ('loop.html#_loader_kept', 'fasterai_lr/loop.py'),
                                   'fasterai_lr.loop._memory_kept': ('loop.html#_memory_kept', 'fasterai_lr/loop.py'),
