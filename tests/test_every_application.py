@@ -14,7 +14,7 @@ from fastai.interpret import Interpretation
 from fastai.learner import load_learner
 from applications import made
 from helpers import n_factored, n_params, same
-from learners_of_every_kind import kinds
+from learners_of_every_kind import kinds, scores_and_boxes
 from small_data import seed
 from fasterai_lr.budget import Budget
 from fasterai_lr.callback import DecomposeCallback
@@ -139,6 +139,29 @@ def test_afterwards(name, tmp_path):
     file,again = learn.save_low_rank('small'),learner(name, tmp_path/'again')
     again.load_low_rank(file)
     assert again.validate() == learn.validate() and same(used(again, kind), small)
+
+# A detector
+
+def scores(found): return torch.cat([o['scores'] for o in found])
+def first_scores(found): return found[0].get('scores').sum()
+
+@pytest.mark.parametrize('options, match', [
+    (dict(), 'loss: the model returns list'), (dict(loss=scores_and_boxes, distill_steps=3), 'loss: the model returns list'),
+    (dict(loss=scores_and_boxes, distill=.5), 'distill: the model returns list'), (dict(loss=first_scores, output=scores), "no attribute 'get'")])
+def test_what_cannot_be_read_or_compared_is_said_before_the_first_epoch(options, match, tmp_path):
+    learn = learner('detection', tmp_path)
+    with pytest.raises((TypeError, AttributeError), match=match): learn.fit(2, 1e-2, cbs=DecomposeCallback(1, Budget(params=.3), **options))
+    assert learn.recorder.lrs == [] and n_factored(learn.model) == 0
+
+@pytest.mark.parametrize('options', [dict(loss=scores_and_boxes), dict(output=scores)])
+def test_a_function_that_reads_a_detector_is_all_it_takes(options, tmp_path):
+    "In a fit, and outside, where nothing warns that the model cannot be run"
+    learn = learner('detection', tmp_path)
+    learn.fit(2, 1e-2, cbs=DecomposeCallback(1, Budget(params=.5), **options))
+    assert n_factored(learn.model) and n_params(learn.model) <= .5*n_params(learner('detection', tmp_path).model)
+    learn = learner('detection', tmp_path)
+    learn.decompose(**options)
+    assert learn.model.low_rank_plan['budget'].keys() == {'macs'}
 
 @pytest.mark.parametrize('n', [1, 2, 20])
 def test_images_in_lists_are_taken_whole(n, tmp_path):
