@@ -39,7 +39,7 @@ from .learned import (
     averages_of, check_arguments, check_data, check_max_drop, decompose_learner, follow_averages,
     goes_by_metric, output_kind, record_line, reset_model, sample_of, signed_value, watched)
 from .loop import learner_metric, output_of
-from .running import Batches, device_of, first_output
+from .running import Batches, device_of, evaluated, first_output
 
 # %% ../nbs/22_callback.ipynb #f620afe6
 def _from_zero(v):
@@ -296,13 +296,24 @@ def _check(self:DecomposeCallback):
     _refuse_weight_copies(self.learn, layers)
     given = [what for what in self.schedule.values() if what is not None]
     if self.data is not None or any(map(needs_data, given)):
-        check_data(self.learn, self.data, self.kwargs.get('loss'))
+        compared = bool(self.kwargs.get('distill_steps'))
+        check_data(self.learn, self.data, self.kwargs.get('loss'), self.kwargs.get('output'), compared)
+    if self.distill: self._check_teacher()
     for what in self.schedule.values():
         if isinstance(what, Budget): self._check_budget(what)
         elif isinstance(what, Plan): what.check(model)
         elif what is not None:
             for decomposer in what: decomposer.check(model)
     if self.max_drop is not None: check_max_drop(self.learn, self.max_drop)
+
+@patch
+def _check_teacher(self:DecomposeCallback):
+    "Raise a `TypeError` where nobody knows how the outputs of the model and of its teacher compare"
+    out,read = evaluated(inner_model(self.model), sample_of(self.learn, self.data)),output_of(self.learn)
+    first = first_output(read(out) if read else out)
+    if isinstance(first, torch.Tensor): return
+    raise TypeError(f"distill: the model returns {type(first).__name__}, not a tensor to compare with the "
+                    "teacher's; let an `after_pred` callback take the tensor that counts, or leave it at 0")
 
 @patch
 def _check_budget(self:DecomposeCallback, budget):

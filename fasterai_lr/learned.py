@@ -101,17 +101,25 @@ def _kind_of(loss_func):
     return regression
 
 # %% ../nbs/21_learned.ipynb #b28e8366
+def _loss_for(learn, loss=None, output=None, **kwargs):
+    "Return the `loss` given to `decompose`, or that of the learner, which reads by `output` or its callbacks"
+    loss = output_kind(learn) if loss is None else as_loss(loss)
+    return loss.reading(output or output_of(learn))
+
 def check_data(
     learn, # a `Learner`
     data, # as for `decompose`
-    loss=None # as for `decompose`; `None`: what the learner knows
+    loss=None, # as for `decompose`; `None`: what the learner knows
+    output=None, # as for `decompose`; `None`: what the callbacks make of an output
+    compared:bool=False # are outputs compared with each other, too?
    ):
     "Raise an error where the model cannot be called with `data`, or its output cannot be read"
     model = dense_model(inner_model(learn.model))
     sample = sample_of(learn, data)
     trace(model, [], sample)
-    loss = output_kind(learn) if loss is None else as_loss(loss).reading(output_of(learn))
-    loss(evaluated(model, sample))
+    loss,out = _loss_for(learn, loss, output),evaluated(model, sample)
+    loss(out)
+    if compared: loss.read(out)
 
 # %% ../nbs/21_learned.ipynb #d7357525
 def reset_model(model:nn.Module):
@@ -166,13 +174,13 @@ def goes_by_metric(
     return isinstance(what, Budget) and what.kind == 'max_drop' and kwargs.get('evaluate') is None
 
 # %% ../nbs/21_learned.ipynb #fdffff8b
-def _default_what(learn, data):
+def _default_what(learn, data, kwargs):
     "A budget of half of the MACs that can be saved, or decomposers where none can or nobody can tell"
-    if data is not None: check_data(learn, data)    # where it is the data that is wrong
+    if data is not None: check_data(learn, data, kwargs.get('loss'), kwargs.get('output')) # is it that?
     model = dense_model(inner_model(learn.model))
     try:
         sample = sample_of(learn, data)
-        output_kind(learn)(evaluated(model, sample))
+        _loss_for(learn, **kwargs)(evaluated(model, sample))
         budget = half_saved(model, sample)
     except Exception as e:
         warn("what: the model cannot be run outside of the fit, so that its layers are decomposed "
@@ -213,7 +221,7 @@ def _arguments(learn, what, data, kwargs):
     "Return what to do, the data to do it with, and the other arguments of `factorize`"
     check_arguments([what], data, **kwargs)
     if what is None:
-        what = _default_what(learn, data)
+        what = _default_what(learn, data, kwargs)
         if not needs_data(what): return what,None,{}
     if data is None and not needs_data(what): return what,None,kwargs
     if not isinstance(data, Calibration): data = _batches(learn, data)

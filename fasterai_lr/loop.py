@@ -138,13 +138,17 @@ class _Take(Callback):
     def called(self, model, args, kwargs):
         if not self.waiting: return
         self.waiting,self.failed = False,True
-        self.taken.append(_first_items(args or kwargs, self.n))
+        # inputs and targets in lists: one for each item, as detectors have them, or each of all items
+        unclear = _has_list(kwargs.values() or args) and _has_list(self.yb)
+        self.taken.append(_first_items(args or kwargs, None if unclear else self.n))
         self.n -= n_items(self.taken[-1])
 
     def returned(self, model, args, out): self.failed = False
 
     def after_batch(self):
         if self.n <= 0: raise CancelValidException()
+
+def _has_list(values): return any(isinstance(o, (list, tuple)) for o in values)
 
 def _first_items(batch, n):
     "Copy the first `n` items of a batch, which a model may change in place; all where that cannot be told"

@@ -28,11 +28,14 @@ def splitter(m):
     "Parameter groups of a `linear_net`"
     return [list(m[:3].parameters()), list(m[3:5].parameters()), list(m[5:].parameters())]
 
-def dataloaders(items, train, valid, **kw):
-    "fastai's `DataLoaders` of `items`, a list of inputs and one of targets; `train`, `valid`: which of them"
+def datasets(items, train, valid, n_inp=None):
+    "fastai's `Datasets` of `items`, lists of inputs, of which there are `n_inp`, and of targets; `train`, `valid`: which of them"
     tfms = [[o.__getitem__] for o in items]
-    dsets = Datasets(range(len(items[0])), tfms, splits=[train, valid])
-    return dsets.dataloaders(**{'device': 'cpu', 'num_workers': 0, **kw})
+    return Datasets(range(len(items[0])), tfms, splits=[train, valid], n_inp=n_inp)
+
+def dataloaders(items, train, valid, n_inp=None, **kw):
+    "fastai's `DataLoaders` of these `datasets`"
+    return datasets(items, train, valid, n_inp).dataloaders(**{'device': 'cpu', 'num_workers': 0, **kw})
 
 def mk_learn(opt_func=Adam, splitter=splitter, path=None, model=None, n=64, order=None, bs=16, shuffle=True, loader=None, **kw):
     "A learner of a `linear_net` or of `model` on `n` random items, in that `order` where one is given; `loader` wraps each DataLoader"

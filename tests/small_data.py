@@ -4,7 +4,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_wine
 from fastai.collab import CollabDataLoaders
 from fastai.tabular.all import Categorify, CategoryBlock, FillMissing, Normalize, TabularDataLoaders
-from fastai.text.all import BaseTokenizer, TextDataLoaders, Tokenizer
+from fastai.text.all import BaseTokenizer, ColReader, DataBlock, RandomSplitter, TextBlock
 from fastai.vision.all import ImageDataLoaders, ResBlock, Resize, SegmentationDataLoaders, XResNet, get_image_files
 
 torch.set_num_threads(1)
@@ -24,8 +24,8 @@ def digit_files(path, n=96):
         Image.fromarray((images[i].reshape(8,8)*15.9).astype('uint8')).convert('RGB').save(file)
     return path
 
-def digit_dls(path, size=32, **kwargs):
-    return ImageDataLoaders.from_folder(digit_files(path/'digits'), valid_pct=.25, seed=0, item_tfms=Resize(size), bs=24, **kw, **kwargs)
+def digit_dls(path, size=32, bs=24, **kwargs):
+    return ImageDataLoaders.from_folder(digit_files(path/'digits'), valid_pct=.25, seed=0, item_tfms=Resize(size), bs=bs, **kw, **kwargs)
 
 def mask_file(file): return file.parent.parent/'masks'/f'{file.stem}.png'
 
@@ -57,9 +57,11 @@ def rating_dls(n=200):
 def text_dls(is_lm=False, n=48):
     "Sentences of made-up words; those of a class prefer their half of the words"
     g = np.random.default_rng(0)
-    words = np.array([c+v+d for c in 'bdgk' for v in 'aeiou' for d in 'ln'])
+    vocabulary = np.array([c+v+d for c in 'bdgk' for v in 'aeiou' for d in 'ln'])
     label = g.integers(0, 2, n)
-    texts = [' '.join(words[np.minimum(g.integers(0, 30, g.integers(8, 16)) + 10*l, 39)]) for l in label]
+    texts = [' '.join(vocabulary[np.minimum(g.integers(0, 30, g.integers(8, 16)) + 10*l, 39)]) for l in label]
     df = pd.DataFrame(dict(text=texts, label=np.array(['one','two'])[label]))
-    tok = Tokenizer.from_df('text', tok=BaseTokenizer(), n_workers=0)
-    return TextDataLoaders.from_df(df, text_col='text', label_col='label', tok_tfm=tok, is_lm=is_lm, valid_pct=.25, seed=0, seq_len=8, min_freq=1, bs=8, **kw)
+    words = TextBlock.from_df('text', is_lm=is_lm, seq_len=8, tok=BaseTokenizer(), n_workers=0)
+    blocks,get_y = ([words], None) if is_lm else ([words, CategoryBlock], ColReader('label'))
+    block = DataBlock(blocks, get_x=ColReader('text'), get_y=get_y, splitter=RandomSplitter(.25, seed=0))
+    return block.dataloaders(df, bs=8, seq_len=8, **kw)

@@ -54,7 +54,7 @@ def test_application(name, tmp_path):
     assert table.macs_after['total'] < table.macs_before['total'] and table.params_after['total'] < table.params_before['total']
     with learn.no_bar():
         check_trains(learn)
-        preds,_ = learn.get_preds()
+        preds,_ = learn.get_preds(reorder=False) # fastai cannot bring the texts of a language model into order
     assert torch.isfinite(preds).all() and len(preds) > 0
 
 @pytest.mark.parametrize('name', dense_apps)
