@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layers import (FactoredLayer, Geometry, factored_layers, moved, replace_layers,
-                                replace_layers_)
+                                replace_layers_, svd_work)
 from .running import (Additions, Batches, evaluated, hooked, n_items, trace,
                                  undisturbed)
 from .loss import as_loss, classification
@@ -409,7 +409,9 @@ def _fit_layers(calibration, choices)->_Fit:
     settings,batches = calibration.settings,calibration.batches
     groups = _groups(fitting.uses, choices, settings.passes)
     wanted = _wanted(calibration.model, groups, batches, settings)
-    for group,calls in zip(settings.progressing(groups, 'fitting layers'), wanted):
+    work = [sum(svd_work(calibration.model.get_submodule(name)) for name in group) for group in groups]
+    label = 'fitting layer' if len(groups) == sum(map(len, groups)) else 'fitting layers, group'
+    for group,calls in zip(settings.progressing(groups, label, work), wanted):
         stats = {}
         if settings.sequential:
             stats = _gather(fitting.model, group, batches, calls, settings)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .layers import Geometry, compiled_like, uncompiled
+from .layers import Geometry, compiled_like, svd_work, uncompiled
 from .running import check_callable, device_of, undisturbed
 from .cost import count_params, latency_per_layer, measure_latency
 from .settings import takes_settings
@@ -187,8 +187,10 @@ class Planner:
     def options(self)->Options:
         "The options of each layer"
         res = Options(self.totals)
-        for f in self.found:
-            if not self.why_not(f): res[f.name] = layer_options(self.calibration, f.name, self.uses[f.name])
+        found = [f for f in self.found if not self.why_not(f)]
+        work = [svd_work(f.layer) for f in found]
+        for f in self.calibration.settings.progressing(found, 'choosing ranks, layer', work):
+            res[f.name] = layer_options(self.calibration, f.name, self.uses[f.name])
         return res
 
     @cached_property
@@ -328,7 +330,7 @@ def _timed_options(planner)->Options:
     known = {}
     res = Options(planner.totals | dict(latency=inside['']))
     names = list(planner.uses)
-    for name in calibration.settings.progressing(names, 'timing layers'):
+    for name in calibration.settings.progressing(names, 'timing layer'):
         layer = planner.model.get_submodule(name)
         use = planner.uses[name]
         options = layer_options(calibration, name, use, _rank_step(layer))
@@ -456,7 +458,7 @@ def search_drop(
         return change, evaluation(evaluate, change.finished())
     low = planner.options.least('macs')
     high,best = 1.,None
-    for _ in calibration.settings.progressing(range(6), 'trying budgets'):
+    for _ in calibration.settings.progressing(range(6), 'trying budget'):
         share = (low*high)**.5
         change,value = tried(share)
         if value >= dense - budget.value: high,best = share,(change, value)
