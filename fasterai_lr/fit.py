@@ -403,15 +403,23 @@ class _Fit:
             self.modules[norm] = module
 
 # %% ../nbs/13_fit.ipynb #feefe489
+def _progressing(calibration, groups):
+    "Go through the groups of layers and show how far it is"
+    label = 'fitting layer'
+    if max(map(len, groups), default=1) > 1: label = 'fitting layers, group'
+    work = []
+    for group in groups:
+        layers = map(calibration.model.get_submodule, group)
+        work.append(sum(map(svd_work, layers)))
+    return calibration.settings.progressing(groups, label, work)
+
 def _fit_layers(calibration, choices)->_Fit:
     "Fit all layers, group by group"
     fitting = _Fit(calibration, choices)
     settings,batches = calibration.settings,calibration.batches
     groups = _groups(fitting.uses, choices, settings.passes)
     wanted = _wanted(calibration.model, groups, batches, settings)
-    work = [sum(svd_work(calibration.model.get_submodule(name)) for name in group) for group in groups]
-    label = 'fitting layer' if len(groups) == sum(map(len, groups)) else 'fitting layers, group'
-    for group,calls in zip(settings.progressing(groups, label, work), wanted):
+    for group,calls in zip(_progressing(calibration, groups), wanted):
         stats = {}
         if settings.sequential:
             stats = _gather(fitting.model, group, batches, calls, settings)

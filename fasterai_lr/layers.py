@@ -365,9 +365,9 @@ def check_loaded(found:list): # from `find_layers`
     for f in found:
         if _why_broken(f.layer): raise ValueError(f"model: {f.label} {f.reason}")
 
-# %% ../nbs/02_layers.ipynb #6b2addd5
+# %% ../nbs/02_layers.ipynb #f4ce43a9
 def svd_work(layer:nn.Module)->float:
-    "Estimate how much work a layer is, in the unit of any other: that of an SVD of its weight, if it were square"
+    "Estimate the work that a layer makes, to compare layers: that of an SVD of a square weight of its size"
     return layer.weight.numel()**1.5
 
 # %% ../nbs/02_layers.ipynb #f6ea2cf8

@@ -184,14 +184,7 @@ class Planner:
         self.totals = dict(params=count_params(self.model), macs=self.counts.macs[''])
 
     @cached_property
-    def options(self)->Options:
-        "The options of each layer"
-        res = Options(self.totals)
-        found = [f for f in self.found if not self.why_not(f)]
-        work = [svd_work(f.layer) for f in found]
-        for f in self.calibration.settings.progressing(found, 'choosing ranks, layer', work):
-            res[f.name] = layer_options(self.calibration, f.name, self.uses[f.name])
-        return res
+    def options(self)->Options: return _options(self) # of each layer
 
     @cached_property
     def timed_options(self)->Options: return _timed_options(self) # those that are faster, with milliseconds
@@ -210,6 +203,17 @@ class Planner:
         if budget.kind == 'latency': return latency_plan(self, budget)
         if budget.kind == 'max_drop': return search_drop(self, budget, evaluate, dense).plan
         return plan_within(self, self.options, budget)
+
+# %% ../nbs/16_planner.ipynb #9d2c2bd8
+def _options(planner)->Options:
+    "The `Options` of all layers"
+    calibration = planner.calibration
+    found = [f for f in planner.found if not planner.why_not(f)]
+    work = [svd_work(f.layer) for f in found]
+    res = Options(planner.totals)
+    for f in calibration.settings.progressing(found, 'choosing ranks, layer', work):
+        res[f.name] = layer_options(calibration, f.name, planner.uses[f.name])
+    return res
 
 # %% ../nbs/16_planner.ipynb #3b418fed
 def plan_within(

@@ -13,7 +13,7 @@ from time import time
 from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK
 
-# %% ../nbs/05_progress.ipynb #6f9ed5ff
+# %% ../nbs/05_progress.ipynb #b90c3651
 def _in_terminal(): return getattr(sys.stdout, 'isatty', bool)() # there may be no `stdout`
 
 def can_show_bars()->bool:
@@ -31,7 +31,7 @@ def say(
     elif after_bar and not IN_NOTEBOOK: print() # a bar was written to a file
     print(line, flush=True)
 
-# %% ../nbs/05_progress.ipynb #8ab9a18d
+# %% ../nbs/05_progress.ipynb #bdcc518c
 def _filled():
     "The character for what is done, if the terminal can show it"
     try: '█'.encode(sys.stdout.encoding or 'ascii')
@@ -58,6 +58,7 @@ class _TerminalBar:
 
     def close(self): _clear_line()
 
+# %% ../nbs/05_progress.ipynb #284fc209
 class _NotebookBar:
     "A bar in the output of a notebook's cell"
     cell = None # where it was shown last
@@ -120,6 +121,7 @@ class _Loop:
         if not now: return 0.
         return (sum(before) + inside*now[0])/sum(self.work)
 
+# %% ../nbs/05_progress.ipynb #e442eec0
 def _minutes(seconds):
     "Write a time as minutes and seconds"
     minutes,seconds = divmod(round(seconds), 60)
@@ -158,7 +160,7 @@ class Progress:
                 loop.i += 1
         finally: self._leave(loop)
 
-# %% ../nbs/05_progress.ipynb #66fd8011
+# %% ../nbs/05_progress.ipynb #9635cca5
 @patch
 def _enter(self:Progress, loop):
     "Start a loop"
@@ -179,6 +181,7 @@ def _leave(self:Progress, loop):
     if self.is_open: self.bar.close()
     self.is_open,self.shown = False,-inf # the next loop is shown at once
 
+# %% ../nbs/05_progress.ipynb #9c04005c
 @patch
 def _times(self:Progress, now):
     "Write how long the outermost loop has run, and how long it will go on"

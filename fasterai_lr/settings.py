@@ -161,11 +161,7 @@ class Settings(_Checked):
             if data[name] is not None: data[name] = dict(function=function_name(data[name]))
         return data
 
-    def progressing(self,
-        steps,
-        label:str, # what is done in them, like 'fitting layer'
-        work=None # a list: how much there is to do in each step; `None`: equally much
-       ):
+    def progressing(self, steps, label:str, work=None): # what is done in each step, how much it is
         "Go through `steps` and show how far it is, if that is asked for"
         if isinstance(self.progress, Progress): return self.progress(steps, label, work)
         return (self.progress or iter)(steps)

@@ -9,11 +9,10 @@ from fastai.callback.progress import ProgressCallback
 
 from fasterai_lr.budget import Budget
 from fasterai_lr.callback import DecomposeCallback
-from fasterai_lr.decomposer import FC_Decomposer, decompose
+from fasterai_lr.decomposer import decompose
 from fasterai_lr.progress import Progress, can_show_bars, say
-import fasterai_lr.learner # its methods
+import fasterai_lr.learner # noqa: F401, its methods
 from learners import mk_learn
-from networks import linear_net
 
 # --- places to print to
 
