@@ -96,7 +96,7 @@ def accuracy_of(
     "The fraction of images that `model` classifies correctly"
     return float(accuracy(model(x), y))
 
-# %% ../nbs/27_digits.ipynb #ee5be688
+# %% ../nbs/27_digits.ipynb #0f98cb82
 class _Table(Callback):
     "Prints the log as a table"
     order,remove_on_fetch = 60,True
@@ -108,8 +108,11 @@ class _Table(Callback):
     def after_fit(self): self.learn.logger = self.old_logger
 
     def write(self, row):
-        cells = [f'{o:.6f}' if isinstance(o, float) else str(o) for o in row]
-        print(*(f'{cell:10}' for cell in cells), flush=True)
+        line = ''
+        for name,value in zip(self.recorder.metric_names, row):
+            text = f'{value:.6f}' if isinstance(value, float) else str(value)
+            line += text.ljust(max(8, len(name)) + 2)
+        print(line.rstrip(), flush=True)
 
 def _in_place_of_bars(learn):
     "Let `learn` print its log without bars where none can be seen"
