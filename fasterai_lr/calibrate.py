@@ -22,7 +22,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from .linalg import full_precision, lower_gram, symmetric
-from .layers import Geometry, conv_types, find_layers, linear_types, moved, uncompiled
+from .layers import Geometry, conv_types, find_layers, linear_types, moved, svd_work, uncompiled
 from .running import (
     Batches, blaming_data, differentiable, evaluating, frozen, hooked, in_backward, n_items,
     run_model, trace, undisturbed, unfused)
@@ -381,12 +381,15 @@ def gather_moments(
     items = classes = 0
     with unfused(), frozen(model), evaluating(model), undisturbed():
         with torch.enable_grad(), hooked(layers, called):
-            for batch in settings.progressing(batches, 'statistics'):
+            for batch in settings.progressing(batches, 'statistics, batch'):
                 n_classes = _run_back(model, batch, settings, scale, gen)
                 classes = classes or n_classes
                 items += n_items(batch)
     samples = items*scale**2
-    by_layer = {name: m.moments(samples) for name,m in sums.items() if m.inputs.patches.n}
+    seen = [name for name in sums if sums[name].inputs.patches.n]
+    work = [svd_work(layers[name]) for name in seen]
+    steps = settings.progressing(seen, 'statistics, layer', work)
+    by_layer = {name: sums[name].moments(samples) for name in steps}
     _check_finite(by_layer, batches)
     return by_layer,items,classes
 

@@ -39,6 +39,7 @@ from .learned import (
     averages_of, check_arguments, check_data, check_max_drop, decompose_learner, follow_averages,
     goes_by_metric, output_kind, record_line, reset_model, sample_of, signed_value, watched)
 from .loop import learner_metric, output_of
+from .progress import say
 from .running import Batches, device_of, evaluated, first_output
 
 # %% ../nbs/22_callback.ipynb #f620afe6
@@ -335,10 +336,9 @@ def _arguments_for(self:DecomposeCallback, what):
     if isinstance(what, Budget): unused = [] if what.kind == 'max_drop' else ['evaluate']
     return {name: v for name,v in self.kwargs.items() if name not in unused}
 
-def _give_back(mbar, pbar, seconds):
-    "Let the bar of a fit show its epoch again; the seconds that went by do not count for its time to go"
-    mbar.add_child(pbar)
-    for bar in (mbar.main_bar, pbar):
+def _postpone(bars, seconds):
+    "Let the bars of a fit start later: the seconds that went by do not count for their time to go"
+    for bar in bars:
         if hasattr(bar, 'start_t'): bar.start_t += seconds
 
 @patch
@@ -351,11 +351,11 @@ def _decompose(self:DecomposeCallback, what):
     decompose = partial(decompose_learner, learn, what, self.data, mbar, **self._arguments_for(what))
     start = time()
     record = dict(epoch=self.epoch, step=self.train_iter) | _guarded(learn, self.max_drop, decompose)
-    if mbar is not None: _give_back(mbar, self.progress.pbar, time() - start)
+    if mbar is not None: _postpone((mbar.main_bar, self.progress.pbar), time() - start)
     reset_model(inner_model(self.model))
     self.history.append(record)
     if hasattr(self, 'recorder'): self.recorder.decomposed.append(record)
-    if self.logger is not noop: print(_line(record, self.max_drop))
+    if self.logger is not noop: say(_line(record, self.max_drop), after_bar=mbar is not None)
     if not record['decomposed']: return
     follow_averages(learn, self.data)
     self.opt.zero_grad()

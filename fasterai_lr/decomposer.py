@@ -20,10 +20,10 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import nn
 
-from fasterai_lr.layers import (
+from .layers import (
     FactoredLayer, Geometry, check_loaded, check_patterns, compiled_like, conv_types, find_layers,
-    layer_types, linear_types, matches, moved, replace_layers_, select, transposed_types,
-    uncompiled)
+    layer_types, linear_types, matches, moved, replace_layers_, select, svd_work,
+    transposed_types, uncompiled)
 from .rank import check_rank
 from .running import Batches, check_callable
 from .schemes import Svd, check_scheme, exceeds, schemes
@@ -208,7 +208,9 @@ def choices(
     for decomposer in decomposers:
         rank = selection.rank or decomposer.rank
         found,chosen = _selected(decomposer.types, model, rank, selection)
-        for f in settings.progressing([f for f in found if f.name not in taken], 'decomposing'):
+        found = [f for f in found if f.name not in taken]
+        work = [svd_work(f.layer) for f in found]
+        for f in settings.progressing(found, 'decomposing layer', work):
             try:
                 if f not in chosen: raise Refused('left out by layers or exclude')
                 record,solver = _choice(decomposer, f, rank, calibration)

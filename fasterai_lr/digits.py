@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback # importing it switches the bars on
 from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from fastai.data.block import CategoryBlock, DataBlock
@@ -22,6 +23,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.core import PILImageBW
 from fastai.vision.data import ImageBlock
 
+from .progress import can_show_bars
 from .decomposer import ConvDecomposer, FC_Decomposer
 from .learned import measure_metric
 from .callback import DecomposeCallback
@@ -94,6 +96,30 @@ def accuracy_of(
     "The fraction of images that `model` classifies correctly"
     return float(accuracy(model(x), y))
 
+# %% ../nbs/27_digits.ipynb #0f98cb82
+class _Table(Callback):
+    "Prints the log as a table"
+    order,remove_on_fetch = 60,True
+
+    def before_fit(self):
+        self.old_logger,self.learn.logger = self.logger,self.write
+        self.write(self.recorder.metric_names)
+
+    def after_fit(self): self.learn.logger = self.old_logger
+
+    def write(self, row):
+        line = ''
+        for name,value in zip(self.recorder.metric_names, row):
+            text = f'{value:.6f}' if isinstance(value, float) else str(value)
+            line += text.ljust(max(8, len(name)) + 2)
+        print(line.rstrip(), flush=True)
+
+def _in_place_of_bars(learn):
+    "Let `learn` print its log without bars where none can be seen"
+    if can_show_bars(): return
+    learn.remove_cb(ProgressCallback)
+    learn.add_cb(_Table())
+
 # %% ../nbs/27_digits.ipynb #9f87a041
 what = [FC_Decomposer(rank=48), ConvDecomposer('spatial', rank=56)]
 
@@ -107,6 +133,7 @@ def train_digits(
     def fit(*cbs):
         set_seed(seed, reproducible=True)  # before the loaders, which draw a seed of their own
         learn = Learner(digits_dls(fold), digits_vgg(), metrics=accuracy)
+        _in_place_of_bars(learn)
         learn.fit_one_cycle(epochs, 3e-3, cbs=cbs)
         return learn
     dense = fit()

@@ -134,8 +134,8 @@ def _trained(student, batches, steps, lr):
     opt = torch.optim.Adam(list(student.flags), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     with evaluating(student.model, student.teacher), torch.enable_grad():
-        progress = settings.progressing(range(steps), 'distilling')
-        for _,batch in zip(progress, batches):
+        label = 'distilling, step'
+        for _,batch in zip(settings.progressing(range(steps), label), batches):
             opt.zero_grad()
             student.distance(batch).backward()
             opt.step()

@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layers import (FactoredLayer, Geometry, factored_layers, moved, replace_layers,
-                                replace_layers_)
+                                replace_layers_, svd_work)
 from .running import (Additions, Batches, evaluated, hooked, n_items, trace,
                                  undisturbed)
 from .loss import as_loss, classification
@@ -403,13 +403,23 @@ class _Fit:
             self.modules[norm] = module
 
 # %% ../nbs/13_fit.ipynb #feefe489
+def _progressing(calibration, groups):
+    "Go through the groups of layers and show how far it is"
+    label = 'fitting layer'
+    if max(map(len, groups), default=1) > 1: label = 'fitting layers, group'
+    work = []
+    for group in groups:
+        layers = map(calibration.model.get_submodule, group)
+        work.append(sum(map(svd_work, layers)))
+    return calibration.settings.progressing(groups, label, work)
+
 def _fit_layers(calibration, choices)->_Fit:
     "Fit all layers, group by group"
     fitting = _Fit(calibration, choices)
     settings,batches = calibration.settings,calibration.batches
     groups = _groups(fitting.uses, choices, settings.passes)
     wanted = _wanted(calibration.model, groups, batches, settings)
-    for group,calls in zip(settings.progressing(groups, 'fitting layers'), wanted):
+    for group,calls in zip(_progressing(calibration, groups), wanted):
         stats = {}
         if settings.sequential:
             stats = _gather(fitting.model, group, batches, calls, settings)

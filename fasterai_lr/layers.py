@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['linear_types', 'conv_types', 'transposed_types', 'layer_types', 'Geometry', 'ChannelShuffle', 'product',
            'FactoredLayer', 'memory_format', 'fill', 'FactoredTranspose', 'factored_layers', 'Found', 'check_module',
-           'uncompiled', 'compiled_like', 'inner_model', 'find_layers', 'check_loaded', 'did_you_mean', 'moved',
-           'matches', 'check_patterns', 'select', 'replace_layers_', 'replace_layers', 'recompose']
+           'uncompiled', 'compiled_like', 'inner_model', 'find_layers', 'check_loaded', 'svd_work', 'did_you_mean',
+           'moved', 'matches', 'check_patterns', 'select', 'replace_layers_', 'replace_layers', 'recompose']
 
 # %% ../nbs/02_layers.ipynb #cb2d4141
 import copy, difflib, fnmatch
@@ -364,6 +364,11 @@ def check_loaded(found:list): # from `find_layers`
     "Raise a `ValueError` for a layer that has no weights to decompose"
     for f in found:
         if _why_broken(f.layer): raise ValueError(f"model: {f.label} {f.reason}")
+
+# %% ../nbs/02_layers.ipynb #f4ce43a9
+def svd_work(layer:nn.Module)->float:
+    "Estimate the work that a layer makes, to compare layers: that of an SVD of a square weight of its size"
+    return layer.weight.numel()**1.5
 
 # %% ../nbs/02_layers.ipynb #f6ea2cf8
 def did_you_mean(name:str, known)->str: # `known`: the names that there are

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['calibration_batches', 'data_for', 'sample_of', 'output_kind', 'check_data', 'reset_model', 'signed_value',
-           'metric_value', 'evaluation_by', 'check_max_drop', 'goes_by_metric', 'check_arguments', 'progress_of',
-           'decompose_learner', 'averages_of', 'follow_averages', 'watched', 'record_line']
+           'metric_value', 'evaluation_by', 'check_max_drop', 'goes_by_metric', 'check_arguments', 'logs_lines',
+           'progress_of', 'decompose_learner', 'averages_of', 'follow_averages', 'watched', 'record_line']
 
 # %% ../nbs/21_learned.ipynb #8f50b1b3
 import re
@@ -23,7 +23,7 @@ from fastcore.meta import delegates
 from fastai.data.core import TfmdDL
 from fastai.imports import noop             # not fastcore's
 from fastai.losses import FocalLoss, LabelSmoothingCrossEntropy
-from fastai.torch_core import get_model, no_random
+from fastai.torch_core import get_model, no_random, rank_distrib
 from .running import Batches, evaluated, trace
 from .loss import Classification, Loss, as_loss, classification, multilabel, regression
 from .calibrate import Calibration
@@ -246,12 +246,16 @@ def _new_layers(learn, what, data, kwargs):
         data = _calibrated_by_all(learn, what, data, **kwargs)
         return on_first_rank(compute, learn.model)
 
+def logs_lines(learn)->bool:
+    "Does `learn` print a log in this process?"
+    return learn.logger is not noop and not rank_distrib()
+
 def progress_of(
     learn, # a `Learner`
     mbar=None # the fit's `master_bar`, if one is running
    )->Progress:
     "Return what shows how far a decomposition is, as far as the learner shows bars and logs lines"
-    return Progress(hasattr(learn, 'progress'), learn.logger is not noop, mbar)
+    return Progress(hasattr(learn, 'progress'), logs_lines(learn), mbar)
 
 # %% ../nbs/21_learned.ipynb #15f7fba5
 @delegates(factorize, but=['progress'])

@@ -27,8 +27,8 @@ from .budget import dense_model
 from .decomposer import factorize
 from .optimizer import check_opt, check_opt_state, load_opt_state, opt_state, swap_layers
 from .learned import (
-    check_arguments, data_for, decompose_learner, evaluation_by, follow_averages, output_kind, progress_of,
-    record_line, sample_of, watched)
+    check_arguments, data_for, decompose_learner, evaluation_by, follow_averages, logs_lines, output_kind,
+    progress_of, record_line, sample_of, watched)
 from .loop import measure_metric, model_inputs, whole
 from .report import Summary, compare, plot_spectra, plot_tradeoff, summarize, tradeoff
 from .export import as_file, changed_layers, export_onnx, read_low_rank, rebuild, save_low_rank
@@ -48,7 +48,7 @@ def decompose(self:Learner,
     is_quiet = self.logger is noop and not isinstance(self.model, DistributedDataParallel)
     record = decompose() if is_quiet else watched(self, decompose) # in all processes
     if record['decomposed']: follow_averages(self, data)
-    if self.logger is not noop: print(record_line(record))
+    if logs_lines(self): print(record_line(record))
 
 # %% ../nbs/25_learner.ipynb #7afc6e25
 @patch

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .layers import Geometry, compiled_like, uncompiled
+from .layers import Geometry, compiled_like, svd_work, uncompiled
 from .running import check_callable, device_of, undisturbed
 from .cost import count_params, latency_per_layer, measure_latency
 from .settings import takes_settings
@@ -184,12 +184,7 @@ class Planner:
         self.totals = dict(params=count_params(self.model), macs=self.counts.macs[''])
 
     @cached_property
-    def options(self)->Options:
-        "The options of each layer"
-        res = Options(self.totals)
-        for f in self.found:
-            if not self.why_not(f): res[f.name] = layer_options(self.calibration, f.name, self.uses[f.name])
-        return res
+    def options(self)->Options: return _options(self) # of each layer
 
     @cached_property
     def timed_options(self)->Options: return _timed_options(self) # those that are faster, with milliseconds
@@ -208,6 +203,17 @@ class Planner:
         if budget.kind == 'latency': return latency_plan(self, budget)
         if budget.kind == 'max_drop': return search_drop(self, budget, evaluate, dense).plan
         return plan_within(self, self.options, budget)
+
+# %% ../nbs/16_planner.ipynb #9d2c2bd8
+def _options(planner)->Options:
+    "The `Options` of all layers"
+    calibration = planner.calibration
+    found = [f for f in planner.found if not planner.why_not(f)]
+    work = [svd_work(f.layer) for f in found]
+    res = Options(planner.totals)
+    for f in calibration.settings.progressing(found, 'choosing ranks, layer', work):
+        res[f.name] = layer_options(calibration, f.name, planner.uses[f.name])
+    return res
 
 # %% ../nbs/16_planner.ipynb #3b418fed
 def plan_within(
@@ -328,7 +334,7 @@ def _timed_options(planner)->Options:
     known = {}
     res = Options(planner.totals | dict(latency=inside['']))
     names = list(planner.uses)
-    for name in calibration.settings.progressing(names, 'timing layers'):
+    for name in calibration.settings.progressing(names, 'timing layer'):
         layer = planner.model.get_submodule(name)
         use = planner.uses[name]
         options = layer_options(calibration, name, use, _rank_step(layer))
@@ -456,7 +462,7 @@ def search_drop(
         return change, evaluation(evaluate, change.finished())
     low = planner.options.least('macs')
     high,best = 1.,None
-    for _ in calibration.settings.progressing(range(6), 'trying budgets'):
+    for _ in calibration.settings.progressing(range(6), 'trying budget'):
         share = (low*high)**.5
         change,value = tried(share)
         if value >= dense - budget.value: high,best = share,(change, value)

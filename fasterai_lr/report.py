@@ -395,7 +395,7 @@ def tradeoff(
     table = pd.DataFrame(rows, columns=list(dense))
     if evaluate:
         values = [_value_of(model, evaluate)]
-        for plan in settings.progressing(list(plans.values()), 'budgets'):
+        for plan in settings.progressing(list(plans.values()), 'budget'):
             values.append(_value_of(plan.apply(model, calibration), evaluate))
         table[_value_column(evaluate, table)] = values
     return table

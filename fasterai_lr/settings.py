@@ -161,9 +161,9 @@ class Settings(_Checked):
             if data[name] is not None: data[name] = dict(function=function_name(data[name]))
         return data
 
-    def progressing(self, steps, label:str): # `label`: what is done in them
+    def progressing(self, steps, label:str, work=None): # what is done in each step, how much it is
         "Go through `steps` and show how far it is, if that is asked for"
-        if isinstance(self.progress, Progress): return self.progress(steps, label)
+        if isinstance(self.progress, Progress): return self.progress(steps, label, work)
         return (self.progress or iter)(steps)
 
 # %% ../nbs/10_settings.ipynb #0ee02ad5

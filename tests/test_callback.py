@@ -1,6 +1,6 @@
 "DecomposeCallback: when it swaps, what stands around it, and the learning rates from then on"
 from functools import partial
-import copy, gc, json, math, warnings, weakref
+import copy, gc, json, math, sys, warnings, weakref
 
 import numpy as np, pytest, torch
 from torch import nn
@@ -459,7 +459,7 @@ def test_the_line_in_the_log(capsys):
 
 def test_with_fastai_bars(capsys, monkeypatch):
     monkeypatch.setattr(Progress, 'patience', -1.) # a bar at once
-    monkeypatch.setattr('fasterai_lr.progress.can_show_bars', lambda: True)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
     learn = mk_learn()
     learn.logger = print
     learn.add_cb(ProgressCallback())
@@ -468,11 +468,11 @@ def test_with_fastai_bars(capsys, monkeypatch):
         def before_train(self): assert self.progress.mbar.child is self.progress.pbar
     learn.fit(2, 1e-2, cbs=[cb(1), Bars()])
     out = capsys.readouterr().out
-    assert 'decomposing |' in out and '100.00% [3/3' in out # the layers' bar, with its label
+    assert '| decomposing layer 1 of 3, 0:00 so far' in out # the layers' bar, with its label
     line = next(l for l in out.splitlines() if 'decomposed' in l)
     assert line.split('\r')[-1].startswith('epoch 1: decomposed 3 of 3')    # on a line of its own, the bar cleared away
     assert '100.00% [4/4' in out.split('decomposed')[1]                     # the epoch's bar went on
-    assert '[3/3' not in out.split('decomposed')[1]
+    assert 'decomposing' not in out.split('decomposed')[1]
 
 def test_values_of_the_record():
     "Of the validation before the swap where the fit has had one, measured where not; as `validate` would have had them"

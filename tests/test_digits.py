@@ -16,7 +16,10 @@ def test_batches_are_images_and_targets():
 @pytest.mark.filterwarnings('ignore::FutureWarning')
 def test_report_of_a_short_run(tmp_path, capsys):
     r = train_digits(epochs=2, at_epoch=1)
-    capsys.readouterr()
+    log = capsys.readouterr().out # as in a file
+    assert '\r' not in log and '█' not in log
+    assert [line.split()[0] for line in log.splitlines()] == ['epoch', '0', '1', 'epoch', '0', 'epoch', '1', 'accuracy:']
+    assert log.splitlines()[0].split() == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time'] and len({line.index(':') for line in log.splitlines() if line[0] in '01'}) == 1
     report(r, tmp_path/'curve.png')
     out = capsys.readouterr().out
     assert (tmp_path/'curve.png').read_bytes()[1:4] == b'PNG'
