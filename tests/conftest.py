@@ -12,7 +12,8 @@ def pytest_configure(config):
     modules = sorted(p.stem for p in (Path(__file__).resolve().parent.parent/'fasterai_lr').glob('*.py'))
     for m in modules: config.addinivalue_line('filterwarnings', f'error:::fasterai_lr.{m}')
     # tests work with few items, so as to be fast, and many ask what stays dense; `tests/test_found_by_use.py` is about these two, which are errors again there
-    for text in ('data. [0-9]+ items are too few', 'No layer was decomposed'): config.addinivalue_line('filterwarnings', f'ignore:{text}')
+    # and torch's of padding seems to come from us where a mode of ours runs its functions
+    for text in ('data. [0-9]+ items are too few', 'No layer was decomposed', 'Using padding='): config.addinivalue_line('filterwarnings', f'ignore:{text}')
 
 @pytest.fixture
 def seeded():
