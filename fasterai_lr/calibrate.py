@@ -189,6 +189,7 @@ class _LayerMoments:
         self.most = settings.most//2
         self.inputs = InputMoments(layer, settings.max_size)
         self.grads = Gram() if self.inputs.few else Squares()
+        self.going_back = False # from the loss?
 
     def called(self, x, out):
         if not out.numel(): return # an expert that nothing is sent to
@@ -204,6 +205,7 @@ class _LayerMoments:
         return out
 
     def add_gradient(self, g):
+        if not self.going_back: return # it is the gradient of something that the model computes itself
         rows = output_rows(self.layer, g.detach())
         if self.inputs.few: rows = Centred(rows)
         self.grads.add(rows, rows)
@@ -356,12 +358,14 @@ class Calibration(Mapping):
         return '' if whole else 'too many outputs for a full moment: weighted by its diagonal'
 
 # %% ../nbs/11_calibrate.ipynb #43b7fbf9
-def _run_back(model, batch, settings, scale, gen)->float: # the number of classes
+def _run_back(model, batch, settings, scale, gen, sums)->float: # the number of classes
     "Run the model on a batch, and back from the loss"
     loss = settings.loss
     with blaming_data(batch), differentiable(): out = run_model(model, batch)
     scalar = loss(out, gen)
+    for m in sums.values(): m.going_back = True
     if scalar.requires_grad: scalar.backward(torch.full_like(scalar, scale))
+    for m in sums.values(): m.going_back = False
     return loss.n_classes(out, n_items(batch))
 
 def gather_moments(
@@ -382,7 +386,7 @@ def gather_moments(
     with unfused(), frozen(model), evaluating(model), undisturbed():
         with torch.enable_grad(), hooked(layers, called):
             for batch in settings.progressing(batches, 'statistics, batch'):
-                n_classes = _run_back(model, batch, settings, scale, gen)
+                n_classes = _run_back(model, batch, settings, scale, gen, sums)
                 classes = classes or n_classes
                 items += n_items(batch)
     samples = items*scale**2

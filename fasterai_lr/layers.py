@@ -444,7 +444,12 @@ def _sync_fast_path(model):
 # %% ../nbs/02_layers.ipynb #b5bc7a47
 def _by_id(model, new):
     "The modules of `new`, a dict {name: module}, by the id of the module of `model` that each is to replace"
-    return {id(model.get_submodule(name)): module for name,module in new.items()}
+    new_of = {id(model.get_submodule(name)): module for name,module in new.items()}
+    for m in model.modules():
+        inside = uncompiled(m)
+        if inside is m or id(inside) not in new_of: continue
+        new_of[id(m)] = compiled_like(m, new_of[id(inside)]) # what is compiled holds on to the old module
+    return new_of
 
 def _exchanged(obj, new_of):
     "Return `obj` with the modules in it that `new_of` maps by id replaced; lists and dicts change in place"

@@ -87,3 +87,18 @@ def test_a_model_that_compiles_itself():
     small = decompose(net, Budget(macs=.5), x)
     assert same(small, want)
     torch.testing.assert_close(small(x), want(x), rtol=1e-5, atol=1e-6) # as above
+
+def test_a_layer_that_is_compiled_by_itself():
+    "What is undone, computed and trained is the layer that is there now, not the one that was compiled"
+    net,x = digit_cnn(),torch.randn(2, 16, 8, 8)
+    net[2] = torch.compile(net[2], backend='eager')
+    learn = quiet(digit_learner(net, range(600), range(600, 800)))
+    learn.fit(3, 3e-3)
+    learn.fit(2, 3e-3, cbs=DecomposeCallback(1, ConvDecomposer('spatial', .1), max_drop=0.))
+    assert not factored_layers(learn.model) and torch.equal(learn.model[2](x), learn.model[2]._orig_mod(x)) # undone: it cost .2
+    learn.decompose(ConvDecomposer('spatial', .25))
+    layer, = (m for n,m in factored_layers(learn.model).items() if n.startswith('2.'))
+    assert is_compiled(learn.model[2]) and learn.model[2]._orig_mod is layer and torch.equal(learn.model[2](x), layer(x))
+    before = [p.detach().clone() for p in layer.parameters()]
+    learn.fit(1, 3e-3)
+    assert torch.equal(learn.model[2](x), layer(x)) and not any(map(torch.equal, before, layer.parameters()))

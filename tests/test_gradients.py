@@ -109,3 +109,16 @@ def test_straight_through_estimates_are_respected():
     net = copy.deepcopy(calibration.model)
     net(data(8)).sum().backward()
     assert net.net.body[0].weight.grad.abs().sum() > 0
+
+def test_gradients_that_a_model_computes_itself_are_not_those_of_the_loss():
+    "A model that differentiates by itself, like one of forces, has the moments of one that does not"
+    class Forces(nn.Module):
+        def __init__(self): super().__init__(); self.net = Parts(plain)
+        def forward(self, x):
+            with torch.enable_grad():
+                x = x.clone().requires_grad_()
+                out = self.net(x)
+                force, = torch.autograd.grad(1000*out.sum(), x, create_graph=True)
+            return self.net(x) + 0*force.sum()
+    want,got = calibrate(Parts(plain), data()),calibrate(Forces(), data())
+    for name,m in want.items(): torch.testing.assert_close(got[f'net.{name}'].grads, m.grads, rtol=1e-5, atol=1e-9) # float32 sums in another order
