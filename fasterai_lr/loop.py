@@ -7,6 +7,7 @@ __all__ = ['Kept', 'takes_part', 'is_fitting', 'whole', 'on_the_side', 'model_in
            'measure_metric', 'OutputAfterPred', 'output_of']
 
 # %% ../nbs/20_loop.ipynb #03cd8693
+import sys
 from collections import deque
 from math import inf
 from contextlib import ExitStack, contextmanager
@@ -74,8 +75,12 @@ def takes_part(cb:Callback)->bool:
     return type(cb).__name__ != 'DistributedTrainer'
 
 def is_fitting(learn:Learner)->bool:
-    "Is a fit of `learn` in its training part?"
-    return learn.training and vars(learn).get('dl') is not None
+    "Is a fit of `learn` in its training part? An interrupted one leaves the learner as if it were"
+    frame = sys._getframe() if learn.training else None
+    while frame is not None:
+        if frame.f_code.co_name == '_do_epoch_train' and frame.f_locals.get('self') is learn: return True
+        frame = frame.f_back
+    return False
 
 def whole(dl):
     "Return the loader of all items, where `dl` is a `DistributedDL` and gives each process its share"

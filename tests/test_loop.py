@@ -141,3 +141,17 @@ def test_a_short_epoch_is_measured_and_taken_whole():
     learn = learner(ShortEpochCallback(.5))
     assert sum(len(xb) for xb, in model_inputs(learn, learn.dls.valid, 1000)) == 300
     assert measure_metric(learn) == measure_metric(learner())
+
+class Stops(Callback):
+    "Interrupts the training of the first epoch"
+    order = 100
+    def before_batch(self):
+        if self.training and self.iter == 2: raise KeyboardInterrupt
+
+def test_after_an_interrupt_a_new_callback_starts_as_for_validate():
+    "An interrupted fit leaves a learner in training, and there is no fit"
+    learn = learner(MixUp())
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, 1e-2, cbs=Stops())
+    assert learn.training and learn.dl is learn.dls.train and not is_fitting(learn)
+    learn.add_cb(Counts()) # which has counted nothing yet
+    assert measure_metric(learn) == learn.validate()[1] == measure_metric(learn)
