@@ -157,6 +157,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterai_lr.callback._from_zero': ('callback.html#_from_zero', 'fasterai_lr/callback.py'),
                                       'fasterai_lr.callback._give_back': ('callback.html#_give_back', 'fasterai_lr/callback.py'),
                                       'fasterai_lr.callback._guarded': ('callback.html#_guarded', 'fasterai_lr/callback.py'),
+                                      'fasterai_lr.callback._is_copy': ('callback.html#_is_copy', 'fasterai_lr/callback.py'),
                                       'fasterai_lr.callback._last_value': ('callback.html#_last_value', 'fasterai_lr/callback.py'),
                                       'fasterai_lr.callback._leaves': ('callback.html#_leaves', 'fasterai_lr/callback.py'),
                                       'fasterai_lr.callback._line': ('callback.html#_line', 'fasterai_lr/callback.py'),
