@@ -113,26 +113,26 @@ def _refuse_holders(cbs, layers):
 
 # %% ../nbs/22_callback.ipynb #a69cd8b5
 def _copies_in(held):
-    "Yield the tensors in an attribute of a callback, and those in the state of modules there"
+    "Yield the tensors in an attribute, and those in the state of modules there"
     for leaf in _leaves(held):
         if isinstance(leaf, nn.Module): yield from leaf.state_dict().values()
         elif isinstance(leaf, torch.Tensor): yield leaf
 
 def _is_copy(t, weight):
-    "Has `t` the values of `weight`, in other memory?"
+    "Tell whether `t` holds the values of `weight` in memory of its own"
     return t.data_ptr() != weight.data_ptr() and torch.equal(t.to(weight), weight)
 
 def _refuse_weight_copies(learn, layers):
-    "Raise a `RuntimeError` where a callback holds a copy of a weight that may be replaced"
+    "Raise a `RuntimeError` where `learn` or a callback holds a copy of a weight that may be replaced"
     followed,weights = averages_of(learn),{}
     for layer in layers: weights.setdefault(layer.weight.shape, []).append(layer.weight)
-    for cb in learn.cbs:
-        for attr,held in vars(cb).items():
+    for owner in (learn, *learn.cbs):
+        for attr,held in vars(owner).items():
             if isinstance(held, Learner) or any(held is average for average in followed): continue
             for t in _copies_in(held):
                 if not any(_is_copy(t, weight) for weight in weights.get(t.shape, [])): continue
                 raise RuntimeError(
-                    f"DecomposeCallback: {type(cb).__name__} holds a copy of weights of the model (in "
+                    f"DecomposeCallback: {type(owner).__name__} holds a copy of weights of the model (in "
                     f"`{attr}`), which will not fit the decomposed model; keep averages in torch's "
                     "`AveragedModel` or timm's `ModelEmaV3`, which are decomposed too, or use "
                     "`learn.decompose` before the fit")

@@ -285,12 +285,12 @@ def decompose_learner(
 _averages = 'ModelEma', 'ModelEmaV2', 'ModelEmaV3' # timm's
 
 def averages_of(learn)->list: # of modules that hold a copy of the model as their `module`
-    "Find torch's `AveragedModel`s and timm's `ModelEma`s in the callbacks"
-    res = []
-    for cb in learn.cbs:
-        for held in vars(cb).values():
-            if isinstance(held, AveragedModel) or type(held).__name__ in _averages: res.append(held)
-    return res
+    "Find torch's `AveragedModel`s and timm's `ModelEma`s in `learn` and in its callbacks, each once"
+    res = {}
+    for owner in (learn, *learn.cbs):
+        for held in vars(owner).values():
+            if isinstance(held, AveragedModel) or type(held).__name__ in _averages: res[id(held)] = held
+    return list(res.values())
 
 def _same_shapes(a, b):
     "Do two models have parameters and buffers of the same names and shapes?"

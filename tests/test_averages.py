@@ -46,6 +46,22 @@ def test_averages_follow(make, what):
     value,own = measure_metric(learn, average),measure_metric(learn)
     assert value > own - .05
 
+class OnLearner(Callback):
+    "Keeps an average on the learner, and in itself too if it `holds` it"
+    order = 70
+    def __init__(self, holds): self.holds = holds
+    def before_fit(self):
+        self.learn.ema = ema(self.model)
+        if self.holds: self.same = self.ema
+    def after_step(self): self.ema.update_parameters(self.model)
+
+@pytest.mark.parametrize('holds', [False, True])
+def test_an_average_on_the_learner_is_followed_once(holds):
+    learn = learner(OnLearner(holds))
+    learn.fit_one_cycle(2, 1e-2, cbs=DecomposeCallback(1, Budget(macs=.5)))
+    assert [p.shape for p in learn.ema.module.parameters()] == [p.shape for p in learn.model.parameters()]
+    assert factored_layers(learn.model)
+
 def test_of_two_starts_of_an_average_the_better_is_taken():
     "An average that is worse than the model starts anew from it; one that is better is decomposed by the same plan"
     for spoil in (False, True):
@@ -81,6 +97,22 @@ def test_other_copies_are_refused_before_the_first_epoch(make):
     with pytest.raises(RuntimeError, match='DecomposeCallback: Copies holds a copy of weights of the model .in `held`.*AveragedModel'):
         learn.fit_one_cycle(2, 1e-2, cbs=DecomposeCallback(1, Budget(macs=.5)))
     assert learn.recorder.lrs == [] and all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+
+class CopiesToLearner(Copies):
+    "Holds them on the learner"
+    def before_fit(self): self.learn.held = self.make(self.model)
+
+def test_a_copy_on_the_learner_is_refused_too():
+    with pytest.raises(RuntimeError, match='Learner holds a copy of weights of the model .in `held`'):
+        learner(CopiesToLearner(copy.deepcopy)).fit(2, 1e-2, cbs=DecomposeCallback(1, Budget(macs=.5)))
+
+def test_the_model_itself_is_no_copy():
+    "Whoever holds the model, or a part that is not replaced, has what it becomes"
+    net = digit_cnn()
+    held = Copies(lambda m: [m, m[0]])
+    learn = quiet(digit_learner(torch.nn.Sequential(net), range(600), range(600, 800), cbs=[held]))
+    learn.fit(2, 1e-2, cbs=DecomposeCallback(1, Budget(macs=.5)))
+    assert factored_layers(held.held[1]) and held.held[0] is learn.model
 
 def test_another_network_of_the_same_kind_is_no_copy():
     "A teacher with weights of its own does no harm"
