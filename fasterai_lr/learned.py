@@ -310,6 +310,18 @@ def _planned_average(learn, average, data):
     return res if _same_shapes(res, model) else None
 
 # %% ../nbs/21_learned.ipynb #e4943332
+def _mean(a, b):
+    "Return a copy of the model `a` with the mean of its parameters and those of `b`"
+    res = replace_layers(a, {})
+    with torch.no_grad():
+        for p,q in zip(res.parameters(), b.parameters()): p.lerp_(q.to(p), .5)
+    return res
+
+def _is_better(learn, planned, model):
+    "Tell whether an average measures better than the model, and can be mixed with it"
+    value = metric_value(learn, model)
+    return all(metric_value(learn, other) > value for other in (planned, _mean(planned, model)))
+
 def follow_averages(
     learn, # a `Learner` whose model was decomposed just now
     data=None # as for `decompose`
@@ -319,8 +331,7 @@ def follow_averages(
         flags = [p.requires_grad for p in average.parameters()]
         planned = _planned_average(learn, average, data)
         new = replace_layers(inner_model(learn.model), {}) # a copy
-        keeps = planned is not None and metric_value(learn, planned) > metric_value(learn, new)
-        if keeps: new = planned
+        if planned is not None and _is_better(learn, planned, new): new = planned
         elif hasattr(average, 'n_averaged'): average.n_averaged.zero_() # it starts anew
         new.requires_grad_(any(flags)).train(average.module.training)
         average.module = compiled_like(get_model(average.module), new.to(_device(average.module)))
