@@ -152,6 +152,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterai_lr.callback._Records': ('callback.html#_records', 'fasterai_lr/callback.py'),
                                       'fasterai_lr.callback._Records.__init__': ( 'callback.html#_records.__init__',
                                                                                   'fasterai_lr/callback.py'),
+                                      'fasterai_lr.callback._blank': ('callback.html#_blank', 'fasterai_lr/callback.py'),
                                       'fasterai_lr.callback._check_options': ('callback.html#_check_options', 'fasterai_lr/callback.py'),
                                       'fasterai_lr.callback._copies_in': ('callback.html#_copies_in', 'fasterai_lr/callback.py'),
                                       'fasterai_lr.callback._from_zero': ('callback.html#_from_zero', 'fasterai_lr/callback.py'),

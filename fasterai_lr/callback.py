@@ -326,6 +326,11 @@ def _give_back(mbar, pbar, seconds):
     for bar in (mbar.main_bar, pbar):
         if hasattr(bar, 'start_t'): bar.start_t += seconds
 
+def _blank(pbar):
+    "Blank the line of a terminal that the bar `pbar` stands in, so that a line can be printed there"
+    if hasattr(pbar, 'max_len'): print('\r' + ' '*pbar.max_len, end='\r')
+
+# %% ../nbs/22_callback.ipynb #89f0b023
 @patch
 def _decompose(self:DecomposeCallback, what):
     "Carry out an entry of the schedule, and train on with what it leaves"
@@ -340,7 +345,9 @@ def _decompose(self:DecomposeCallback, what):
     reset_model(inner_model(self.model))
     self.history.append(record)
     if hasattr(self, 'recorder'): self.recorder.decomposed.append(record)
-    if self.logger is not noop: print(_line(record, self.max_drop))
+    if self.logger is not noop:
+        if mbar is not None: _blank(self.progress.pbar)
+        print(_line(record, self.max_drop))
     if not record['decomposed']: return
     follow_averages(learn, self.data)
     self.opt.zero_grad()
