@@ -54,6 +54,7 @@ def _length(steps):
     try: return len(steps)
     except TypeError: return None
 
+# %% ../nbs/05_progress.ipynb #6bfb69d9
 class _Loop:
     "A loop that a `Progress` shows"
     def __init__(self, progress, steps, label):

@@ -15,7 +15,6 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fasterai_lr.all import Budget, DecomposeCallback, Plan, decompose, make_plan, recompose
 from fasterai_lr.layers import factored_layers
-from fasterai_lr.loss import classification
 from helpers import same
 from learners import digit_learner, quiet
 from networks import digit_cnn, digits
