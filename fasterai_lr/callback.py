@@ -341,6 +341,7 @@ def _postpone(bars, seconds):
     for bar in bars:
         if hasattr(bar, 'start_t'): bar.start_t += seconds
 
+# %% ../nbs/22_callback.ipynb #45b41330
 @patch
 def _decompose(self:DecomposeCallback, what):
     "Carry out an entry of the schedule, and train on with what it leaves"

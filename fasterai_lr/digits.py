@@ -5,6 +5,12 @@
 # %% auto #0
 __all__ = ['what', 'digits_dls', 'digits_vgg', 'small_cnn', 'trained_on_digits', 'accuracy_of', 'train_digits', 'report']
 
+# %% ../nbs/27_digits.ipynb #4f4f56ac
+import warnings
+
+if __name__ == '__main__': # fastai uses it when it is imported, and torch is about to drop it
+    warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
 # %% ../nbs/27_digits.ipynb #5e3627c7
 from types import SimpleNamespace
 
@@ -20,6 +26,7 @@ from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import IndexSplitter
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
+from fastai.vision.augment import Resize
 from fastai.vision.core import PILImageBW
 from fastai.vision.data import ImageBlock
 
@@ -33,6 +40,7 @@ from .report import compare, format_summary, plot_training, summarize
 def digits_dls(
     fold:int=0, # Which fifth of the images is for validation, 0 to 4
     bs:int=64, # Images in a batch
+    size:int=8 # Pixels of a side; more than 8 enlarge the images
 ): # fastai `DataLoaders`: 1,437 or 1,438 images for training, the rest for validation
     "Load scikit-learn's digits"
     images,targets = load_digits(return_X_y=True)
@@ -41,9 +49,10 @@ def digits_dls(
     _,valid = list(folds.split(images, targets))[fold]
     block = DataBlock(
         (ImageBlock(PILImageBW), CategoryBlock),
-        get_x=lambda i: images[i],
-        get_y=lambda i: targets[i],
-        splitter=IndexSplitter(valid))
+        get_x=images.__getitem__, # can be pickled, so that `learn.export` works
+        get_y=targets.__getitem__,
+        splitter=IndexSplitter(valid),
+        item_tfms=Resize(size) if size > 8 else None)
     return block.dataloaders(range(len(images)), bs=bs, num_workers=0)
 
 # %% ../nbs/27_digits.ipynb #077fcabe

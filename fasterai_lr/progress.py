@@ -105,6 +105,7 @@ def _length(steps):
     try: return len(steps)
     except TypeError: return None
 
+# %% ../nbs/05_progress.ipynb #6bfb69d9
 class _Loop:
     "A loop that a `Progress` shows: its label, the number of its steps, and their work"
     def __init__(self, steps, label, work):

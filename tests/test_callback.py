@@ -474,6 +474,15 @@ def test_with_fastai_bars(capsys, monkeypatch):
     assert '100.00% [4/4' in out.split('decomposed')[1]                     # the epoch's bar went on
     assert 'decomposing' not in out.split('decomposed')[1]
 
+def test_the_line_does_not_stand_behind_the_bar_of_the_fit(capsys):
+    "A quick decomposition opens no bar of its own, which would have cleared the line; in a file the record has a line to itself"
+    learn = mk_learn()
+    learn.logger = print
+    learn.add_cb(ProgressCallback())
+    learn.fit(2, 1e-2, cbs=cb(1))
+    line, = [l for l in capsys.readouterr().out.split('\n') if 'decomposed' in l]
+    assert line.startswith('epoch 1: decomposed 3 of 3')
+
 def test_values_of_the_record():
     "Of the validation before the swap where the fit has had one, measured where not; as `validate` would have had them"
     seen = []

@@ -1,6 +1,10 @@
 "The README's main job: its data, its network, what it prints and the picture it saves"
+import subprocess, sys
+from pathlib import Path
 import matplotlib; matplotlib.use('agg')
 import pytest
+from fastai.learner import Learner
+from torch import nn
 
 from fasterai_lr.digits import digits_dls, digits_vgg, report, train_digits
 
@@ -32,3 +36,23 @@ def test_a_run_is_the_same_every_time():
     a,b = (train_digits(epochs=2, at_epoch=1, seed=3) for _ in range(2))
     assert a.small.recorder.losses == b.small.recorder.losses and a.dense.recorder.losses == b.dense.recorder.losses and len(a.small.recorder.losses) > 20
     assert a.accuracy == b.accuracy
+
+def test_images_can_be_enlarged():
+    assert digits_dls(bs=4, size=24).one_batch()[0].shape == (4, 1, 24, 24)
+
+@pytest.mark.filterwarnings('ignore:load_learner')
+def test_a_learner_with_these_loaders_is_exported(tmp_path):
+    from fastai.learner import load_learner
+    learn = Learner(digits_dls(), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), path=tmp_path)
+    learn.export()
+    loaded = load_learner(tmp_path/'export.pkl')
+    preds,_ = loaded.get_preds(dl=loaded.dls.test_dl(range(5)))
+    expected,_ = learn.get_preds(dl=learn.dls.test_dl(range(5)))
+    assert preds.shape == (5, 10) and preds.equal(expected)
+
+def test_the_main_job_says_nothing_of_torch_jit_script():
+    "fastai uses it at its import, which would be the first thing that a reader sees"
+    cut = 'import runpy, sys, sklearn.datasets as d\ndef stop(*a, **kw): sys.exit("enough")\nd.load_digits = stop\n'
+    res = subprocess.run([sys.executable, '-c', cut + 'runpy.run_module("fasterai_lr.digits", run_name="__main__")'], cwd=Path(__file__).parent.parent,
+                         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert res.stderr == 'enough\n'
