@@ -368,6 +368,7 @@ def check_loaded(found:list): # from `find_layers`
 # %% ../nbs/02_layers.ipynb #f4ce43a9
 def svd_work(layer:nn.Module)->float:
     "Estimate the work that a layer makes, to compare layers: that of an SVD of a square weight of its size"
+    if isinstance(layer.weight, UninitializedParameter): return 1. # it stays as it is
     return layer.weight.numel()**1.5
 
 # %% ../nbs/02_layers.ipynb #f6ea2cf8

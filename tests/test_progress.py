@@ -206,7 +206,8 @@ def test_a_decomposition_that_is_interrupted_leaves_no_bar(at_once, at, label):
     assert screen(out.text)[-2:] == ['stopped', ''] and label in looks(out.text)[-2 if looks(out.text)[-1] == 'stopped' else -1]
 
 def test_control_c():
-    code = 'from time import sleep; from fasterai_lr.progress import Progress; Progress.patience = -1\nfor _ in Progress()(range(100), "fitting layer"): sleep(.1)'
+    # a shell may have told its background jobs, these tests among them, to ignore the signal
+    code = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom time import sleep; from fasterai_lr.progress import Progress; Progress.patience = -1\nfor _ in Progress()(range(100), "fitting layer"): sleep(.1)'
     pid,fd = pty.fork()
     if not pid: os.execve(sys.executable, [sys.executable, '-c', code], os.environ | {'COLUMNS': '80'})
     reader = Reader(fd)
