@@ -470,6 +470,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai_lr.learned._calibrated_by_all': ( 'learned.html#_calibrated_by_all',
                                                                                  'fasterai_lr/learned.py'),
                                      'fasterai_lr.learned._calibration_dl': ('learned.html#_calibration_dl', 'fasterai_lr/learned.py'),
+                                     'fasterai_lr.learned._check_plan': ('learned.html#_check_plan', 'fasterai_lr/learned.py'),
                                      'fasterai_lr.learned._default_what': ('learned.html#_default_what', 'fasterai_lr/learned.py'),
                                      'fasterai_lr.learned._device': ('learned.html#_device', 'fasterai_lr/learned.py'),
                                      'fasterai_lr.learned._given_loss': ('learned.html#_given_loss', 'fasterai_lr/learned.py'),

@@ -289,6 +289,7 @@ def _begin(self:DecomposeCallback):
 def _check(self:DecomposeCallback):
     "Raise an error where the model cannot be changed in a fit, or not as the schedule says"
     model = inner_model(self.model)
+    check_arguments(list(self.schedule.values()), self.data, self.learn, **self.kwargs)
     _refuse_copies(self.learn)
     check_wrapper(self.model)
     check_opt(self.opt)

@@ -18,6 +18,7 @@ from math import prod
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 

@@ -9,6 +9,7 @@ __all__ = ['calibration_batches', 'data_for', 'sample_of', 'output_kind', 'check
 
 # %% ../nbs/21_learned.ipynb #8f50b1b3
 import re
+from dataclasses import replace
 from functools import partial
 from warnings import warn
 
@@ -24,10 +25,10 @@ from fastai.data.core import TfmdDL
 from fastai.imports import noop             # not fastcore's
 from fastai.losses import FocalLoss, LabelSmoothingCrossEntropy
 from fastai.torch_core import get_model, no_random, rank_distrib
-from .running import Batches, evaluated, trace
+from .running import Batches, evaluated, first_output, trace
 from .loss import Classification, Loss, as_loss, classification, multilabel, regression
 from .calibrate import Calibration
-from .settings import Settings, check_names, takes_settings
+from .settings import Settings, UserFunction, check_names, takes_settings
 from .cost import count_macs, count_params
 from .progress import Progress
 from .decomposer import (
@@ -188,10 +189,19 @@ def _default_what(learn, data, kwargs):
         budget = None
     return budget or as_decomposers(None)
 
+def _check_plan(plan, kwargs, learn):
+    "Raise a `ValueError` where a plan needs a function that neither a call nor a callback of `learn` gives"
+    settings = Settings.of(kwargs, factorize, plan.settings)
+    if settings.output == UserFunction('after_pred'): # an `OutputAfterPred`
+        read = output_of(learn) if learn else first_output # it is not known yet
+        if read: settings = replace(settings, output=read)
+    settings.check_functions()
+
 @takes_settings()
 def check_arguments(
     whats:list, # what is to be decomposed, and how: decomposers, budgets, plans, `None`
     data, # as for `decompose`
+    learn=None, # a `Learner`, once it is known
     evaluate=None, # this and the others: as for `decompose`
     sample=None,
     **kwargs
@@ -200,7 +210,7 @@ def check_arguments(
     Settings.of(kwargs, factorize)
     check_what(whats, kwargs, evaluate, sample)
     for what in whats:
-        if isinstance(what, Plan): Settings.of(kwargs, factorize, what.settings).check_functions()
+        if isinstance(what, Plan): _check_plan(what, kwargs, learn)
     if data is None and not any(map(needs_data, whats)):
         check_without_data(kwargs, evaluate, sample)
 
@@ -219,7 +229,7 @@ def _known_arguments(learn, what, data, kwargs):
 
 def _arguments(learn, what, data, kwargs):
     "Return what to do, the data to do it with, and the other arguments of `factorize`"
-    check_arguments([what], data, **kwargs)
+    check_arguments([what], data, learn, **kwargs)
     if what is None:
         what = _default_what(learn, data, kwargs)
         if not needs_data(what): return what,None,{}

@@ -43,7 +43,7 @@ def decompose(self:Learner,
    ):
     "Replace the layers of the model by their factors, now, and say in one line what has changed"
     check_names(kwargs, Learner.decompose)
-    check_arguments([what], data, **kwargs)
+    check_arguments([what], data, self, **kwargs)
     decompose = partial(decompose_learner, self, what, data, **kwargs)
     is_quiet = self.logger is noop and not isinstance(self.model, DistributedDataParallel)
     record = decompose() if is_quiet else watched(self, decompose) # in all processes
@@ -117,8 +117,9 @@ def plot_tradeoff(self:Learner,
 
 # %% ../nbs/25_learner.ipynb #0ab183f5
 def _valid_inputs(learn):
-    "Return what the model is called with for a batch of the validation set, of at most 64 items"
-    return model_inputs(learn, whole(learn.dls.valid), 64)[0]
+    "Return what the model is called with for a batch of validation, or of training, of at most 64 items"
+    dl = learn.dls.loaders[:2][-1] # there may be no validation set
+    return model_inputs(learn, whole(dl), 64)[0]
 
 @patch
 def compare(self:Learner,

@@ -233,6 +233,8 @@ def measure_metric(
     model=None # to measure; `None`: the learner's own
    )->float: # in the metric's own units
     "Measure the learner's first metric over its validation set, or the loss where it has none"
+    if len(learn.dls.loaders) < 2:
+        raise ValueError("dls: there is no validation set, so there is no metric to go by")
     measured = learner_metric(learn)
     model = get_model(learn.model if model is None else model)
     with on_the_side(learn, model, _Measure(measured)):

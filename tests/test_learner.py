@@ -3,9 +3,11 @@ import copy, random, re
 import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from torch import nn
+from fastai.callback.core import Callback
 from fastai.learner import load_learner
 from helpers import flat, ids, moved, same, snapshot
 from learners import mk_learn
+from networks import linear_net
 from fasterai_lr.learner import *
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.learned import calibration_batches
@@ -13,6 +15,7 @@ from fasterai_lr.cost import count_params
 from fasterai_lr.decomposer import FC_Decomposer
 from fasterai_lr.layers import factored_layers, recompose
 from fasterai_lr.budget import Budget
+from fasterai_lr.plan import Plan
 from fasterai_lr.report import plot_training, summarize
 
 pytestmark = pytest.mark.usefixtures('close_figures')
@@ -159,6 +162,37 @@ def test_pictures_without_a_validation_set(tmp_path):
     learn.dls.loaders = learn.dls.loaders[:1]
     with pytest.raises(ValueError, match='^dls: the learner has no validation set'): learn.tradeoff()
     assert learn.tradeoff((.8,), data=data, evaluate=count_params).columns[-1] == 'count_params'
+
+def test_one_loader_alone(tmp_path):
+    "Without a validation set nothing can go by the metric, and an export is of a training batch"
+    learn = mk_learn(metrics=distance, path=tmp_path)
+    learn.dls.loaders = learn.dls.loaders[:1]
+    for call in (lambda: learn.decompose(Budget(max_drop=.1)), lambda: learn.compare({'dense': learn.model})):
+        with pytest.raises(ValueError, match='^dls: .* no validation set'): call()
+    learn.decompose(Budget(macs=.5))
+    assert factored_layers(learn.model) and learn.export_onnx('small').exists()
+
+class Named(nn.Module):
+    "Returns its output under a name, behind another"
+    def __init__(self): super().__init__(); self.net = linear_net()
+    def forward(self, x): return dict(half=self.net(x)/2, out=self.net(x))
+
+class Unwraps(Callback):
+    def after_pred(self): self.learn.pred = self.pred['out']
+
+def test_a_saved_plan_is_applied_where_callbacks_read_outputs(tmp_path):
+    "The file says that callbacks have read them; in a Learner that has such callbacks they do, elsewhere they are asked for before an epoch is trained"
+    def learner(*cbs): return mk_learn(model=Named(), splitter=lambda m: [list(m.parameters())], cbs=list(cbs))
+    learn = learner(Unwraps())
+    learn.decompose(Budget(macs=.5))
+    Plan.of(learn.model.low_rank_plan).save(tmp_path/'plan.json')
+    plan = Plan.load(tmp_path/'plan.json')
+    again,fitted = learner(Unwraps()),learner(Unwraps())
+    again.decompose(plan)
+    fitted.fit(1, cbs=DecomposeCallback(0, plan))
+    assert same(list(again.model.parameters()), list(learn.model.parameters())) and factored_layers(fitted.model).keys() == factored_layers(learn.model).keys()
+    for call in (lambda: learner().decompose(plan), lambda: learner().fit(2, cbs=DecomposeCallback(1, plan)), lambda: plan.apply(Named(), torch.randn(64, 8))):
+        with pytest.raises(ValueError, match="output: the plan was made with a function 'after_pred', .* give it again, as output=…"): call()
 
 def test_training_curves_of_fits():
     def curve(*cbs, n=3, metrics=distance):
