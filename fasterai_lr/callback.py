@@ -308,6 +308,7 @@ def _check(self:DecomposeCallback):
             for decomposer in what: decomposer.check(model)
     if self.max_drop is not None: check_max_drop(self.learn, self.max_drop)
 
+# %% ../nbs/22_callback.ipynb #471c483c
 @patch
 def _check_teacher(self:DecomposeCallback):
     "Raise a `TypeError` where nobody knows how the outputs of the model and of its teacher compare"
