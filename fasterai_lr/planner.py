@@ -176,7 +176,7 @@ class Planner:
         counts=None, # the `Counts` of that batch, where there are some already
         like:nn.Module|None=None): # a compiled model is timed, and what becomes of it too, as it is compiled
         self.calibration,self.model = calibration,calibration.model
-        self.like = like or self.model
+        self.like = self.model if like is None else like # a compiled model has no truth value
         self.counts = counts or Counts.of(self.model, calibration, sample)
         self.sample,self.found = self.counts.sample,self.counts.found
         self.uses = {name: use for name,use in self.counts.uses.items() if name in calibration}

@@ -269,7 +269,8 @@ def _spectra(model, layers, plan, data, loss):
     all_found = find_layers(model, (*layer_types, FactoredLayer))
     if isinstance(plan, Plan): choices = plan.choices
     else:
-        factored = factored_layers(uncompiled(plan or model))
+        decomposed = model if plan is None else plan
+        factored = factored_layers(uncompiled(decomposed))
         choices = {name: (layer.scheme, layer.rank) for name,layer in factored.items()}
     unknown = choices.keys() - {name for found in all_found for name in found.names}
     if unknown: raise ValueError(f"plan: the model has no layer {min(unknown)!r}")

@@ -1,12 +1,13 @@
 "Compiled models: they are decomposed like the models inside, and compiled again"
 import copy
 
+import matplotlib; matplotlib.use('agg')
 import pytest
 import torch
 from torch import nn
 from fastai.callback.schedule import *  # noqa: F403 - gives a Learner its `fit_one_cycle`
 from fastai.losses import CrossEntropyLossFlat
-from fasterai_lr.all import Budget, ConvDecomposer, DecomposeCallback, FC_Decomposer, decompose, load_low_rank, make_plan, recompose, save_low_rank, summarize
+from fasterai_lr.all import Budget, ConvDecomposer, DecomposeCallback, FC_Decomposer, decompose, load_low_rank, make_plan, plot_spectra, recompose, save_low_rank, summarize
 from fasterai_lr.layers import factored_layers, inner_model
 from learners import digit_learner, quiet
 from networks import digit_cnn, digits
@@ -102,3 +103,18 @@ def test_a_layer_that_is_compiled_by_itself():
     before = [p.detach().clone() for p in layer.parameters()]
     learn.fit(1, 3e-3)
     assert torch.equal(learn.model[2](x), layer(x)) and not any(map(torch.equal, before, layer.parameters()))
+
+class Whole(nn.Module):
+    "A model of its own class, which has no length: neither has what torch makes of it"
+    def __init__(self): super().__init__(); self.net = digit_cnn()
+    def forward(self, x): return self.net(x)
+
+@pytest.mark.usefixtures('close_figures')
+def test_a_model_without_a_length():
+    x,compiled = digits(200)[0],torch.compile(Whole(), backend='eager')
+    small = decompose(compiled, Budget(macs=.5), x)
+    assert is_compiled(small) and factored_layers(small._orig_mod)
+    assert len(plot_spectra(compiled, plan=small)) == 4
+    learn = quiet(digit_learner(compiled, range(600), range(600, 800)))
+    learn.fit(2, 1e-3, cbs=DecomposeCallback(1, Budget(macs=.5), distill=1.))
+    assert factored_layers(inner_model(learn.model)) and len(learn.tradeoff((.4,))) == 2
