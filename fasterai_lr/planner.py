@@ -175,10 +175,12 @@ class Planner:
         sample=None, # a batch to count and to time with; `None`: the first of the data
         counts=None, # the `Counts` of that batch, where there are some already
         like:nn.Module|None=None): # a compiled model is timed, and what becomes of it too, as it is compiled
-        self.calibration,self.model = calibration,calibration.model
+        self.calibration = calibration
+        self.model = calibration.model
         self.like = self.model if like is None else like # a compiled model has no truth value
         self.counts = counts or Counts.of(self.model, calibration, sample)
-        self.sample,self.found = self.counts.sample,self.counts.found
+        self.sample = self.counts.sample
+        self.found = self.counts.found
         self.uses = {name: use for name,use in self.counts.uses.items() if name in calibration}
         if sample is None: calibration.uses = self.uses # of the same batch
         self.totals = dict(params=count_params(self.model), macs=self.counts.macs[''])
