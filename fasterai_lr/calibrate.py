@@ -358,15 +358,14 @@ class Calibration(Mapping):
         return '' if whole else 'too many outputs for a full moment: weighted by its diagonal'
 
 # %% ../nbs/11_calibrate.ipynb #43b7fbf9
-def _run_back(model, batch, settings, scale, gen, sums)->float: # the number of classes
-    "Run the model on a batch, and back from the loss"
-    loss = settings.loss
+def _run_back(model, batch, settings, scale, gen, sums):
+    "Run the model on a batch, and back from the loss; return what the model does"
     with blaming_data(batch), differentiable(): out = run_model(model, batch)
-    scalar = loss(out, gen)
+    scalar = settings.loss(out, gen)
     for m in sums.values(): m.going_back = True
     if scalar.requires_grad: scalar.backward(torch.full_like(scalar, scale))
     for m in sums.values(): m.going_back = False
-    return loss.n_classes(out, n_items(batch))
+    return out
 
 def gather_moments(
     model:nn.Module,
@@ -386,9 +385,9 @@ def gather_moments(
     with unfused(), frozen(model), evaluating(model), undisturbed():
         with torch.enable_grad(), hooked(layers, called):
             for batch in settings.progressing(batches, 'statistics, batch'):
-                n_classes = _run_back(model, batch, settings, scale, gen, sums)
-                classes = classes or n_classes
-                items += n_items(batch)
+                out,n = _run_back(model, batch, settings, scale, gen, sums),n_items(batch)
+                classes = classes or settings.loss.n_classes(out, n)
+                items += n
     samples = items*scale**2
     seen = [name for name in sums if sums[name].inputs.patches.n]
     work = [svd_work(layers[name]) for name in seen]

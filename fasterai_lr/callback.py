@@ -19,7 +19,6 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.imports import noop             # not fastcore's
-from fastai.learner import Learner
 from fastai.torch_core import find_bs, to_float
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
@@ -30,9 +29,9 @@ from .settings import Settings, check_names
 from .budget import Budget, check_reach, dense_model
 from .decomposer import as_decomposers, factorize, needs_data
 from .distributed import check_wrapper
-from fasterai_lr.layers import (
-    FactoredLayer, factored_layers, find_layers, inner_model, layer_types, moved,
-    replace_layers)
+from .layers import (
+    FactoredLayer, factored_layers, find_layers,
+    inner_model, layer_types, moved, replace_layers)
 from .optimizer import check_opt, swap_layers
 from .plan import Plan
 from .learned import (
@@ -118,10 +117,6 @@ def _copies_in(held):
         if isinstance(leaf, nn.Module): yield from leaf.state_dict().values()
         elif isinstance(leaf, torch.Tensor): yield leaf
 
-def _is_copy(t, weight):
-    "Tell whether `t` holds the values of `weight` in memory of its own"
-    return t.data_ptr() != weight.data_ptr() and torch.equal(t.to(weight), weight)
-
 def _refuse_weight_copies(learn, layers):
     "Raise a `RuntimeError` where `learn` or a callback holds a copy of a weight that may be replaced"
     followed,weights = averages_of(learn),{}
@@ -129,10 +124,10 @@ def _refuse_weight_copies(learn, layers):
     for layer in layers: weights.setdefault(layer.weight.shape, []).append(layer.weight)
     for owner in (learn, *learn.cbs):
         for attr,held in vars(owner).items():
-            if isinstance(held, Learner) or any(held is average for average in followed): continue
+            if any(held is average for average in followed): continue
             for t in _copies_in(held):
-                if t.data_ptr() in own: continue # the layers of a new transformer equal each other
-                if not any(_is_copy(t, weight) for weight in weights.get(t.shape, [])): continue
+                if t.data_ptr() in own: continue
+                if not any(torch.equal(t.to(weight), weight) for weight in weights.get(t.shape, [])): continue
                 raise RuntimeError(
                     f"DecomposeCallback: {type(owner).__name__} holds a copy of weights of the model (in "
                     f"`{attr}`), which will not fit the decomposed model; keep averages in torch's "

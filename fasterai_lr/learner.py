@@ -27,8 +27,8 @@ from .budget import dense_model
 from .decomposer import factorize
 from .optimizer import check_opt, check_opt_state, load_opt_state, opt_state, swap_layers
 from .learned import (
-    check_arguments, data_for, decompose_learner, evaluation_by, follow_averages, logs_lines, output_kind,
-    progress_of, record_line, sample_of, watched)
+    check_arguments, data_for, decompose_learner, evaluation_by, follow_averages, logs_lines,
+    loss_for, output_kind, progress_of, record_line, sample_of, watched)
 from .loop import measure_metric, model_inputs, whole
 from .report import Summary, compare, plot_spectra, plot_tradeoff, summarize, tradeoff
 from .export import as_file, changed_layers, export_onnx, read_low_rank, rebuild, save_low_rank
@@ -72,14 +72,15 @@ def plot_spectra(self:Learner,
     return plot_spectra(inner_model(self.model), layers, plan, data, output_kind(self), axes)
 
 # %% ../nbs/25_learner.ipynb #50bf544c
-def _own_value(learn):
+def _own_value(learn, advice=''):
     "Return `measure_metric` as a function of a model; raise a `ValueError` without a validation set"
     try: n = len(learn.dls.valid)
     except (AttributeError, IndexError, TypeError): n = 0
     if n: return evaluation_by(learn, measure_metric)
-    raise ValueError("dls: the learner has no validation set to evaluate on; "
-                     "give `evaluate`, a function from a model to a number, "
-                     "or `evaluate=False` for the estimated loss alone")
+    raise ValueError(f"dls: the learner has no validation set to evaluate on{advice}")
+
+_instead = ('; give `evaluate`, a function from a model to a number, '
+            'or `evaluate=False` for the estimated loss alone')
 
 @patch
 @delegates(tradeoff, but=['progress'])
@@ -93,9 +94,9 @@ def tradeoff(self:Learner,
     "List what budgets of several sizes leave of the model, and how good it is then; nothing is changed"
     check_names(kwargs, Learner.tradeoff)
     Settings.of(kwargs, tradeoff) # wrong values are found before anything is computed
-    if evaluate is None: evaluate = _own_value(self)
+    if evaluate is None: evaluate = _own_value(self, _instead)
     data = data_for(self, data) # this moves the model to the device of the loaders
-    kwargs.setdefault('loss', output_kind(self))
+    kwargs['loss'] = loss_for(self, kwargs.get('loss'), kwargs.get('output'))
     model = dense_model(inner_model(self.model))
     return tradeoff(model, data, evaluate, budgets, kind, progress=progress_of(self), **kwargs)
 

@@ -30,14 +30,13 @@ from .layers import inner_model
 def _content(o):
     "Copy what is in a container; `None` for what is none"
     if isinstance(o, (Callback, Learner, Metric)): return dict(vars(o))
-    if isinstance(o, (list, deque, L)): return list(o)
-    if isinstance(o, (dict, set, tuple)): return o.copy() if hasattr(o, 'copy') else o
+    if isinstance(o, (list, deque, dict, set)): return o.copy()
+    if isinstance(o, tuple): return o # it cannot change, but what it holds can
 
 def _bring_back(o, content):
     "Let a container hold `content` again"
     if isinstance(o, tuple): return
     if isinstance(o, (Callback, Learner, Metric)): o = vars(o)
-    if isinstance(o, L): o = o.items
     o.clear()
     if isinstance(o, (dict, set)): o.update(content)
     else: o.extend(content)
@@ -50,6 +49,7 @@ class Kept:
         for o in objects: self._keep(o)
 
     def _keep(self, o):
+        if isinstance(o, L): o = o.items
         if id(o) in self.contents: return
         content = _content(o)
         if content is None: return
@@ -124,7 +124,7 @@ def on_the_side(
             learn.cbs = learn.cbs.filter(takes_part)
             learn.to_detach = partial(to_detach, gather=False) # other processes take no part
             learn.add_cbs(cbs)
-            if not fitting: learn(['before_fit', 'before_epoch'])
+            if not fitting: learn(['before_fit', 'before_epoch']) # the loop itself goes on from there
             try: yield learn
             finally:
                 if not fitting: learn(['after_epoch', 'after_fit'])
@@ -145,7 +145,7 @@ class _Take(Callback):
         self.waiting,self.failed = False,True
         # inputs and targets in lists: one for each item, as detectors have them, or each of all items
         unclear = _has_list(kwargs.values() or args) and _has_list(self.yb)
-        self.taken.append(_first_items(args or kwargs, None if unclear else self.n))
+        self.taken.append(_first_items(args or kwargs, inf if unclear else self.n))
         self.n -= n_items(self.taken[-1])
 
     def returned(self, model, args, out): self.failed = False
@@ -159,10 +159,10 @@ def _first_items(batch, n):
     "Copy the first `n` items of a batch, which a model may change in place; all where that cannot be told"
     tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
     lengths = {len(t) for t in tensors if t.dim()}
-    if len(lengths) != 1: n = None
+    end = n if len(lengths) == 1 and n < inf else None
     def copied(t):
         t = t.detach().as_subclass(Tensor)
-        return t[:n].clone() if t.dim() and n != inf else t.clone()
+        return (t[:end] if t.dim() else t).clone()
     return tree_map_only(Tensor, copied, batch)
 
 # %% ../nbs/20_loop.ipynb #817f0fd7

@@ -169,6 +169,7 @@ def test_one_loader_alone(tmp_path):
     learn.dls.loaders = learn.dls.loaders[:1]
     for call in (lambda: learn.decompose(Budget(max_drop=.1)), lambda: learn.compare({'dense': learn.model})):
         with pytest.raises(ValueError, match='^dls: .* no validation set'): call()
+    with pytest.raises(ValueError, match='to evaluate on$'): learn.compare({'dense': learn.model}) # it takes no `evaluate`
     learn.decompose(Budget(macs=.5))
     assert factored_layers(learn.model) and learn.export_onnx('small').exists()
 

@@ -15,9 +15,13 @@ from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 from fastai.learner import ValueMetric
+from fasttransform import Transform
 from fastai.metrics import F1Score, Perplexity, RocAuc, accuracy, error_rate
+from fasterai_lr.budget import Budget
+from fasterai_lr.layers import factored_layers
+from fasterai_lr.learner import *  # noqa: F403 - gives a Learner `decompose`
 from fasterai_lr.loop import is_fitting, measure_metric, model_inputs
-from helpers import snapshot
+from helpers import same, snapshot
 from learners import digit_learner, quiet
 from networks import digits
 
@@ -135,6 +139,22 @@ def test_inputs_are_those_of_the_model():
     taken = model_inputs(learn, learn.dls.valid, 100)
     x = digits()[0][600:700]
     assert [len(xb) for xb, in taken] == [64, 36] and torch.equal(torch.cat([xb for xb, in taken]), (x-8)/4)
+
+@pytest.mark.parametrize('budget', [Budget(params=.1), Budget(max_drop=.02)], ids=str)
+def test_a_callback_that_normalises_is_as_good_as_normalised_data(budget):
+    "The same model comes back, to the last bit, and the same figures stand in its plan"
+    class Normalise(Callback):
+        def before_batch(self): self.learn.xb = tuple(4*x - 2 for x in self.xb)
+    class Scaled(Transform):
+        def encodes(self, x:torch.Tensor): return 4*x - 2 if x.is_floating_point() else x
+    plans = []
+    for kw in (dict(cbs=[Normalise()]), dict(tfms=[Scaled()])):
+        learn = quiet(digit_learner(network(), range(600), range(600, 900), **kw))
+        learn.fit_one_cycle(3, 1e-2)
+        learn.decompose(budget)
+        plans.append((learn.model.low_rank_plan, snapshot(learn.model), learn.validate()))
+    (plan,weights,values),(plan2,weights2,values2) = plans
+    assert factored_layers(learn.model) and plan == plan2 and same(weights, weights2) and values == values2
 
 def test_a_short_epoch_is_measured_and_taken_whole():
     "A callback that cuts validations short has no say in what is measured or taken"

@@ -89,6 +89,8 @@ def test_whatever_a_learner_offers():
     dense = copy.deepcopy(learn.model)
     table = learn.tradeoff((.5,))
     assert table.accuracy[0] == learn.validate()[1] and table.loss.notna().all()
+    own = learn.tradeoff((.5,), loss=lambda scores: .5*scores.square().sum()) # of what the callback leaves, as in `decompose`
+    assert own.accuracy[0] == table.accuracy[0] and len(own) == 2
     learn.plot_spectra(data=digits(100)[0])
     learn.decompose(Budget(max_drop=.03))
     assert factored_layers(learn.model) and learn.validate()[1] >= table.accuracy[0] - .03
