@@ -153,7 +153,7 @@ def _apart(model, teacher, batches, settings):
     return float(torch.stack(distances).mean())
 
 @undisturbed()
-@takes_settings(but=('metric', 'schemes', 'sequential', 'passes', 'most', 'max_size', 'distill_steps'))
+@takes_settings(but=('metric', 'schemes', 'sequential', 'most', 'max_size', 'distill_steps'))
 def distill(
     model:nn.Module, # left untouched; a decomposed copy of `teacher`
     teacher:nn.Module,

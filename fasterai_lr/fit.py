@@ -7,19 +7,19 @@ __all__ = ['Stats', 'Change', 'fit', 'loss_increase']
 
 # %% ../nbs/13_fit.ipynb #ced1ca30
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import chunked
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layers import (FactoredLayer, Geometry, factored_layers, moved, replace_layers,
                                 replace_layers_, svd_work)
-from .running import (Additions, Batches, evaluated, hooked, n_items, trace,
-                                 undisturbed)
+from .running import (Additions, Batches, evaluated, evaluation, hooked, n_items, run_model,
+                                 trace, undisturbed)
+from .memory import Flow, Leak, Memory
 from .loss import as_loss, classification
 from .metric import Moments, covariance, lacking, make_metric, ridge
 from .calibrate import (Centred, Gram, InputMoments, Squares, draw, flat_blocks, n_positions,
@@ -28,46 +28,54 @@ from .schemes import check_scheme, schemes
 from .distill import distill
 
 # %% ../nbs/13_fit.ipynb #8282c310
-class _Stop(Exception): "All that was to be seen in a run was seen"
+class _Stop(Exception): "Everything to be seen in a run was seen"
 
 class _Watch:
-    "Runs a model and shows calls of some layers, and the sums that they go into, until all were seen"
+    "Runs a model and shows the calls of a layer, and the sums that they go into, until all were seen"
     def __init__(self,
-        uses, # {name: `Use`} of the layers
-        watchers): # {name: object}: `called(x, out)` after a call, `added(a, b)` before the sum with `out`
-        self.uses,self.watchers = uses,watchers
+        model:nn.Module,
+        name, # of the layer
+        use, # its `Use`
+        watcher, # `called(x, out)` after a call, `added(a, b)` before the sum with `out`
+        memory): # of finished modules
+        self.model,self.use,self.watcher,self.memory = model,use,watcher,memory
+        self.layers = {name: model.get_submodule(name)}
 
-    def run(self, model, batch):
-        layers = {n: model.get_submodule(n) for n in self.uses}
+    def run(self, i, batch): # `i`: the number of the batch
         self.left = self._expected()
         self.additions = Additions(self._see_sum)
+        self.goes_on = self.memory.on # up to the next unfinished layer, so that all before it can be kept
+        remembered = self.memory.running(i, self.additions, self._reach_unfinished)
         try:
-            with hooked(layers, self._see_call), self.additions: evaluated(model, batch)
-        except _Stop: pass
+            with remembered, hooked(self.layers, self._see_call), self.additions: self._evaluate(batch)
         finally: self.additions.see = None # or what was seen would live until the garbage is collected
+
+    def _evaluate(self, batch):
+        try: run_model(self.model, batch)
+        except _Stop: pass
 
     def _expected(self):
         "Count the things to see; no end where a layer is called several times, which may be more elsewhere"
-        n = 0
-        for use in self.uses.values():
-            if use.calls > 1: return inf
-            n += 1 if use.add is None else 2
-        return n
+        if self.use.calls > 1: return inf
+        return 1 if self.use.add is None else 2
+
+    def _reach_unfinished(self):
+        self.goes_on = False
+        if not self.left: raise _Stop
 
     def _see_call(self, name, layer, x, out):
-        self._see(self.watchers[name].called, x, out)
+        self._see(self.watcher.called, x, out)
 
     def _see_sum(self, i, a, b):
-        for name,use in self.uses.items():
-            if use.add == i:
-                self._see(self.watchers[name].added, a, b)
+        if self.use.add == i: self._see(self.watcher.added, a, b)
 
     def _see(self, show, *tensors):
+        if any(t.is_meta for t in tensors): raise Leak
         self.additions.counts = False # not the additions that `show` makes
         show(*tensors)
         self.additions.counts = True
         self.left -= 1
-        if not self.left: raise _Stop
+        if not self.left and not self.goes_on: raise _Stop
 
 # %% ../nbs/13_fit.ipynb #73e5d19f
 def _copied(layer, out, idx):
@@ -89,12 +97,12 @@ class _Call:
 
 # %% ../nbs/13_fit.ipynb #23dc6448
 class _Recorder:
-    "Records the calls of a layer of the dense network"
-    def __init__(self, layer, use, settings):
-        self.layer,self.use = layer,use
-        self.most = settings.most
+    "Records the calls of a layer of the dense network for one batch after the other"
+    def __init__(self, layer, settings):
+        self.layer,self.most = layer,settings.most
         self.gen = torch.Generator().manual_seed(settings.seed)
-        self.calls = []
+
+    def start(self): self.calls = []
 
     def called(self, x, out):
         idx = draw(n_positions(self.layer, out), self.most, self.gen)
@@ -104,63 +112,6 @@ class _Recorder:
     def added(self, a, b):
         call = self.calls[-1]
         call.sum = _sum_rows(self.layer, a, b, call.idx)
-
-    def take(self):
-        "Return the calls since this was asked last"
-        calls,self.calls = self.calls,[]
-        return calls
-
-    @property
-    def size(self):
-        "The bytes that the calls for one batch take"
-        numbers = Geometry.of(self.layer).out
-        if self.use.add is not None: numbers *= 2
-        total = 0
-        for out in self.use.outputs:
-            positions = min(n_positions(self.layer, out), self.most)
-            row = numbers*max(4, out.element_size())
-            total += positions*(row + 8) # 8 for the index
-        return total
-
-# %% ../nbs/13_fit.ipynb #e7c9ab3f
-_room = 2**28 # bytes for the calls that are kept
-
-def _pop(calls, names):
-    "Take those of the layers `names` out of `calls`, {name: its `_Call`s}"
-    return {n: calls.pop(n) for n in names}
-
-def _recorded(model, recorders, batches, kept): # `recorders`: {layer name: `_Recorder`}
-    "Yield the calls {name: its `_Call`s} batch by batch, and put them into `kept`"
-    uses = {n: recorder.use for n,recorder in recorders.items()}
-    watch = _Watch(uses, recorders)
-    for batch in batches:
-        watch.run(model, batch)
-        calls = {n: recorder.take() for n,recorder in recorders.items()}
-        kept.append(calls)
-        yield calls
-
-def _with_room(groups, n_batches): # `groups`: {layer name: `_Recorder`} for each
-    "Return the first of `groups`, as many as there is room for"
-    size = 0 # for one batch
-    for i,group in enumerate(groups):
-        for recorder in group.values(): size += recorder.size
-        if size*n_batches > _room: return groups[:i]
-    return groups
-
-def _wanted(model, groups, batches, settings): # `groups`: {layer name: `Use`} for each
-    "Yield for each group an iterator over the batches, of {name: its `_Call`s} in the dense `model`"
-    ahead = []
-    for group in groups:
-        ahead.append({n: _Recorder(model.get_submodule(n), use, settings) for n,use in group.items()})
-    while ahead:
-        now,*ahead = ahead
-        later = _with_room(ahead, len(batches))
-        ahead = ahead[len(later):]
-        kept,recorders = [],dict(now)
-        for group in later: recorders |= group
-        yield (_pop(calls, now) for calls in _recorded(model, recorders, batches, kept))
-        for group in later:
-            yield (_pop(calls, group) for calls in kept)
 
 # %% ../nbs/13_fit.ipynb #d2f80f07
 @dataclass
@@ -242,26 +193,41 @@ class _Pair:
         if self.waits or next(self.calls, None): self.same = False
 
 # %% ../nbs/13_fit.ipynb #1b7e223b
-def _each_sum_once(uses):
-    "Return `uses`, each addition with the last layer only"
-    last = {use.add: name for name,use in uses.items()}
-    res = {}
-    for name,use in uses.items():
-        if last[use.add] != name:
-            use = replace(use, add=None)
-        res[name] = use
-    return res
+class _Turns:
+    "Runs a dense network and the one that is fitted, layer by layer, side by side"
+    def __init__(self, calibration, order): # `order`: {layer name: `Use`}, of the layers to fit
+        self.dense,self.order = calibration.model,order
+        self.batches,self.settings = calibration.batches,calibration.settings
+        flow = Flow.of(self.dense, self.batches.longest)
+        room = self.settings.room//2
+        self.memories = Memory(flow, room),Memory(flow, room)
 
-def _gather(model, uses, batches, wanted, settings)->dict: # {name: its `Stats`}
-    "Compare the layers `uses` of `model` with what is `wanted` of them"
-    pairs = {name: _Pair(model, name, use, settings) for name,use in uses.items()}
-    watch = _Watch(uses, pairs)
-    for batch,calls in zip(batches, wanted):
-        for name,pair in pairs.items():
-            pair.start(calls[name])
-        watch.run(model, batch)
-        for pair in pairs.values(): pair.end()
-    return {n: Stats.wanted(pair.inputs, pair.yx) for n,pair in pairs.items() if pair.same}
+    def stats(self, model, name)->Stats|None: # `None` where the layer is not called as in the dense network
+        "Compare the layer `name` of `model` with that of the dense network on all batches"
+        names = list(self.order)
+        later = names[names.index(name):]
+        of_dense,of_model = self.memories
+        with evaluation(self.dense, model):
+            with of_dense.turn(self.dense, later[1:]), of_model.turn(model, later):
+                try: return self._compare(model, name)
+                except Exception:
+                    if not of_dense.used and not of_model.used: raise
+                    for memory in self.memories: memory.switch_off()
+                    return self._compare(model, name)
+
+    def _compare(self, model, name):
+        use,(of_dense,of_model) = self.order[name],self.memories
+        recorder = _Recorder(self.dense.get_submodule(name), self.settings)
+        pair = _Pair(model, name, use, self.settings)
+        in_dense = _Watch(self.dense, name, use, recorder, of_dense)
+        in_model = _Watch(model, name, use, pair, of_model)
+        for i,batch in enumerate(self.batches):
+            recorder.start()
+            in_dense.run(i, batch)
+            pair.start(recorder.calls)
+            in_model.run(i, batch)
+            pair.end()
+        if pair.same: return Stats.wanted(pair.inputs, pair.yx)
 
 # %% ../nbs/13_fit.ipynb #e4bcb4f5
 def _regress(start, s, centre): # `start` `[groups, o, n]`, `s`: `Stats`
@@ -348,17 +314,13 @@ class Change:
         return self.model
 
 # %% ../nbs/13_fit.ipynb #629c7388
-def _groups(uses, choices, passes)->list: # of {name: `Use`}
-    "The layers to fit, in the order of the data, in as many groups as there may be passes"
+def _to_fit(uses, choices)->dict: # {name: `Use`}
+    "The layers to fit, in the order of the data"
     names = []
     for name,use in uses.items():
         # the layers before the first chosen one see what they always have
         if names or name in choices or use.calls > 1: names.append(name)
-    groups = []
-    for part in chunked(names, n_chunks=passes):
-        group = {n: uses[n] for n in part}
-        groups.append(_each_sum_once(group))
-    return groups
+    return {n: uses[n] for n in names}
 
 # %% ../nbs/13_fit.ipynb #a338d01a
 class _Fit:
@@ -403,29 +365,20 @@ class _Fit:
             self.modules[norm] = module
 
 # %% ../nbs/13_fit.ipynb #feefe489
-def _progressing(calibration, groups):
-    "Go through the groups of layers and show how far it is"
-    label = 'fitting layer'
-    if max(map(len, groups), default=1) > 1: label = 'fitting layers, group'
-    work = []
-    for group in groups:
-        layers = map(calibration.model.get_submodule, group)
-        work.append(sum(map(svd_work, layers)))
-    return calibration.settings.progressing(groups, label, work)
+def _progressing(calibration, names):
+    "Go through the layers `names` and show how far it is"
+    work = [svd_work(calibration.model.get_submodule(n)) for n in names]
+    return calibration.settings.progressing(names, 'fitting layer', work)
 
 def _fit_layers(calibration, choices)->_Fit:
-    "Fit all layers, group by group"
+    "Fit all layers, one after the other"
     fitting = _Fit(calibration, choices)
-    settings,batches = calibration.settings,calibration.batches
-    groups = _groups(fitting.uses, choices, settings.passes)
-    wanted = _wanted(calibration.model, groups, batches, settings)
-    for group,calls in zip(_progressing(calibration, groups), wanted):
-        stats = {}
-        if settings.sequential:
-            stats = _gather(fitting.model, group, batches, calls, settings)
-        for name in group:
-            if name in stats or name in choices:
-                fitting.fit_layer(name, stats.get(name))
+    order = _to_fit(fitting.uses, choices)
+    sequential = calibration.settings.sequential
+    if sequential: turns = _Turns(calibration, order)
+    for name in _progressing(calibration, list(order)):
+        stats = turns.stats(fitting.model, name) if sequential else None
+        if stats or name in choices: fitting.fit_layer(name, stats)
     return fitting
 
 # %% ../nbs/13_fit.ipynb #9a9c47bd

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_model', 'devices_of', 'device_of', 'first_output', 'evaluating', 'frozen', 'undisturbed', 'unfused',
-           'differentiable', 'in_backward', 'evaluated', 'hooked', 'n_items', 'numel', 'Inputs', 'Batches',
-           'blaming_data', 'check_callable', 'Use', 'Additions', 'trace']
+           'differentiable', 'in_backward', 'evaluation', 'evaluated', 'hooked', 'tensors_in', 'n_items', 'numel',
+           'Inputs', 'Batches', 'blaming_data', 'check_callable', 'Use', 'Additions', 'changes_of', 'trace']
 
 # %% ../nbs/06_running.ipynb #9282023c
 import random, warnings
@@ -122,13 +122,17 @@ def in_backward()->bool:
     "Tell whether a backward pass is going on, in which a checkpoint runs its part of the model again"
     return torch._C._current_graph_task_id() != -1
 
+@contextmanager
+def evaluation(*models):
+    "Put `models` into evaluation mode, without gradients and with every layer called"
+    with unfused(), evaluating(*models), torch.inference_mode(False), torch.no_grad(): yield
+
 def evaluated(
     model:nn.Module,
     batch # what it is called with
    ): # what it returns
     "Return the output of `model` in evaluation mode, with every layer called"
-    with unfused(), evaluating(model), torch.inference_mode(False), torch.no_grad():
-        return run_model(model, batch)
+    with evaluation(model): return run_model(model, batch)
 
 # %% ../nbs/06_running.ipynb #0a75caf8
 @contextmanager
@@ -147,13 +151,13 @@ def hooked(
         yield
 
 # %% ../nbs/06_running.ipynb #2dc32161
-def _tensors_in(batch):
+def tensors_in(batch):
     "Return the tensors in `batch`, of any depth"
     return [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
 
 def n_items(batch)->int:
     "Return the number of samples in a batch, from its first tensor"
-    tensors = _tensors_in(batch)
+    tensors = tensors_in(batch)
     if not tensors: raise TypeError("data: a batch holds no tensor")
     first = tensors[0]
     if first.dim(): return len(first)
@@ -162,7 +166,7 @@ def n_items(batch)->int:
 
 def numel(batch)->int:
     "Count the numbers in all tensors of a batch"
-    return sum(t.numel() for t in _tensors_in(batch))
+    return sum(t.numel() for t in tensors_in(batch))
 
 # %% ../nbs/06_running.ipynb #5c554a8a
 def _to(batch, device):
@@ -188,7 +192,7 @@ def _part(batch, start, end):
 
 def _split(batch, bs):
     "Split one batch into a list of batches of at most `bs` items; not a dict whose tensors differ in length"
-    lengths = [len(t) for t in _tensors_in(batch) if t.dim()]
+    lengths = [len(t) for t in tensors_in(batch) if t.dim()]
     differ = len(set(lengths)) > 1
     if isinstance(batch, tuple) and differ:
         raise ValueError("data: a tuple is one batch, inputs and targets, but its tensors have "
@@ -368,7 +372,7 @@ class Additions(TorchFunctionMode):
         self.n += 1
 
 # %% ../nbs/06_running.ipynb #0ba3a3ce
-def _changes_of(t): return 0 if t.is_inference() else t._version # tensors of inference mode count no changes
+def changes_of(t): return 0 if t.is_inference() else t._version # tensors of inference mode count no changes
 
 class _Tracer:
     "Finds the `Use` of layers while their model runs"
@@ -377,12 +381,12 @@ class _Tracer:
         self.made = WeakTensorKeyDictionary() # which does not keep the outputs alive
 
     def note(self, name, out, own): # `own`: by the layer itself, not by a BatchNorm after it
-        self.made[out] = name,own,_changes_of(out)
+        self.made[out] = name,own,changes_of(out)
 
     def origin(self, tensor):
         "Return the layer that made `tensor` as it is now, `None` if none did, and whether it did so itself"
         name,own,version = self.made.get(tensor, (None, False, None))
-        if _changes_of(tensor) == version: return name,own
+        if changes_of(tensor) == version: return name,own
         return None,False
 
     def layer_called(self, name, layer, x, out):

@@ -101,7 +101,7 @@ def _unknown(argument, f):
                       f"does not hold; give it again, as {argument}=…")
 
 # %% ../nbs/10_settings.ipynb #a74b57b8
-_least = dict(passes=1, most=1, max_size=1, distill_steps=0, seed=0)
+_least = dict(most=1, room=0, max_size=1, distill_steps=0, seed=0)
 
 class _Checked:
     "The checks of `Settings`"
@@ -134,9 +134,9 @@ class Settings(_Checked):
     loss:Loss=classification # `regression`, `multilabel`, or a function from the model's output to a scalar
     schemes:tuple=('svd', 'spatial') # a `Budget` chooses from these
     sequential:bool=True # fit each layer to what those before it have made of the data?
-    passes:int=24 # over the data, at most; more layers than that are fitted in groups
     most:int=16384 # positions a batch and layer that the fit looks at, half of them for moments
     max_size:int=8192 # no moment larger than this squared is formed
+    room:int=2**30 # bytes for outputs that the fit keeps, so that it need not compute them again
     distill_steps:int=0 # steps of self-distillation after the fit, see `distill`
     augment:object=None # for these, see `distill`
     seed:int=0 # of all random draws

@@ -73,7 +73,7 @@ full = {'plain': lambda: (plain_net(), {'0': ('spatial', 9), '3': ('tucker', (6,
         'transformer': lambda: (ViT(), {'embed': ('svd', 8), 'blocks.0.qkv': ('svd', 12), 'blocks.0.proj': ('svd', 12), 'blocks.1.up': ('svd', 12), 'blocks.1.down': ('svd', 12)}, tokens)}
 
 @pytest.mark.parametrize('name', full)
-@pytest.mark.parametrize('args', [{}, dict(sequential=False), dict(passes=2), dict(metric='activation')], ids=['sequential', 'closed', 'two passes', 'activation'])
+@pytest.mark.parametrize('args', [{}, dict(sequential=False), dict(room=0), dict(metric='activation')], ids=['sequential', 'closed', 'no room', 'activation'])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 def test_at_full_rank_nothing_is_lost(name, args, dtype):
     net,choices,x = full[name]()
