@@ -21,7 +21,7 @@ from .settings import Settings, takes_settings
 # %% ../nbs/12_distill.ipynb #ba776b9b
 def flip_and_crop(
     x:Tensor, # images `[n, channels, h, w]`
-    gen:torch.Generator, # for the draws
+    gen:torch.Generator, # of random numbers
     pad:int=4
    )->Tensor:
     "Flip images at random, and shift the whole batch by up to `pad` pixels"
@@ -34,7 +34,7 @@ def flip_and_crop(
 
 def mix(
     x:Tensor, # images `[n, channels, h, w]`
-    gen:torch.Generator, # for the draws
+    gen:torch.Generator, # of random numbers
     share:float=.5 # of the images that are mixed
    )->Tensor:
     "Mix up to half of another image into some of the images"
@@ -157,7 +157,7 @@ def _apart(model, teacher, batches, settings):
 def distill(
     model:nn.Module, # left untouched; a decomposed copy of `teacher`
     teacher:nn.Module,
-    data, # as `calibrate` takes it
+    data, # unlabelled, see `calibrate`
     steps:int=350,
     lr:float=1e-3, # peak of a one-cycle schedule for Adam; if that does not help, a tenth of it is tried
     **kwargs

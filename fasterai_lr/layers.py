@@ -294,7 +294,7 @@ def _weight_users(model):
 _hooks = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
 
 def _why_not(layer, types, users):
-    "Why `layer` cannot be replaced safely, `None` if it can"
+    "Return the reason why `layer` cannot be replaced safely, `None` if it can"
     name = type(layer).__name__
     extra = [n for n in (*layer._parameters, *layer._buffers, *layer._modules) if n not in ('weight', 'bias')]
     if parametrize.is_parametrized(layer): return 'its weight is parametrized'
@@ -320,7 +320,7 @@ def _is_one_of(module, types):
     return _is_quantized(module) and type(module).__name__ in [t.__name__ for t in types]
 
 def _why_broken(layer):
-    "Why `layer` has no weights to decompose, `None` if it has"
+    "Return the reason why `layer` has no weights to decompose, `None` if it has"
     name = type(layer).__name__
     if _is_quantized(layer): return f'is quantised ({name}); decompose before quantising'
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
@@ -351,7 +351,7 @@ def inner_model(model:nn.Module)->nn.Module:
 def find_layers(model:nn.Module,
                 types:tuple # exact classes
                )->list: # of `Found`, in the order of the model
-    "Find the layers of `model` of the given types, each once, with the reason if it cannot be replaced"
+    "Find the layers of the given types, each once, with the reason if it cannot be replaced"
     check_module(model)
     users,found = _weight_users(model),{}
     factors = {factor for chain in factored_layers(model).values() for factor in chain}
@@ -454,7 +454,7 @@ def _by_id(model, new):
     return new_of
 
 def _exchanged(obj, new_of):
-    "Replace the modules in `obj` by those that `new_of` maps their ids to; lists and dicts change in place"
+    "Replace modules in `obj` by their entries in `new_of`, {id: module}; lists and dicts change in place"
     if isinstance(obj, nn.Module): return new_of.get(id(obj), obj)
     if isinstance(obj, dict):
         for key,value in obj.items():
@@ -488,7 +488,7 @@ def _computed_tensors(model):
 def replace_layers(model:nn.Module, # left untouched
                    new:dict # {name: module}
                   )->nn.Module:
-    "Return a copy of `model` in which those of `new` replace the named modules everywhere"
+    "Return a copy of `model` with the named modules replaced by those of `new` everywhere"
     memo = _by_id(model, new)
     for t in _computed_tensors(model): memo[id(t)] = t.detach().clone()
     return replace_layers_(copy.deepcopy(model, memo), new)

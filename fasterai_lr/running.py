@@ -104,7 +104,7 @@ def unfused():
 
 # %% ../nbs/06_running.ipynb #ce97254f
 class _GradientsStay(TorchFunctionMode):
-    "Keeps gradients on where a model switches them off"
+    "A mode that keeps gradients on where a model switches them off"
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch._C._set_grad_enabled and not args[0]: return
         return func(*args, **(kwargs or {}))
@@ -154,7 +154,7 @@ def _tensors_in(batch):
 def n_items(batch)->int:
     "Return the number of samples in a batch, from its first tensor"
     tensors = _tensors_in(batch)
-    if not tensors: raise TypeError("data: a batch holds no tensor")
+    if not tensors: raise TypeError("data: a batch holds no tensor; give batches of tensors")
     first = tensors[0]
     if first.dim(): return len(first)
     raise ValueError(f"data: a batch is the single number {first.item()}; "
@@ -289,7 +289,7 @@ class Batches:
             if not n_items(batch): raise ValueError(f"data: batch {n} holds no items")
             n += 1
             yield _to(batch, self.device)
-        if not n: raise ValueError("data: it holds no batch")
+        if not n: raise ValueError("data: it holds no batch; give at least one")
 
     @property
     def first(self): return next(iter(self))
@@ -371,7 +371,7 @@ class Additions(TorchFunctionMode):
 def _changes_of(t): return 0 if t.is_inference() else t._version # inference mode tracks no versions
 
 class _Tracer:
-    "Finds the `Use` of layers while their model runs"
+    "Record the `Use` of layers while their model runs"
     def __init__(self, modules): # {name: module}, all of the model
         self.modules,self.uses,self.norm_calls = modules,{},Counter()
         self.made = WeakTensorKeyDictionary() # does not keep the outputs alive

@@ -75,12 +75,12 @@ class Scheme:
         return self.full()
 
     def unfit(self, rank)->str|None:
-        "The scheme's own reason why it cannot factor this layer at `rank`"
+        "Return the scheme's own reason why it cannot factor the layer at `rank`"
 
 # %% ../nbs/04_schemes.ipynb #9053fd91
 @patch
 def misfit(self:Scheme, rank=1)->str|None:
-    "Why this scheme cannot factor this layer at `rank`, `None` if it can"
+    "Return the reason why this scheme cannot factor the layer at `rank`, `None` if it can"
     if self.groups > 1 and self.i == 1: return 'a depthwise convolution has nothing to factor'
     return self.unfit(rank)
 
@@ -165,7 +165,7 @@ class Solver:
         self.whitens = metric is not None and scheme.joined is not None # work in coordinates of the metric?
 
     def modes(self)->list:
-        "The unfoldings whose ranks are chosen: a `Mode` for each rank"
+        "The unfoldings to choose ranks by: a `Mode` for each rank"
         raise NotImplementedError
 
     def tensors(self, rank)->list:
@@ -194,7 +194,7 @@ class Solver:
 # %% ../nbs/04_schemes.ipynb #a97ab32b
 @patch
 def misfit(self:Solver, rank=1)->str|None:
-    "Why this weight cannot be factored at `rank`, `None` if it can"
+    "Return the reason why this weight cannot be factored at `rank`, `None` if it can"
     if why := self.scheme.misfit(rank): return why
     if self.metric is not None and self.metric.inputs is None:
         return 'its moments would be too large; use svd'

@@ -133,13 +133,13 @@ class Settings(_Checked):
     metric:str='fisher' # how errors are measured: 'fisher' or 'activation'
     loss:Loss=classification # `regression`, `multilabel`, or a function from the model's output to a scalar
     schemes:tuple=('svd', 'spatial') # a `Budget` chooses from these
-    sequential:bool=True # fit each layer on the outputs of the layers already decomposed before it?
+    sequential:bool=True # fit each layer to the outputs of the factored layers before it?
     passes:int=24 # maximum number of passes over the data; more layers than that are fitted in groups
     most:int=16384 # maximum number of positions per batch and layer in the fit; half as many for moments
     max_size:int=8192 # maximum number of rows of a moment
     distill_steps:int=0 # steps of self-distillation after the fit, see `distill`
-    augment:object=None # for these, see `distill`
-    seed:int=0 # of all random draws
+    augment:object=None # augmentation of the inputs in these steps, see `distill`
+    seed:int=0 # seed of all random numbers
     output:object=None # function that picks the output tensor from what the model returns; see `first_output`
     progress:object=field(default=True, compare=False) # show progress? Or a function that wraps the steps
 

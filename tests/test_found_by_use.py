@@ -375,7 +375,7 @@ def inference(_=None):
     (lambda m: m, [X[:0], X[:9]], '^data: batch 0 holds no items$'),
     (lambda m: m, [X[:9], X[:0]], '^data: batch 1 holds no items$'),
     (lambda m: m, X[:0], '^data: batch 0 holds no items$'),
-    (lambda m: m, [], '^data: it holds no batch$'),
+    (lambda m: m, [], '^data: it holds no batch; give at least one$'),
     (lambda m: m, torch.tensor(3.), '^data: a batch is the single number 3.0'),
     (lambda m: m, X[:9,0,0], r'^data: the model cannot be called with inputs \[9, 8\] of float32: '),
     (lambda m: m, X[:9].double(), r'^data: the model cannot be called with inputs \[9, 1, 8, 8\] of float64: '),
