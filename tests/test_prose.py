@@ -66,6 +66,12 @@ def test_comments_on_successive_lines_are_one_passage():
     assert found_in(prose.of_python, '# here we\n# note\n# that it is so\nx = 1\n') == [('house', 'note that')]
     assert found_in(prose.of_python, 'x = 1 # here we note\n# that it is so\n') == []
 
+def test_a_checker_that_fails_is_an_error():
+    passages = [prose.Passage('x', 1, 'a rank')]
+    for command in (['no_such_checker'], ['codespell_lib', '--no-such-option'], ['proselint', 'no-such-command']):
+        with pytest.raises(RuntimeError, match=command[0]): prose.run_checker(passages, *command)
+    for command in (['codespell_lib'], ['proselint', 'check']): assert prose.run_checker(passages, *command) == []
+
 @pytest.mark.parametrize('find, text', [
     (prose.paragraphs, 'Call `teh` and ``teh`` of $teh$.\n\n```python\nteh = 1\n```\n[here](teh.md) https://x.org/teh <teh>\n\n$$teh$$'),
     (prose.of_python, '#| export\nteh = f(teh=1, x="teh")\nre.compile(r"teh \\w+")\n'),

@@ -147,7 +147,8 @@ def run_checker(passages, *command):
         (Path(folder)/'config.json').write_text('{"max_errors": 1000000}')
         made = subprocess.run([sys.executable, '-m', *command, 'passages.txt'], cwd=folder, text=True,
                               encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    if made.stderr: raise RuntimeError(f'{command[0]}: {made.stderr}')
+    # faults have an exit code too, but they are printed
+    if made.returncode and not made.stdout: raise RuntimeError(f'{command[0]}: {made.stderr}')
     return made.stdout.splitlines()
 
 def misspelled(passages):
