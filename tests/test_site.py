@@ -95,6 +95,15 @@ def test_outputs_for_a_page():
     for start in ('<table class="fastprogress">', '<table>', '<table class="dataframe">'): assert as_page(start + table) == '<table class="dataframe">' + table
     assert as_page(rest + '<table id="T_1a">' + table) == rest + '<table class="dataframe" id="T_1a">' + table
 
+def test_what_a_bar_leaves_is_not_shown():
+    from build_site import outputs
+    from fastcore.xtras import dict2obj
+    stream = lambda text: dict(output_type='stream', text=text)
+    left = dict2obj(dict(outputs=[stream(['|--| 0%\r|##| 100%\r   \r']), stream(['|--|\r   \rdone\n', 'and more']), dict(output_type='display_data', data={'text/html': ['<div></div>']}),
+        dict(output_type='display_data', data={'image/png': 'x'})]))
+    shown = list(outputs(left))
+    assert [o.get('text') for o in shown] == ['done\nand more', None] and 'image/png' in shown[1].data
+
 # In a browser
 
 class _Quiet(SimpleHTTPRequestHandler):

@@ -251,11 +251,11 @@ def as_page(html):
 def outputs(cell):
     "The outputs of `cell` that show something"
     for o in cell.outputs:
-        data = o.get('data', {})
-        if 'text/html' not in data: yield o
-        elif html := as_page(''.join(data['text/html'])):
-            data['text/html'] = html
-            yield o
+        shows,html = True,o.get('data', {}).get('text/html')
+        if o.output_type == 'stream':
+            shows = o.text = re.sub(r'[^\n]*\r', '', ''.join(o.text)) # a bar was written over
+        elif html is not None: shows = o.data['text/html'] = as_page(''.join(html))
+        if shows: yield o
 
 def head(page, links):
     "Title, lead, the module's name and where the notebook is"
