@@ -1,5 +1,5 @@
-"""CIFAR-10 and the ResNet-20 of He et al. (2015, section 4.2) with parameter-free shortcuts, for the
-benchmarks"""
+"""CIFAR-10 for the benchmarks, and the ResNet-20 of He et al. (2015, section 4.2) with parameter-free
+shortcuts"""
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
@@ -41,24 +41,24 @@ class ResNet20(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 def resnet20(weights):
-    "The trained network, from a state dict in the file `weights`"
+    "Load the trained network from a state dict in the file `weights`"
     model = ResNet20()
     model.load_state_dict(torch.load(weights, weights_only=True))
     return model.eval()
 
 def labelled_files(root):
-    "All files in the folders of `root`, one for each class, with the number of their class"
+    "List the files in the folders of `root`, one for each class, with their class numbers"
     classes = sorted(p for p in root.iterdir() if p.is_dir())
     return [(f,i) for i,folder in enumerate(classes) for f in sorted(folder.iterdir())]
 
 def drawn(files, n, seed):
-    "`n` of the files drawn at random, or all"
+    "Draw `n` of the files at random, or return all"
     if not n: return files
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:n]
     return [files[i] for i in order]
 
 def pixels(split, n=None, seed=0):
-    "`n` images of CIFAR-10 and their labels drawn at random, or all: uint8 [n,3,32,32], [n]"
+    "Draw `n` images of CIFAR-10 and their labels at random, or all: uint8 [n,3,32,32], [n]"
     files = drawn(labelled_files(untar_data(URLs.CIFAR)/split), n, seed)
     x = np.stack([np.array(Image.open(f).convert('RGB')) for f,_ in files])
     return torch.from_numpy(x).permute(0, 3, 1, 2),torch.tensor([label for _,label in files])
@@ -66,6 +66,6 @@ def pixels(split, n=None, seed=0):
 def normalised(x): return (x.float()/255-mean)/std
 
 def images(split, n=None, seed=0):
-    "The same, normalised"
+    "Draw images as `pixels` does, and normalise them"
     x,y = pixels(split, n, seed)
     return normalised(x),y

@@ -1,13 +1,13 @@
-"""A decomposition in a fastai fit, two epochs of training included, against the dense network trained for the
+"""Compare a network that is decomposed in a fastai fit of two epochs with the dense network, trained for the
 same two epochs: a ResNet-20 on CIFAR-10.
 
     pip install --no-deps --target peer fasterai==0.4.1 torch-pruning einops
     PYTHONPATH=peer python bench/fine_tune.py WEIGHTS
 
 WEIGHTS is a state dict with the keys of `bench/cifar.py`'s `ResNet20`. All methods see the 50,000 training
-images twice, flipped and shifted at random, in the same order. Differences are of the same 10,000 test
-images, with the standard error of the paired difference. What each run came to is kept in a folder outside
-the project, so that an interrupted bench goes on where it was.
+images twice, flipped and shifted at random, in the same order. Differences are over the same 10,000 test
+images, with the standard error of the paired difference. The result of each run is kept in a folder outside
+the project, so you can interrupt the benchmark and continue it later.
 """
 import argparse, copy, warnings
 from functools import partial
@@ -33,12 +33,12 @@ from fasterai_lr.running import evaluating
 # Data and callbacks
 
 def inputs(x):
-    "uint8 images as the network takes them"
+    "Turn uint8 images into inputs of the network"
     return normalised(x).contiguous(memory_format=torch.channels_last)
 
 class Images(DataLoader):
-    """Batches of uint8 images and labels; for training flipped and shifted by up to four pixels at random,
-    image by image"""
+    """Batches of images and labels. For training, each image is flipped and shifted by up to four pixels at
+    random"""
     def __init__(self, x, y, bs, train):
         super().__init__(range(len(x)), bs=bs, shuffle=train, drop_last=train)
         self.x = F.pad(x, (4,)*4) if train else x
@@ -61,7 +61,7 @@ class Images(DataLoader):
         return self.x[n[:,None,None,None], channels, rows[:,None,:,None], cols[:,None,None,:]]
 
 class BFloat16(Callback):
-    "fastai's `MixedPrecision` is for GPUs; on a CPU with bfloat16 instructions this halves the time"
+    "Train in bfloat16 on a CPU, in about half the time; fastai's `MixedPrecision` is for GPUs"
     order = 10
     def before_batch(self):
         self.cast = torch.autocast('cpu', torch.bfloat16)
@@ -70,7 +70,7 @@ class BFloat16(Callback):
     def after_loss(self): self.cast.__exit__(None, None, None)
 
 class Teacher(Callback):
-    "What `DecomposeCallback(distill=…)` adds to the loss, for models that were not decomposed by it"
+    "Add to the loss what `DecomposeCallback(distill=…)` adds, for other models"
     order = 61
     def __init__(self, model, weight): self.teacher,self.weight = model,weight
     def after_pred(self):
@@ -81,14 +81,14 @@ class Teacher(Callback):
         self.learn.loss_grad = self.loss_grad + self.weight*distance
 
 class FrozenStatistics(Callback):
-    "BatchNorm in eval mode"
+    "Train with BatchNorm in eval mode"
     order = 62
     def before_train(self):
         for m in self.model.modules():
             if isinstance(m, nn.BatchNorm2d): m.eval()
 
 class FrobeniusDecay(Callback):
-    "Decay of the product of the factors (Khodak et al. 2021)"
+    "Decay the product of the factors (Khodak et al. 2021)"
     order = 62
     def __init__(self, weight): self.weight = weight
     def after_loss(self):
@@ -97,7 +97,7 @@ class FrobeniusDecay(Callback):
         self.learn.loss_grad = self.loss_grad + self.weight/2*squares
 
 class AtStart(Callback):
-    "Which test images are right before the first step"
+    "Record which test images are right before the first step"
     order = 63
     def __init__(self, test): self.test = test
     def before_train(self):
@@ -105,7 +105,7 @@ class AtStart(Callback):
 
 @torch.no_grad()
 def right(model, x, y, bs=250):
-    "Which of the images get their label"
+    "Find the images that get their label, as booleans"
     with evaluating(model):
         guesses = torch.cat([model(inputs(b)).argmax(1) for b in x.split(bs)])
     return guesses == y
@@ -113,7 +113,7 @@ def right(model, x, y, bs=250):
 # The runs
 
 def tucker(dense, share):
-    "The model by fasterai, with at most this share of the MACs"
+    "Decompose with fasterai's Tucker to at most this share of the MACs"
     return shrunk(partial(peer, dense, method='tucker'), share, torch.zeros(1, 3, 32, 32), dense)
 
 base = dict(peak=1e-3, distill=1.)
@@ -131,14 +131,14 @@ runs = {
     'fasterai_lr, Frobenius decay 1e-4': dict(helpers=[partial(FrobeniusDecay, 1e-4)])}
 
 class Bench:
-    "The dense network, the data, and how long to train"
+    "The dense network, the data, and the length of the training"
     def __init__(self, weights, epochs, bs, seed):
         self.dense = resnet20(weights).to(memory_format=torch.channels_last)
         self.train_data,self.test_data = pixels('train'),pixels('test')
         self.epochs,self.bs,self.seed = epochs,bs,seed
 
     def run(self, name, share):
-        "The row of one run, and which test images are right after it"
+        "Return the row of one run, and which test images are right after it"
         options = base | runs[name]
         (model,before,after),seconds = timed(self._train, name, share, **options)
         x = torch.zeros(1, 3, 32, 32)
@@ -149,7 +149,7 @@ class Bench:
         return row,after
 
     def _train(self, name, share, peak, distill, opt=Adam, helpers=()):
-        "The model, and which test images are right before and after"
+        "Return the model, and which test images are right before and after the training"
         model = copy.deepcopy(self.dense)
         at_start = AtStart(self.test_data)
         cbs = [BFloat16(), at_start, *[helper() for helper in helpers]]
@@ -172,7 +172,7 @@ class Bench:
 def percent(right): return 100*right.float().mean().item()
 
 def table(kept):
-    "One row for each run in the folder, compared with the dense network of the same seed"
+    "Compare each run in the folder with the dense network of the same seed, a row for each"
     found = [torch.load(f) for f in sorted(kept.glob('*.pt'))]
     dense = {r['row']['seed']: r['right'] for r in found if r['row']['method'] == 'dense'}
     rows = []
@@ -192,7 +192,7 @@ def main():
     parser.add_argument('--bs', type=int, default=128)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--kept', type=Path, default=fastai_path('model')/'fine_tune',
-                        help='folder for what each run came to')
+                        help='folder for the result of each run')
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'fine_tune.csv')
     args = parser.parse_args()
     warnings.filterwarnings('ignore', category=FutureWarning)

@@ -2,8 +2,8 @@
 
     python bench/imagenette.py
 
-trains the network (half an hour of one core) where neither an earlier run nor torchvision's own ImageNet
-weights are found on the disk, and prints its accuracy.
+prints the accuracy of the network. It loads the network of an earlier run, or uses torchvision's own ImageNet
+weights if they are on the disk. Otherwise it trains the network, for half an hour on one core.
 """
 from functools import lru_cache
 from pathlib import Path
@@ -17,14 +17,14 @@ from fastai.data.external import fastai_path, untar_data, URLs
 from cifar import drawn, labelled_files, normalised
 
 classes = 0,217,482,491,497,566,569,571,574,701 # of ImageNet, in the order of the folders
-# the training: peak of the learning rate, pixels and epochs of each cycle; crops magnify, so that 96 pixels
-# prepare for 128
+# the training: peak of the learning rate, pixels and epochs of each cycle; crops enlarge the images, so
+# training at 96 pixels prepares for 128
 cycles = (.05, (64, 8), (96, 3)),(.03, (96, 4))
 
 # Images
 
 def square(file, size=144):
-    "The middle of an image, its shorter side scaled to `size`: uint8 `[size,size,3]`"
+    "Crop the middle of an image, with its shorter side scaled to `size`: uint8 `[size,size,3]`"
     im = Image.open(file).convert('RGB')
     side = min(im.size)
     left,top = (im.width-side)//2,(im.height-side)//2
@@ -32,18 +32,18 @@ def square(file, size=144):
 
 @lru_cache
 def squares(split, n=None, seed=0):
-    "`n` images drawn at random, or all: uint8 `[n,3,144,144]`, and their labels"
+    "Draw `n` images at random, or all: uint8 `[n,3,144,144]`, and their labels"
     files = drawn(labelled_files(untar_data(URLs.IMAGENETTE_160)/split), n, seed)
     x = np.stack([square(f) for f,_ in files])
     return torch.from_numpy(x).permute(0, 3, 1, 2),torch.tensor([label for _,label in files])
 
 def images(split, n=None, seed=0):
-    "`n` images and their labels drawn at random, or all: normalised `[n,3,128,128]`, `[n]`"
+    "Draw `n` images and their labels at random, or all: normalised `[n,3,128,128]`, `[n]`"
     x,y = squares('val' if split=='test' else split, n, seed)
     return normalised(x[...,8:-8,8:-8]),y
 
 def crops(x, size, gen, least=.5):
-    "Random squares of the images, flipped at random, of `size` pixels"
+    "Crop random squares from the images, flip them at random, and scale them to `size` pixels"
     scale = torch.rand(len(x), generator=gen)*(1-least) + least
     flip = 2.*(torch.rand(len(x), generator=gen) < .5) - 1
     shift = (2*torch.rand(len(x), 2, generator=gen)-1)*(1-scale)[:,None]
@@ -53,7 +53,7 @@ def crops(x, size, gen, least=.5):
     return F.grid_sample(x, grid, padding_mode='reflection', align_corners=False)
 
 def resized(x, size):
-    "uint8 images as uint8 images of `size` pixels"
+    "Resize uint8 images to `size` pixels"
     def smaller(batch):
         small = F.interpolate(batch.float(), size=size, mode='bilinear', antialias=True, align_corners=False)
         return small.round().byte()
@@ -68,7 +68,7 @@ def accuracy(model, x, y, bs=250):
     return guesses.eq(y).float().mean().item()
 
 def train(model, lr, *stages, bs=64, seed=0):
-    "One cycle of SGD with label smoothing in bfloat16, of `stages` (pixels, epochs)"
+    "Train one cycle of SGD with label smoothing in bfloat16, over `stages` (pixels, epochs)"
     x,y = squares('train')
     val = images('test', 500)
     gen = torch.Generator().manual_seed(seed)
@@ -90,7 +90,7 @@ def train(model, lr, *stages, bs=64, seed=0):
             print(f'{size} pixels, epoch {epoch}: {share:.2%} of {len(val[1])} images', flush=True)
 
 def imagenet():
-    "torchvision's trained ResNet-18 for these ten classes, if its file is there"
+    "Reduce torchvision's trained ResNet-18 to these ten classes; `None` if its file is missing"
     weights = torchvision.models.ResNet18_Weights.DEFAULT
     file = Path(torch.hub.get_dir())/'checkpoints'/Path(weights.url).name
     if not file.exists(): return None
@@ -102,7 +102,7 @@ def imagenet():
     return model
 
 def trained():
-    "The network, trained here"
+    "Train the network from scratch"
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10, zero_init_residual=True)
     model = model.to(memory_format=torch.channels_last)
@@ -110,7 +110,7 @@ def trained():
     return model.to(memory_format=torch.contiguous_format)
 
 def resnet18(weights=None):
-    "The trained network: from the state dict in the file `weights`, from ImageNet, or trained here once"
+    "Load the network from the file `weights` or from ImageNet weights, or train it once"
     file = Path(weights or fastai_path('model')/'resnet18_imagenette_128.pth')
     if not weights and not file.exists():
         found = imagenet()

@@ -1,12 +1,12 @@
-"""Measured time of VGG-16-BN and ResNet-50 at 224×224, decomposed to a budget of latency.
+"""Measure the time of VGG-16-BN and ResNet-50 at 224×224, decomposed to a latency budget.
 
     pip install --no-deps --target peer fasterai==0.4.1 torch-pruning einops
     PYTHONPATH=peer python bench/latency.py
 
-For batches of 1 and 16, in channels_last and in torch's default format: the plan's prediction, the time of
-the decomposed model as a fraction of the dense one's, both measured in turns, and beside it fasterai's Tucker
-with at most as many MACs. A budget that cannot be reached is raised in steps of .05. Weights do not matter
-for time, so these are random. The machine has to be idle.
+prints, for batches of 1 and 16, in channels_last and in torch's default format: the time that the plan
+predicts, the measured time of the decomposed model as a fraction of the dense one's (both take turns), and
+the same for fasterai's Tucker with at most as many MACs. A budget that cannot be reached is raised in steps
+of .05. Weights do not matter for time, so these are random. Run it on an idle machine.
 """
 import argparse, warnings
 from functools import cache
@@ -32,26 +32,26 @@ def random_images(n, seed):
 # fasterai's Tucker
 
 def tucker(dense, removed):
-    "The model with a part of the ranks removed; `None` where that fails"
+    "Decompose with a part of the ranks removed; `None` if that fails"
     from fasterai.misc.conv_decomposer import Conv_Decomposer
     try: return Conv_Decomposer().decompose(dense, percent_removed=removed, method='tucker')
     except RuntimeError: return None
 
 @cache
 def tucker_share(name, removed):
-    "The MACs that it leaves, as a share; `None` where it fails"
+    "Return the share of MACs that `tucker` leaves; `None` if it fails"
     dense,x = build(name),torch.randn(1, 3, 224, 224)
     model = tucker(dense, removed)
     if model is not None: return count_macs(model, x)/count_macs(dense, x)
 
 def tucker_within(name, macs):
-    "The smallest part to remove that leaves at most the share `macs`; `None` where there is none"
+    "Find the smallest part to remove that leaves at most the share `macs`; `None` if there is none"
     for i in range(1, 20):
         share = tucker_share(name, i/20)
         if share and share <= macs: return i/20
 
 def beside_tucker(name, dense, x, macs):
-    "What is measured of fasterai's Tucker with at most the share `macs`; empty where there is none"
+    "Measure fasterai's Tucker with at most the share `macs`; return `{}` if it cannot go that far"
     removed = tucker_within(name, macs)
     if removed is None: return {}
     ratio = measured_ratio(dense, tucker(dense, removed), x, 20.)
@@ -60,14 +60,14 @@ def beside_tucker(name, dense, x, macs):
 # This library
 
 def plan_at_least(planner, budget):
-    "The plan for `budget`, or for the next larger one, in steps of .05, that can be reached"
+    "Plan for `budget`, or for the next larger one, in steps of .05, that can be reached"
     try: return planner.make(Budget(latency=budget))
     except ValueError as e:
         print(e)
         return plan_at_least(planner, min(1., round(budget+.05, 2)))
 
 def rows_of(name, calibration, fmt, bs, budgets):
-    "Yield a row for each budget, the dense model and a batch; layers are timed once for all, in the first"
+    "Yield a row for each budget, the dense model and a batch; layers are timed only once, in the first"
     dense = build(name, fmt)
     x = random_images(bs, 1).contiguous(memory_format=formats[fmt])
     planner = Planner(calibrated(dense, calibration, calibration.settings), sample=x)

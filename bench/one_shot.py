@@ -1,18 +1,18 @@
-"""Decomposition without training: accuracy against the share of MACs, parameters and time that is kept, with
-unlabelled images only.
+"""Decompose without training, with unlabelled images only: accuracy against the share of MACs, parameters and
+time that is kept.
 
     pip install --no-deps --target peer fasterai==0.4.1 torch-pruning einops
     PYTHONPATH=peer python bench/one_shot.py WEIGHTS            # a ResNet-20 on CIFAR-10
     PYTHONPATH=peer python bench/one_shot.py --net resnet18     # torchvision's on Imagenette at 128 pixels
 
 WEIGHTS is a state dict with the keys of `bench/cifar.py`'s `ResNet20`; `bench/imagenette.py` finds or trains
-its own. Every method gets the same images; fasterai's, and those that use the weights alone, need none and
-are run once. Images and models are in channels_last. Each is brought to at most the share of MACs asked for.
-All differences are over the same test images: `drop` is to the dense network with its standard error `se`,
-`behind` to fasterai_lr without distillation at the same budget and seed (the first seed for what has none),
-with its 95 % interval `low` to `high`. A run that was interrupted goes on where it stopped. Latency wants an
-idle machine, and so do the seconds: `calibrate`, those of the calibration, and `seconds`, of all that
-follows; for distillation those of its steps.
+its own. Every method gets the same images. fasterai's methods, and those that use the weights alone, need
+none and run once. Images and models are in channels_last. Each method keeps at most the share of MACs that
+you set. All differences are over the same test images: `drop` is the distance to the dense network, with its
+standard error `se`; `behind` is the distance to fasterai_lr without distillation at the same budget and seed
+(the first seed for methods without one), with its 95 % interval `low` to `high`. `calibrate` is the seconds
+of the calibration, `seconds` those of everything after it; for distillation, those of its steps. Measure
+times on an idle machine. If you interrupt a run, start it again to continue.
 """
 import argparse, time, warnings
 from functools import cache, cached_property, partial
@@ -33,7 +33,7 @@ nets = dict(resnet20=(cifar.resnet20, cifar.images), resnet18=(imagenette.resnet
 ours = 'fasterai_lr'
 
 def timed(f, *args, **kwargs):
-    "The result of `f`, and its seconds"
+    "Return the result of `f` and the seconds it took"
     start = time.perf_counter()
     res = f(*args, **kwargs)
     return res,time.perf_counter()-start
@@ -43,8 +43,7 @@ def timed(f, *args, **kwargs):
 fractions = [i/40 for i in range(40, 0, -1)] # of the full rank
 
 def shrunk(make, macs, x, dense):
-    """The model that `make` returns for the largest of `fractions`, found by bisection, that leaves at most
-    the share `macs`"""
+    "Find by bisection the model of `make` for the largest fraction that leaves at most the share `macs`"
     limit,best = macs*count_macs(dense, x),None
     low,high = 0,len(fractions)
     while low < high:
@@ -59,21 +58,21 @@ def shrunk(make, macs, x, dense):
     return best
 
 def attempted(make, fraction):
-    "The model that `make` returns; `None` where it fails, as fasterai's Tucker does at some ranks"
+    "Return the model of `make`, or `None` if it fails, as fasterai's Tucker does at some ranks"
     try: return make(fraction)
     except RuntimeError: return None
 
 def peer(dense, fraction, method):
-    "The model by fasterai"
+    "Decompose with fasterai"
     from fasterai.misc.conv_decomposer import Conv_Decomposer
     return Conv_Decomposer().decompose(dense, percent_removed=1-fraction, method=method)
 
 def uniform(dense, fraction, method='spatial'):
-    "The model by this library, each weight by itself"
+    "Decompose with this library, each weight by itself"
     return ConvDecomposer(method, rank=fraction).decompose(dense)
 
 def without_images(dense, x, macs):
-    "{name: function that makes the model} of the methods that see no data"
+    "Return {name: function that makes the model} for the methods that see no data"
     makes = {f'fasterai {m}': partial(peer, dense, method=m) for m in ('tucker', 'svd', 'spatial', 'cp')}
     makes['plain SVD, one fraction'] = partial(uniform, dense, method='svd')
     makes['plain spatial, one fraction'] = partial(uniform, dense)
@@ -95,11 +94,11 @@ class WithImages:
     def seconds(self): return self.timed_calibration[1]
 
     def by_budget(self, macs, **settings):
-        "The model that is decomposed to a share of the MACs"
+        "Decompose to a share of the MACs"
         return decompose(self.dense, Budget(macs=macs), self.calibration, **settings)
 
     def one_fraction(self, macs):
-        "The model with one fraction of the full rank for all layers, fitted"
+        "Decompose with one fraction of the full rank for all layers, and fit the factors"
         alone = shrunk(partial(uniform, self.dense), macs, self.batches[0][:1], self.dense)
         return fit(self.calibration, Plan.of(alone.low_rank_plan).choices).model
 
@@ -107,7 +106,7 @@ class WithImages:
         return distill(model, self.dense, self.batches, steps, augment=flip_crop_and_mix, seed=self.seed)
 
     def methods(self, macs, steps):
-        "{name: function that makes the model}"
+        "Return {name: function that makes the model}"
         fitted = cache(partial(self.by_budget, macs))
         makes = {ours: fitted}
         if steps: makes[f'{ours}, distilled'] = lambda: self.distilled(fitted(), steps)
@@ -121,33 +120,33 @@ class WithImages:
 
 @torch.no_grad()
 def is_right(model, x, y, bs=250):
-    "Which of the images get their label, as booleans"
+    "Find the images that get their label, as booleans"
     model.eval()
     guesses = torch.cat([model(b).argmax(1) for b in x.split(bs)])
     return guesses == y
 
 def mean_and_se(a, b):
-    "Percentage points by which `b` is below `a` on the same images, and the standard error"
+    "Return by how many points `b` is below `a` on the same images, and the standard error"
     difference = 100*(a.float() - b.float())
     se = difference.std()/len(difference)**.5
     return difference.mean().item(),se.item()
 
 def costs(model, dense, x):
-    "The shares of the dense model that `model` has"
+    "Return the shares of MACs, parameters and time that `model` keeps"
     times = measure_latency(dict(dense=dense, model=model), x[:16], 7)
     return dict(macs=count_macs(model, x[:1])/count_macs(dense, x[:1]),
                 params=count_params(model)/count_params(dense),
                 latency=times['model'].ms/times['dense'].ms)
 
 def accuracy(right, right_dense):
-    "The accuracy, and how far it is below that of the dense model, in points"
+    "Return the accuracy, and by how many points it is below that of the dense model"
     drop,se = mean_and_se(right_dense, right)
     return dict(accuracy=100*right.float().mean().item(), drop=drop, se=se)
 
 def rounded(row): return {k: round(v, 3) if isinstance(v, float) else v for k,v in row.items()}
 
 class Results:
-    "A row for each run, and which test images its model got right, in two files"
+    "A row for each run, and the test images that its model got right, in two files"
     def __init__(self, out):
         self.out,self.bits = out,out.with_suffix('.pth')
         self.rows,self.right = [],{}
@@ -165,7 +164,7 @@ class Results:
         torch.save(self.right, self.bits)
 
     def table(self):
-        "The rows, each with the 95 % interval of how far it is behind ours"
+        "Return the rows, each with its distance to ours and the 95 % interval"
         return pd.DataFrame([row | self._behind(row) for row in self.rows])
 
     def _behind(self, row):
@@ -176,7 +175,7 @@ class Results:
         return dict(behind=behind, low=behind-1.96*se, high=behind+1.96*se)
 
     def summary(self):
-        "Mean, deviation and number of the runs of each method and budget"
+        "Return mean, deviation and number of the runs of each method and budget"
         groups = self.table().groupby(['method', 'budget'], sort=False)
         return groups[['macs', 'params', 'latency', 'drop', 'behind']].agg(['mean', 'std', 'count'])
 
@@ -190,10 +189,10 @@ def arguments():
     parser.add_argument('--net', choices=nets, default='resnet20')
     parser.add_argument('--macs', type=float, nargs='+', default=[.5, .37, .25])
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2],
-                        help='of the draw of images; methods without one are run with the first')
+                        help='for the draw of images; methods without images use the first')
     parser.add_argument('--images', type=int, default=2000, help='unlabelled training images')
-    parser.add_argument('--steps', type=int, default=350, help='of self-distillation; 0: none')
-    parser.add_argument('--methods', nargs='+', help='only these')
+    parser.add_argument('--steps', type=int, default=350, help='steps of self-distillation; 0: none')
+    parser.add_argument('--methods', nargs='+', help='run only these methods')
     parser.add_argument('--out', type=Path)
     args = parser.parse_args()
     if args.out is None: args.out = Path(__file__).parent/'results'/f'one_shot_{args.net}.csv'

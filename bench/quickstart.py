@@ -1,8 +1,8 @@
-"""The quickstart over five seeds: accuracy dense, decomposed and fine-tuned
+"""Run the quickstart over five seeds: accuracy dense, decomposed and fine-tuned.
 
     python bench/quickstart.py
 
-prints the table and writes it to bench/results/quickstart.csv; half a minute on one core."""
+prints the table and writes it to bench/results/quickstart.csv, in half a minute on one core."""
 import warnings
 
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
@@ -22,7 +22,7 @@ def new_model():
         nn.Flatten(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 10))
 
 def run(seed):
-    "The row of one seed, by the steps of the quickstart"
+    "Take the steps of the quickstart with one seed, and return its row"
     set_seed(seed, reproducible=True)
     learn = Learner(digits_dls(), new_model(), metrics=accuracy)
     row = dict(seed=seed)

@@ -1,12 +1,12 @@
-"""Decomposing the fully connected layers of VGG-16: our `FC_Decomposer` against fasterai's, in one process.
+"""Decompose the fully connected layers of VGG-16: our `FC_Decomposer` beside fasterai's, in one process.
 
     pip install --no-deps --target peer fasterai==0.4.1 torch-pruning
     PYTHONPATH=peer python bench/svd_speed.py
 
-Prints the time of both and of the limit, one product `W @ W.T` of the largest layer (on a busy machine
-compare the processors' time, on one thread: OMP_NUM_THREADS=1), the relative error of every layer's weight
-beside that of LAPACK's exact truncated SVD (which is what fasterai computes), and the peak of memory beyond
-the two models. `--trained` gives the layers weights with the spectrum that training leaves: a noise bulk
+prints the time of both and of the limit, one product `W @ W.T` of the largest layer. It also prints the
+relative error of every layer's weight beside that of LAPACK's exact truncated SVD (which fasterai computes),
+and the peak of memory beyond the two models. On a busy machine, compare the processor time on one thread
+(OMP_NUM_THREADS=1). `--trained` gives the layers weights with the spectrum of trained ones: a bulk of noise
 under a few hundred larger singular values.
 """
 import argparse, gc, threading, time
@@ -46,7 +46,7 @@ def n_bytes(tensors): return sum(t.numel()*t.element_size() for t in tensors)
 # What is measured
 
 def timed(f, repeat=1):
-    "Seconds by the clock and of the processors (the least of `repeat` runs), and the result"
+    "Return wall-clock and processor seconds (the least of `repeat` runs), and the result"
     walls,cpus = [],[]
     for _ in range(repeat):
         gc.collect()
@@ -59,7 +59,7 @@ def timed(f, repeat=1):
 def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*4096
 
 class Peak(threading.Thread):
-    "The most memory resident while the `with` block runs, sampled a hundred times a second"
+    "Record the most memory resident while the `with` block runs, a hundred times a second"
     def __enter__(self):
         gc.collect()
         self.on = True
@@ -80,13 +80,13 @@ def energy(blocks): return sum(float(b.double().square().sum()) for b in blocks)
 
 @torch.no_grad()
 def weight_error(W, factors):
-    "Relative Frobenius error of the product of two factors, by rows"
+    "Return the relative Frobenius error of the product of two factors, computed by rows"
     first,last = factors[0].weight,factors[1].weight
     errors = (w - u@first for w,u in zip(W.split(512), last.split(512)))
     return (energy(errors)/energy(W.split(512)))**.5
 
 def compared(dense, ours, peer=None):
-    "One row a layer: shape, rank and errors"
+    "Return a row for each layer: shape, rank and errors"
     rows = {}
     for name,layer in linears(dense).items():
         factors = ours.get_submodule(name)
@@ -98,7 +98,7 @@ def compared(dense, ours, peer=None):
         rows[name] = row
     return pd.DataFrame(rows).T
 
-def time_table(times): # {name: (seconds by the clock, of the processors)}
+def time_table(times): # {name: (wall-clock seconds, processor seconds)}
     table = pd.DataFrame(times, index=['clock s', 'processor s']).T
     for kind in ('clock', 'processor'):
         seconds = table[f'{kind} s']
@@ -107,9 +107,9 @@ def time_table(times): # {name: (seconds by the clock, of the processors)}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--trained', action='store_true', help='weights with the spectrum of trained ones')
+    parser.add_argument('--trained', action='store_true', help='use weights with a trained spectrum')
     parser.add_argument('--repeat', type=int, default=1, help='time ours this often and take the best')
-    parser.add_argument('--no-peer', action='store_true', help='without fasterai')
+    parser.add_argument('--no-peer', action='store_true', help='run without fasterai')
     args = parser.parse_args()
     dense = build(args.trained)
     torch.randn(500, 500)@torch.randn(500, 500) # the first product takes longer
@@ -130,7 +130,7 @@ def main():
     weights = 'trained-like' if args.trained else 'initial'
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {weights} weights')
     print(time_table(times).to_string())
-    print(f'Memory at the peak beyond the two models: {beyond/MB:.0f} MB; '
+    print(f'peak memory beyond the two models: {beyond/MB:.0f} MB; '
           f'the largest layer has {n_bytes([largest])/MB:.0f} MB')
     print(compared(dense, ours, peer).to_string())
 

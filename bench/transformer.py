@@ -1,20 +1,20 @@
-"""Decomposition of a vision transformer without training: accuracy against the share of the parameters of its
-linear layers, with unlabelled images only.
+"""Decompose a vision transformer without training, with unlabelled images only: accuracy against the share of
+parameters that its linear layers keep.
 
     python bench/transformer.py
 
-The network is trained on CIFAR-10 at the first run and kept in fastai's folder of models. Every method may
-touch the same layers, all linear ones of the blocks, and sees the same images. Peers are SVDs of a weight
-whose inputs are scaled: by nothing; by ASVD (Yuan et al. 2023); by the whitening of SVD-LLM (Wang et al.
-2024). Each is given the ranks of its paper, one share for every layer, and also ranks that minimise the
-summed relative error in its own metric. The network's attention is in plain matrix products and linear
-layers, so that all multiply-accumulates are counted.
+The first run trains the network on CIFAR-10 and keeps it in fastai's model folder. Every method may change
+the same layers, all linear ones of the blocks, and sees the same images. The peers are SVDs of a weight whose
+inputs are not scaled, or scaled by ASVD (Yuan et al. 2023) or by the whitening of SVD-LLM (Wang et al. 2024).
+Each uses the ranks of its paper, one share for every layer, and also ranks that minimise the summed relative
+error in its own metric. The network's attention consists of plain matrix products and linear layers, so that
+all multiply-accumulates are counted.
 
-Differences are over the same test images: `drop` is to the dense network with its standard error `se`,
-`behind` to fasterai_lr with its 95 % interval `low` to `high`; `divergence` is the mean Kullback-Leibler
-divergence from the dense network's predictions; `seconds` are of the processor, without those of `calibrate`;
-latency is the shortest of 11 times for 64 images and wants an idle machine. Shares and seeds that are in the
-file of results are not computed again.
+Differences are over the same test images: `drop` is the distance to the dense network, with its standard
+error `se`; `behind` is the distance to fasterai_lr, with its 95 % interval `low` to `high`; `divergence` is
+the mean Kullback-Leibler divergence from the dense network's predictions; `seconds` is processor time,
+without `calibrate`; latency is the shortest of 11 times for 64 images, so run it on an idle machine. Shares
+and seeds that are already in the results file are not computed again.
 """
 import argparse, time, warnings
 from dataclasses import replace
@@ -81,7 +81,7 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 def train(model, epochs, bs=128, lr=1.5e-3, wd=.05):
-    "AdamW on one cycle with flips and shifts, in bfloat16 where that is safe"
+    "Train one cycle of AdamW with flips and shifts, in bfloat16 where that is safe"
     x,y = images('train')
     x = x.contiguous(memory_format=torch.channels_last)
     model = model.to(memory_format=torch.channels_last)
@@ -104,7 +104,7 @@ def train(model, epochs, bs=128, lr=1.5e-3, wd=.05):
     return model.eval()
 
 def trained(epochs):
-    "The network, from fastai's folder of models, or trained and put there"
+    "Load the network from fastai's model folder, or train it and save it there"
     path = fastai_path('model')/f'fasterai_lr_vit_cifar10_{epochs}.pth'
     if not path.exists():
         torch.manual_seed(0)
@@ -115,7 +115,7 @@ def trained(epochs):
     return model.eval()
 
 class Apart(nn.Module):
-    "One linear layer with three times the outputs as three layers"
+    "Three linear layers that replace the one for queries, keys and values"
     def __init__(self, qkv):
         super().__init__()
         self.parts = nn.ModuleList(nn.Linear(qkv.in_features, qkv.out_features//3) for _ in range(3))
@@ -126,16 +126,16 @@ class Apart(nn.Module):
     def forward(self, x): return torch.cat([part(x) for part in self.parts], -1)
 
 def split_qkv(model):
-    "A copy of `model` with q, k and v apart"
+    "Copy `model`, with separate layers for q, k and v"
     apart = {n: Apart(m) for n,m in model.named_modules() if n.endswith('qkv')}
     return replace_layers(model, apart).eval()
 
 def linears(model):
-    "{name: layer} of those that may be touched"
+    "Return {name: layer} for the layers that may change"
     return {n:m for n,m in model.named_modules() if n.startswith('blocks') and isinstance(m, nn.Linear)}
 
 def n_linear(model):
-    "The number of parameters of the layers that may be touched, factored or not"
+    "Count the parameters of the layers that may change, factored or not"
     named = model.named_parameters()
     return sum(p.numel() for n,p in named if n.startswith('blocks') and 'norm' not in n)
 
@@ -169,12 +169,12 @@ def input_sizes(model, batches):
     return {n: s/s.mean() for n,s in sums.items()}
 
 def whitening(A):
-    "A Cholesky factor of the moment `A` of inputs, slightly damped"
+    "Return a Cholesky factor of the slightly damped moment `A` of inputs"
     damping = 1e-6*A.diagonal().mean()*torch.eye(len(A)).double()
     return torch.linalg.cholesky(A + damping)
 
 def scalings(model, batches, calibration):
-    "{peer: {name: the matrix that scales the inputs of a layer}}"
+    "Return {peer: {name: the matrix that scales the inputs of a layer}}"
     layers = linears(model)
     plain = {n: torch.eye(l.in_features).double() for n,l in layers.items()}
     asvd = {n: s.sqrt().diag() for n,s in input_sizes(model, batches).items()}
@@ -190,7 +190,7 @@ class Peer:
             self.svds[name] = torch.linalg.svd(scaled, full_matrices=False)
 
     def truncated(self, ranks): # {name: rank}
-        "A copy of the model with factors of these ranks"
+        "Copy the model with factors of these ranks"
         return replace_layers(self.model, {n: self._factors(n, r) for n,r in ranks.items()})
 
     def _factors(self, name, rank):
@@ -226,7 +226,7 @@ class Peer:
 # This library
 
 def planned(planner, share, **settings):
-    "The network with ranks by a plan in which all layers but those of the blocks are dense"
+    "Decompose by a plan that leaves all layers outside the blocks dense"
     calibration,names = planner.calibration,linears(planner.model)
     options = {n:o for n,o in planner.options.items() if n in names}
     total = sum(o[0].params for o in options.values())
@@ -236,12 +236,12 @@ def planned(planner, share, **settings):
     return plan.apply(planner.model, calibration, **settings)
 
 def with_ranks(calibration, ranks, **settings):
-    "The network with given ranks"
+    "Decompose with given ranks"
     changed = calibrated(calibration.model, calibration, replace(calibration.settings, **settings))
     return fit(changed, {n: ('svd', r) for n,r in ranks.items()}).model
 
 class Methods:
-    "What is compared, on one draw of unlabelled images; all return {name: function that makes the model}"
+    "The methods to compare on one draw of images; each returns {name: function that makes the model}"
     def __init__(self, dense, batches, seed):
         self.dense,self.batches,self.seed = dense,batches,seed
         self.calibration = calibrate(dense, batches, seed=seed)
@@ -282,7 +282,7 @@ class Methods:
 # What is measured
 
 class Test:
-    "The test images, and what the dense network makes of them"
+    "The test images, and the outputs of the dense network for them"
     def __init__(self, dense, n=None):
         self.dense = dense
         self.x,self.labels = images('test', n)
@@ -291,7 +291,7 @@ class Test:
     def right(self, out): return out.argmax(1) == self.labels
 
     def measured(self, model, out): # `out`: class scores
-        "How large a model is, and how good"
+        "Return the size and the accuracy of a model"
         drop,se = mean_and_se(self.right(self.want), self.right(out))
         x = self.x[:1]
         return dict(linear=n_linear(model)/n_linear(self.dense),
@@ -301,7 +301,7 @@ class Test:
                     divergence=classification.increase(self.want, out)/len(out))
 
 def compared(methods, test, share, seed, ingredients):
-    "Yield a row for each method, and the model; ours comes first"
+    "Yield a row and the model for each method, ours first"
     makes = methods.all(share) if ingredients else methods.beside_peers(share)
     right_ours = None
     for name,make in makes.items():
@@ -318,7 +318,7 @@ def compared(methods, test, share, seed, ingredients):
         yield row,model
 
 def add_latency(rows, models, dense, x):
-    "Put the time of each model, as a fraction of that of the dense one, into its row"
+    "Add the time of each model to its row, as a fraction of the dense one's"
     times = measure_latency(dict(dense=dense) | models, x, 11)
     for row in rows: row['latency'] = times[row['method']].least/times['dense'].least
 
@@ -326,10 +326,10 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--shares', type=float, nargs='+', default=[.7, .5, .35, .2])
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2],
-                        help='of the draw of unlabelled images; the ingredients one by one with the first')
+                        help='for the draw of unlabelled images; the first also runs the ingredients')
     parser.add_argument('--images', type=int, default=1000, help='unlabelled training images')
     parser.add_argument('--test', type=int, default=None, help='test images; all of them by default')
-    parser.add_argument('--epochs', type=int, default=10, help='of the training of the dense network')
+    parser.add_argument('--epochs', type=int, default=10, help='epochs of training of the dense network')
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'transformer.csv')
     return parser.parse_args()
 

@@ -1,16 +1,16 @@
-"""Can the estimated increase of the loss be trusted? Predicted and measured side by side, layer by layer and
-for whole models, of three networks.
+"""Can you trust the estimated increase of the loss? Compare predicted with measured, layer by layer and for
+whole models, of three networks.
 
     python bench/trust.py WEIGHTS
 
-WEIGHTS is a state dict with the keys of `bench/cifar.py`'s `ResNet20`; a small convolutional network is
-trained on scikit-learn's digits in seconds, and the vision transformer is that of `bench/transformer.py`.
-Measured is the mean Kullback-Leibler divergence between the predictions of the dense network and of the
-other, on images that calibration has not seen. Calibration gets images that the network was trained on
-("seen") or others. In rows of kind "layer" one layer is replaced; in rows "model" all that a budget chooses,
-each decomposed for itself ("apart") and also fitted one after the other ("fitted"). Prints Spearman's rank
-correlation, the median of measured over predicted, and the factor around it within which nine of ten lie; low
-ranks are those up to a tenth of the ranks that make a layer smaller.
+WEIGHTS is a state dict with the keys of `bench/cifar.py`'s `ResNet20`. A small convolutional network is
+trained on scikit-learn's digits in seconds, and the vision transformer is that of `bench/transformer.py`. The
+measured quantity is the mean Kullback-Leibler divergence between the predictions of the dense network and of
+the decomposed one, on images that calibration has not seen. Calibration gets images that the network was
+trained on ("seen") or others. Rows of kind "layer" replace one layer. Rows of kind "model" replace all layers
+that a budget chooses, each decomposed by itself ("apart") and also fitted one after the other ("fitted"). The
+script prints Spearman's rank correlation, the median ratio of measured to predicted, and the factor around it
+that includes nine of ten ratios. Low ranks are those up to a tenth of the ranks that make a layer smaller.
 """
 import argparse, warnings
 from dataclasses import replace
@@ -32,7 +32,7 @@ from fasterai_lr.planner import Planner
 # The networks: each with images that it was trained on, and others
 
 def digits_cnn():
-    "A small network, trained on 900 digits"
+    "Train a small network on 900 digits"
     torch.manual_seed(0)
     data = load_digits()
     x,y = torch.tensor(data.images).float()[:,None]/16,torch.tensor(data.target)
@@ -57,7 +57,7 @@ def of_cifar(model, n):
     return model,seen,other
 
 def network(name, args):
-    "The model, images that it was trained on, others, and the kind of budget for it"
+    "Return the model, images that it was trained on, other images, and the kind of budget"
     if name == 'digits CNN': return *digits_cnn(),'macs'
     if name == 'ResNet-20': return *of_cifar(cifar.resnet20(args.weights), args.images),'macs'
     return *of_cifar(transformer.trained(args.epochs), args.images),'params'
@@ -68,7 +68,7 @@ def network(name, args):
 def outputs(model, x): return torch.cat([model(b) for b in x.split(250)]).double()
 
 def chosen_options(options, n=4):
-    "Of each scheme `n` options from the lowest rank to the highest, evenly on a logarithmic scale"
+    "Yield `n` options of each scheme, with ranks evenly spaced on a logarithmic scale"
     by_scheme = {}
     for o in options:
         if o.scheme: by_scheme.setdefault(o.scheme, []).append(o)
@@ -76,7 +76,7 @@ def chosen_options(options, n=4):
         for i in sorted({round(i)-1 for i in np.geomspace(1, len(own), n)}): yield own[i]
 
 class Trial:
-    "A model and what it does on images that calibration has not seen"
+    "A model, and its outputs on images that calibration has not seen"
     def __init__(self, model, x, test):
         self.calibration = calibrate(model, list(x.split(100)))
         self.planner = Planner(self.calibration)
@@ -89,14 +89,14 @@ class Trial:
         return classification.increase(self.want, out)/len(out)
 
     def apart(self, choices):
-        "The divergence where each layer is decomposed for itself"
+        "Return the divergence if each layer is decomposed by itself"
         return self._divergence(self.unfitted, choices)
 
     def fitted(self, choices):
-        "The divergence where the layers are fitted one after the other"
+        "Return the divergence if the layers are fitted one after the other"
         return self._divergence(self.calibration, choices)
 
-    def rows(self, kind, shares): # `kind`: of the budgets
+    def rows(self, kind, shares): # `kind`: the kind of budget
         "Yield a dict for each replacement"
         for share in shares: yield self._of_model(share, self.planner.make(Budget(**{kind: share})))
         for layer,options in self.planner.options.items():
@@ -115,7 +115,7 @@ class Trial:
 # The summary
 
 def summary(table, column='apart'):
-    "Rank correlation, median of measured over predicted, and the factor around it that holds for nine of ten"
+    "Return the rank correlation, the median of measured/predicted, and the factor that includes nine of ten"
     ratio = np.log(table[column]/table.predicted)
     factor = np.exp((ratio - ratio.median()).abs().quantile(.9))
     correlation = spearmanr(table.predicted, table[column]).statistic
@@ -123,7 +123,7 @@ def summary(table, column='apart'):
     return pd.Series(dict(n=len(table), correlation=correlation, median=median, factor=factor))
 
 def parts(table):
-    "{kind of replacement: its summary}"
+    "Return {kind of replacement: its summary}"
     layers,models = table[table.kind=='layer'],table[table.kind=='model']
     low = layers.share <= .1
     return {'one layer': summary(layers),
@@ -133,7 +133,7 @@ def parts(table):
             'model, fitted': summary(models, 'fitted')}
 
 def summaries(table):
-    "One row for each network, kind of images and kind of replacement"
+    "Return a row for each network, kind of images and kind of replacement"
     res = {}
     for key,rows in table.groupby(['network', 'calibrated'], sort=False):
         for part,numbers in parts(rows).items(): res[*key,part] = numbers
@@ -144,8 +144,8 @@ def main():
     parser.add_argument('weights')
     parser.add_argument('--networks', nargs='+', default=['digits CNN', 'ResNet-20', 'ViT'])
     parser.add_argument('--shares', type=float, nargs='+', default=[.8, .65, .5, .37, .25])
-    parser.add_argument('--images', type=int, default=300, help='to calibrate with, and to measure with')
-    parser.add_argument('--epochs', type=int, default=10, help='of the vision transformer\'s training')
+    parser.add_argument('--images', type=int, default=300, help='images to calibrate with, and to measure with')
+    parser.add_argument('--epochs', type=int, default=10, help='epochs of training of the vision transformer')
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'trust.csv')
     args = parser.parse_args()
     warnings.filterwarnings('ignore', category=FutureWarning)

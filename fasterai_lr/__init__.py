@@ -11,7 +11,7 @@ if _typing.TYPE_CHECKING: # what editors and type checkers read
     from .plan import Plan
     from .planner import make_plan
     from .layers import recompose
-else: # what runs: a name is imported when it is first asked for, so that `import fasterai_lr.linalg` is fast
+else: # what runs: a name is imported at its first use, so that `import fasterai_lr.linalg` is fast
     _home = {'decompose': 'decomposer', 'FC_Decomposer': 'decomposer', 'ConvDecomposer': 'decomposer',
              'Budget': 'budget', 'Plan': 'plan', 'make_plan': 'planner', 'recompose': 'layers'}
 

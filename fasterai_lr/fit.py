@@ -7,6 +7,7 @@ __all__ = ['Stats', 'Change', 'fit', 'loss_increase']
 
 # %% ../nbs/13_fit.ipynb #ced1ca30
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 
@@ -32,27 +33,20 @@ class _Stop(Exception): "Everything to be seen in a run was seen"
 
 class _Watch:
     "Runs a model and shows the calls of a layer, and the sums that they go into, until all were seen"
-    def __init__(self,
-        model:nn.Module,
-        name, # of the layer
-        use, # its `Use`
-        watcher, # `called(x, out)` after a call, `added(a, b)` before the sum with `out`
-        memory): # of finished modules
-        self.model,self.use,self.watcher,self.memory = model,use,watcher,memory
+    def __init__(self, model, name, use, watcher, memory): # `watcher`: `called(x, out)`, `added(a, b)`
+        self.model,self.use = model,use
+        self.watcher,self.memory = watcher,memory
         self.layers = {name: model.get_submodule(name)}
 
     def run(self, i, batch): # `i`: the number of the batch
         self.left = self._expected()
         self.additions = Additions(self._see_sum)
         self.goes_on = self.memory.on # up to the next unfinished layer, so that all before it can be kept
-        remembered = self.memory.running(i, self.additions, self._reach_unfinished)
+        remembering = self.memory.running(i, self.additions, self._reach_unfinished)
         try:
-            with remembered, hooked(self.layers, self._see_call), self.additions: self._evaluate(batch)
+            with remembering, hooked(self.layers, self._see_call), self.additions, suppress(_Stop):
+                run_model(self.model, batch)
         finally: self.additions.see = None # or what was seen would live until the garbage is collected
-
-    def _evaluate(self, batch):
-        try: run_model(self.model, batch)
-        except _Stop: pass
 
     def _expected(self):
         "Count the things to see; no end where a layer is called several times, which may be more elsewhere"
@@ -63,8 +57,7 @@ class _Watch:
         self.goes_on = False
         if not self.left: raise _Stop
 
-    def _see_call(self, name, layer, x, out):
-        self._see(self.watcher.called, x, out)
+    def _see_call(self, name, layer, x, out): self._see(self.watcher.called, x, out)
 
     def _see_sum(self, i, a, b):
         if self.use.add == i: self._see(self.watcher.added, a, b)
@@ -197,7 +190,8 @@ class _Turns:
     "Runs a dense network and the one that is fitted, layer by layer, side by side"
     def __init__(self, calibration, order): # `order`: {layer name: `Use`}, of the layers to fit
         self.dense,self.order = calibration.model,order
-        self.batches,self.settings = calibration.batches,calibration.settings
+        self.batches = calibration.batches
+        self.settings = calibration.settings
         flow = Flow.of(self.dense, self.batches.longest)
         room = self.settings.room//2
         self.memories = Memory(flow, room),Memory(flow, room)
@@ -216,7 +210,8 @@ class _Turns:
                     return self._compare(model, name)
 
     def _compare(self, model, name):
-        use,(of_dense,of_model) = self.order[name],self.memories
+        use = self.order[name]
+        of_dense,of_model = self.memories
         recorder = _Recorder(self.dense.get_submodule(name), self.settings)
         pair = _Pair(model, name, use, self.settings)
         in_dense = _Watch(self.dense, name, use, recorder, of_dense)
@@ -232,13 +227,15 @@ class _Turns:
 # %% ../nbs/13_fit.ipynb #e4bcb4f5
 def _regress(start, s, centre): # `start` `[groups, o, n]`, `s`: `Stats`
     "The matrix near `start` that makes the wanted output of the input as it is, after the means if `centre`"
-    xx,yx,R = s.xx,s.yx,0.
+    xx,yx = s.xx,s.yx
+    R = 0.
     if centre:
         xx = covariance(s.xx, s.z)
         yx = s.yx - s.y[...,None]*s.z[...,None,:]
         R = lacking(s.z)
     R = R + ridge(xx)
-    L = torch.linalg.cholesky(xx + torch.diag_embed(R))
+    regular = xx + torch.diag_embed(R)
+    L = torch.linalg.cholesky(regular)
     pulled = yx + start*R[:,None]
     return torch.cholesky_solve(pulled.mT, L).mT
 
@@ -322,6 +319,20 @@ def _to_fit(uses, choices)->dict: # {name: `Use`}
         if names or name in choices or use.calls > 1: names.append(name)
     return {n: uses[n] for n in names}
 
+# %% ../nbs/13_fit.ipynb #8aabbecf
+def _correct_mean(layer, norm, stats)->bool: # is it the BatchNorm `norm` that changes?
+    "Put what the output's mean lacks where it costs nothing: into the bias, or the BatchNorm's mean"
+    output = times(flat_blocks(layer), stats.x)
+    missing = (stats.y - output).flatten()
+    holder = layer
+    if isinstance(layer, FactoredLayer): holder = layer[-1]
+    if holder.bias is not None:
+        holder.bias += missing.to(holder.bias)
+        return False
+    if norm is None: return False
+    norm.running_mean -= missing.to(norm.running_mean)
+    return True
+
 # %% ../nbs/13_fit.ipynb #a338d01a
 class _Fit:
     "A copy of the model of `calibration`, whose layers are fitted one after the other"
@@ -337,8 +348,11 @@ class _Fit:
     def fit_layer(self, name, stats): # `stats`: `None` where those before it are as they were
         "Put the fitted layer in the place of the layer `name`"
         calibration = self.calibration
-        layer,norm = self.model.get_submodule(name),self.uses[name].norm
-        W,geom = flat_blocks(layer),Geometry.of(layer)
+        layer = self.model.get_submodule(name)
+        use = self.uses[name]
+        norm = None if use.norm is None else self.model.get_submodule(use.norm)
+        geom = Geometry.of(layer)
+        W = flat_blocks(layer)
         if stats is None: stats = Stats.of(calibration[name], W)
         centre = geom.bias or norm is not None
         best,moments = _fitted(W, stats, centre)
@@ -349,25 +363,15 @@ class _Fit:
             layer = _factored(layer, name, best, metric, self.choices[name])
         else:
             layer.weight.copy_(geom.from_blocks(best))
-        self._correct_mean(layer, norm, stats)
+        if _correct_mean(layer, norm, stats): self.modules[use.norm] = norm
         self.model = replace_layers_(self.model, {name: layer})
         self.modules[name] = layer
 
-    def _correct_mean(self, layer, norm, stats):
-        "Put what the output's mean lacks where it costs nothing: into the bias, or the BatchNorm's mean"
-        missing = (stats.y - times(flat_blocks(layer), stats.x)).flatten()
-        holder = layer[-1] if isinstance(layer, FactoredLayer) else layer
-        if holder.bias is not None:
-            holder.bias += missing.to(holder.bias)
-        elif norm is not None:
-            module = self.model.get_submodule(norm)
-            module.running_mean -= missing.to(module.running_mean)
-            self.modules[norm] = module
-
 # %% ../nbs/13_fit.ipynb #feefe489
 def _progressing(calibration, names):
-    "Go through the layers `names` and show how far it is"
-    work = [svd_work(calibration.model.get_submodule(n)) for n in names]
+    "Go through the layers `names` and show the progress"
+    layers = map(calibration.model.get_submodule, names)
+    work = list(map(svd_work, layers))
     return calibration.settings.progressing(names, 'fitting layer', work)
 
 def _fit_layers(calibration, choices)->_Fit:
@@ -377,7 +381,8 @@ def _fit_layers(calibration, choices)->_Fit:
     sequential = calibration.settings.sequential
     if sequential: turns = _Turns(calibration, order)
     for name in _progressing(calibration, list(order)):
-        stats = turns.stats(fitting.model, name) if sequential else None
+        stats = None
+        if sequential: stats = turns.stats(fitting.model, name)
         if stats or name in choices: fitting.fit_layer(name, stats)
     return fitting
 
@@ -396,13 +401,14 @@ def _with_tensors(model)->dict: # {name: module}
 @undisturbed()
 @torch.no_grad()
 def fit(
-    calibration, # a `Calibration`, whose settings say how to fit; each pass goes through all of its batches
+    calibration, # a `Calibration`, whose settings say how to fit
     choices:dict # {layer name: (scheme, rank)}
    )->Change:
     "Factor the layers of `choices` and fit all layers to what the dense model computes"
     for name,(scheme,_) in choices.items():
         check_scheme(scheme, f'choices: layer {name!r}')
-    settings,dense,batches = calibration.settings,calibration.model,calibration.batches
+    dense,batches = calibration.model,calibration.batches
+    settings = calibration.settings
     fitting = _fit_layers(calibration, choices)
     model,modules = fitting.model,fitting.modules
     if not settings.sequential: modules |= _renormalise(dense, model, batches)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['calling', 'Flow', 'needed', 'Leak', 'Memory']
 
-# %% ../nbs/12b_memory.ipynb #bf2fe644
+# %% ../nbs/12b_memory.ipynb #3b863c38
 import random
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from math import inf
@@ -16,31 +16,34 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .running import blaming_data, changes_of, evaluated, tensors_in
 
-# %% ../nbs/12b_memory.ipynb #cac30d08
+# %% ../nbs/12b_memory.ipynb #8e2f6e65
+@contextmanager
+def _with_call(name, module, call):
+    own,forward = vars(module).get('forward'),module.forward
+    @wraps(forward)
+    def run(*args, **kwargs): return call(name, forward, args, kwargs)
+    vars(module)['forward'] = run
+    try: yield
+    finally:
+        del vars(module)['forward']
+        if own: vars(module)['forward'] = own
+
 @contextmanager
 def calling(
     modules:dict, # {name: module}
     call # called with (name, forward, args, kwargs); returns the output
    ):
     "Let `call` run the `forward` of each of `modules`"
-    def replaced(name, forward):
-        @wraps(forward)
-        def run(*args, **kwargs): return call(name, forward, args, kwargs)
-        return run
-    own = {name: vars(m).get('forward') for name,m in modules.items()}
-    for name,m in modules.items(): vars(m)['forward'] = replaced(name, m.forward)
-    try: yield
-    finally:
-        for name,m in modules.items():
-            del vars(m)['forward']
-            if own[name]: vars(m)['forward'] = own[name]
+    with ExitStack() as restored:
+        for name,m in modules.items(): restored.enter_context(_with_call(name, m, call))
+        yield
 
-# %% ../nbs/12b_memory.ipynb #3250a670
+# %% ../nbs/12b_memory.ipynb #e9d39da7
 class _Stack:
     "The calls that are being made, the innermost last"
     def __init__(self):
@@ -58,7 +61,7 @@ class _Stack:
             self.keys.pop()
             self.counts.pop()
 
-# %% ../nbs/12b_memory.ipynb #ecdb0882
+# %% ../nbs/12b_memory.ipynb #abfb8193
 _whole = nn.Module,type,str,bytes,int,float,complex,bool,type(None) # looked at no further
 
 class _Same:
@@ -67,36 +70,42 @@ class _Same:
     def __eq__(self, other): return self.obj is other.obj
 
 def _parts(obj):
+    if isinstance(obj, _whole) or callable(obj): return ()
     if isinstance(obj, dict): return obj.values()
     if isinstance(obj, (list, tuple, set)): return obj
     return getattr(obj, '__dict__', {}).values()
 
 def _state(obj, depth=4):
     "Describe what `obj` holds, so that a change shows"
-    if isinstance(obj, Tensor): return [_Same(obj), changes_of(obj)]
-    if depth == 0 or isinstance(obj, _whole) or callable(obj): return [_Same(obj)]
-    return [_Same(obj), *(_state(o, depth - 1) for o in _parts(obj))]
+    state = [_Same(obj)]
+    if isinstance(obj, Tensor): state.append(changes_of(obj))
+    elif depth:
+        for part in _parts(obj): state.append(_state(part, depth - 1))
+    return state
 
+# %% ../nbs/12b_memory.ipynb #11b0f68e
 def _state_of_module(module):
-    own = [value for name,value in vars(module).items() if name not in ('forward', '_modules')]
-    return [_state(o) for o in own]
+    state = {}
+    for name,value in vars(module).items():
+        if name not in ('forward', '_modules'): state[name] = _state(value)
+    return state
 
 def _random_state():
     "Describe the states of all random generators"
-    torch_states = [torch.get_rng_state()]
-    if torch.cuda.is_initialized(): torch_states += torch.cuda.get_rng_state_all()
-    numpy_state = np.random.get_state()[1]
-    return random.getstate(),numpy_state.tobytes(),*(o.numpy().tobytes() for o in torch_states)
+    of_torch = [torch.get_rng_state()]
+    if torch.cuda.is_initialized(): of_torch += torch.cuda.get_rng_state_all()
+    of_numpy = np.random.get_state()[1]
+    return random.getstate(),of_numpy.tobytes(),torch.cat(of_torch).tolist()
 
 def _has_hooks(module): return bool(module._forward_hooks or module._forward_pre_hooks)
 
-_plain = Tensor,str,int,float,bool,type(None)
-
 def _can_be_kept(out):
     "Is an output made of tensors and plain values, in containers that torch knows?"
-    return all(isinstance(o, _plain) for o in tree_leaves(out))
+    for leaf in tree_leaves(out):
+        if not isinstance(leaf, (Tensor, str, int, float, bool, type(None))): return False
+    return True
 
-# %% ../nbs/12b_memory.ipynb #074dfa2a
+# %% ../nbs/12b_memory.ipynb #7f9ae627
 @dataclass(eq=False)
 class _Value:
     "A tensor in a run"
@@ -111,11 +120,41 @@ class _Value:
     def steps(self): # [(key of a call, the values that it used)]
         return [(self.frame, self.parents), *self.changes]
 
-class _Values(TorchFunctionMode):
-    "The tensors in a run"
+# %% ../nbs/12b_memory.ipynb #56d13ea2
+class _Steps(TorchFunctionMode):
+    "Shows each function that is called with tensors, after the call"
     def __init__(self):
         super().__init__()
         self.time,self.watching = 0,True
+
+    def tick(self)->int:
+        self.time += 1
+        return self.time
+
+    @contextmanager
+    def watch(self, on):
+        "See functions, or see none"
+        was,self.watching = self.watching,on
+        try: yield
+        finally: self.watching = was
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not self.watching: return func(*args, **kwargs)
+        given = tensors_in((args, kwargs))
+        before = [changes_of(t) for t in given]
+        out = func(*args, **kwargs)
+        made = tensors_in(out)
+        is_shape = func.__name__ == '__get__' and not made # or another property
+        changed = [changes_of(t) != was for t,was in zip(given, before)]
+        if not is_shape: self.see(given, changed, made)
+        return out
+
+# %% ../nbs/12b_memory.ipynb #90094bf2
+class _Values(_Steps):
+    "The tensors in a run"
+    def __init__(self):
+        super().__init__()
         self.stack = _Stack()
         self.all,self.known = [],WeakTensorKeyDictionary()
         self.stored = {} # {address: the last value there}
@@ -133,29 +172,28 @@ class _Values(TorchFunctionMode):
         self.all.append(value)
         return value
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if not self.watching: return func(*args, **kwargs)
-        given = tensors_in((args, kwargs))
-        before = [changes_of(t) for t in given]
-        out = func(*args, **kwargs)
-        made = tensors_in(out)
-        is_shape = func.__name__ == '__get__' and not made # or another property
-        if not is_shape: self._note(given, before, made)
-        return out
-
-    def _note(self, given, before, made):
-        self.time += 1
+    def see(self, given, changed, made):
+        self.tick()
         values = [self.of(t) for t in given]
-        for t,was,value in zip(given, before, values):
+        for value,is_changed in zip(values, changed):
             value.last = self.time
-            if changes_of(t) == was: continue
+            if not is_changed: continue
             value.changes.append((self.stack.keys[-1], values))
             self.changing.update(value.returned)
         for t in made:
             if t not in self.known: self.add(t, self.stack.keys[-1], values)
 
-# %% ../nbs/12b_memory.ipynb #571262f5
+# %% ../nbs/12b_memory.ipynb #94e30d3d
+@contextmanager
+def _watching_changes(module, args, kwargs):
+    "Yield a list; after a call it holds what has changed: 'state', 'arguments'"
+    state,drawn,given = _state_of_module(module),_random_state(),[_state(args), _state(kwargs)]
+    changed = []
+    yield changed
+    if _state_of_module(module) != state or _random_state() != drawn: changed.append('state')
+    if [_state(args), _state(kwargs)] != given: changed.append('arguments')
+
+# %% ../nbs/12b_memory.ipynb #d58bffe9
 class Flow:
     "The calls of a model's modules in one run, and the uses of their outputs"
     def __init__(self, model):
@@ -166,10 +204,7 @@ class Flow:
         self.impure = set() # names of the modules that must not be skipped
 
     @classmethod
-    def of(cls,
-        model:nn.Module,
-        batch # what it is called with
-       )->'Flow':
+    def of(cls, model:nn.Module, batch)->'Flow':
         "Run `model` on a batch and watch"
         flow = cls(model)
         with blaming_data(batch), calling(flow.modules, flow._call), flow.values: evaluated(model, batch)
@@ -177,35 +212,29 @@ class Flow:
         return flow
 
     def _call(self, name, forward, args, kwargs):
-        values,module = self.values,self.modules[name]
-        values.watching = False
-        values.time += 1
-        self.starts.setdefault(name, values.time)
-        around = [key[-1][1] for key in values.stack.keys[1:]]
-        if _has_hooks(module): self.impure.update(around) # where they would be skipped
-        state,given,drawn = _state_of_module(module),[_state(args), _state(kwargs)],_random_state()
-        values.watching = True
-        with values.stack.inside(name) as key: out = forward(*args, **kwargs)
-        values.watching = False
-        if _state_of_module(module) != state or _random_state() != drawn: self.impure.update([*around, name])
-        if [_state(args), _state(kwargs)] != given or not _can_be_kept(out): self.impure.add(name)
-        values.time += 1
-        self.ends[key] = values.time
-        for t in tensors_in(out): values.of(t).returned.append(key)
-        values.watching = True
+        values = self.values
+        with values.watch(False):
+            self.starts.setdefault(name, values.tick())
+            around = [key[-1][1] for key in values.stack.keys[1:]]
+            if _has_hooks(self.modules[name]): self.impure.update(around) # where they would be skipped
+            with _watching_changes(self.modules[name], args, kwargs) as changed:
+                with values.watch(True), values.stack.inside(name) as key: out = forward(*args, **kwargs)
+            if 'state' in changed: self.impure.update(around)
+            if changed or not _can_be_kept(out): self.impure.add(name)
+            self.ends[key] = values.tick()
+            for t in tensors_in(out): values.of(t).returned.append(key)
         return out
 
     def remembers(self, name:str)->bool:
         "Tell whether the outputs of a module may be kept"
         return name in self.modules and name not in self.impure
 
-    def start(self,
-        names # of modules
-       ): # infinite if none of them is called
+    def start(self, names): # of modules; infinite if none of them is called
         "Return the time at which one of these modules is called first"
-        return min((self.starts.get(n, inf) for n in names), default=inf)
+        times = [self.starts[n] for n in names if n in self.starts]
+        return min(times, default=inf)
 
-# %% ../nbs/12b_memory.ipynb #1357ed0c
+# %% ../nbs/12b_memory.ipynb #4bfa8c74
 def _finished(flow, key, time):
     "Return the key of the outermost call, from around `key` to `key`, that is over at `time` and can be kept"
     for i in range(1, len(key) + 1):
@@ -222,13 +251,14 @@ def needed(
     while todo:
         value = todo.pop()
         for key in (value.frame, *value.returned): keys.add(_finished(flow, key, time))
-        sources = [values for frame,values in value.steps if not _finished(flow, frame, time)]
-        new = {v for values in sources for v in values if v.made < time} - seen
-        seen |= new
-        todo += new
+        for frame,sources in value.steps:
+            if _finished(flow, frame, time): continue
+            new = [v for v in sources if v.made < time and v not in seen]
+            seen.update(new)
+            todo += new
     return keys - {None}
 
-# %% ../nbs/12b_memory.ipynb #3c8eb17d
+# %% ../nbs/12b_memory.ipynb #edc358af
 class Leak(Exception): "An output was used that was not kept"
 
 class _Guard(TorchFunctionMode):
@@ -244,53 +274,75 @@ class _Guard(TorchFunctionMode):
         if not all(t.is_meta for t in tensors_in(out)): raise Leak
         return out
 
-def _without_numbers(t): return torch.empty_like(t, device='meta') if isinstance(t, Tensor) else t
-def _clone(t): return t.clone() if isinstance(t, Tensor) else t
+def _without_numbers(t): return torch.empty_like(t, device='meta')
 
+# %% ../nbs/12b_memory.ipynb #f4708ccf
 class _Kept:
     "The output of a call"
     def __init__(self, out, additions, is_needed, changes): # `changes`: is it changed in place later?
-        self.leaves,self.spec = tree_flatten(out)
         self.additions = additions # that were made inside
         self.copies = is_needed and changes
-        if not is_needed: self.leaves = [_without_numbers(o) for o in self.leaves]
-        elif changes: self.leaves = [_clone(o) for o in self.leaves]
-        self.tensors = [o for o in self.leaves if isinstance(o, Tensor)]
-        self.versions = [changes_of(t) for t in self.tensors]
+        if not is_needed: out = tree_map_only(Tensor, _without_numbers, out)
+        elif changes: out = tree_map_only(Tensor, Tensor.clone, out)
+        self.leaves,self.spec = tree_flatten(out)
+        self.tensors = tensors_in(out)
+        self.versions = self._changes()
+
+    def _changes(self): return list(map(changes_of, self.tensors))
 
     @property
     def output(self):
-        leaves = [_clone(o) for o in self.leaves] if self.copies else self.leaves
-        return tree_unflatten(leaves, self.spec)
+        out = tree_unflatten(self.leaves, self.spec)
+        return tree_map_only(Tensor, Tensor.clone, out) if self.copies else out
 
     @property
     def intact(self)->bool: # or were the tensors changed in place?
-        return self.versions == [changes_of(t) for t in self.tensors]
+        return self.versions == self._changes()
+
+    def without_numbers(self): return _Kept(self.output, self.additions, False, False)
 
 def _n_bytes(kept): # `kept`: {key: `_Kept`}
     "Count the bytes of what is kept; several tensors may share them"
-    storages = [t.untyped_storage() for o in kept.values() for t in o.tensors if not t.is_meta]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    sizes = {}
+    for o in kept.values():
+        for t in o.tensors:
+            storage = t.untyped_storage()
+            if not t.is_meta: sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
-# %% ../nbs/12b_memory.ipynb #03e14d3c
+# %% ../nbs/12b_memory.ipynb #742f23a4
+class _Store:
+    "The outputs that are kept for each batch"
+    def __init__(self, room): # bytes
+        self.room,self.size = room,0
+        self.kept = {} # {batch number: {key: `_Kept`}}
+
+    def keep(self, batch, old, new)->set:
+        "Replace `old` by `new` if there is room; return the keys of outputs that have been changed in place"
+        changed = {key for kept in (old, new) for key,o in kept.items() if not o.intact}
+        if changed: new = {} # compute everything for this batch again
+        size = self.size - _n_bytes(old) + _n_bytes(new)
+        if changed or size <= max(self.room, self.size): self.kept[batch],self.size = new,size
+        return changed
+
+# %% ../nbs/12b_memory.ipynb #f46a4154
 class Memory:
     "The outputs of finished modules, for each batch"
     def __init__(self,
         flow:Flow, # of a run of the model
         room:int): # bytes
-        self.flow,self.room = flow,room
-        self.kept = {} # {batch number: {key: `_Kept`}}
-        self.size = 0 # of all
-        self.on,self.run = True,None
+        self.flow,self.store,self.run = flow,_Store(room),None
+        self.on = True
 
     @contextmanager
     def turn(self,
         model:nn.Module,
-        unfinished): # names of the layers that may change yet
-        "Keep what comes before the layers `unfinished`, while the model runs on all batches"
+        unfinished): # names of the layers that may still change
+        "Keep the outputs before the layers `unfinished`, while the model runs on all batches"
         self.used,self.unfinished = False,frozenset(unfinished)
         self.needed = needed(self.flow, self.flow.start(unfinished))
-        modules = {name: m for name,m in model.named_modules() if name in self.flow.modules}
+        modules = dict(model.named_modules())
+        for name in set(modules) - set(self.flow.modules): del modules[name]
         with calling(modules, self._call): yield
 
     def _call(self, name, forward, args, kwargs):
@@ -301,35 +353,26 @@ class Memory:
     def running(self,
         batch:int, # its number
         additions, # `Additions` in the run
-        reached): # called when the first of the unfinished layers is
-        "Remember the outputs for a batch, and keep new ones"
-        if not self.on:
-            yield
-            return
-        self.run = _Run(self, self.kept.get(batch, {}), additions, reached)
+        reached): # called when the run reaches an unfinished layer
+        "Return kept outputs for a batch, and keep new ones"
+        run = _Run(self, self.store.kept.get(batch, {}), additions, reached)
+        self.run = run if self.on else None
         try:
             with _Guard(): yield
-            self._keep(batch, self.run.old, self.run.new)
+            if self.on: self.flow.values.changing |= self.store.keep(batch, run.old, run.new)
         finally: self.run = None
-
-    def _keep(self, batch, old, new):
-        changed = [key for key,o in new.items() if not o.intact]
-        if changed: # start over with this batch, and make copies then
-            self.flow.values.changing.update(changed)
-            new = {}
-        size = self.size - _n_bytes(old) + _n_bytes(new)
-        if changed or size <= max(self.room, self.size): self.kept[batch],self.size = new,size
 
     def switch_off(self):
         "Forget everything, and remember nothing from now on"
-        self.on,self.kept,self.size = False,{},0
+        self.on,self.store = False,_Store(0)
 
-# %% ../nbs/12b_memory.ipynb #c2514aff
+# %% ../nbs/12b_memory.ipynb #a04dc028
 class _Run:
     "A run of a model with what a `Memory` holds for its batch"
     def __init__(self, memory, old, additions, reached):
-        self.memory,self.old,self.additions,self.reached = memory,old,additions,reached
-        self.new,self.settled,self.stack = {},True,_Stack()
+        self.memory,self.additions,self.reached = memory,additions,reached
+        self.old,self.new = old,{}
+        self.settled,self.stack = True,_Stack()
 
     def call(self, name, forward, args, kwargs):
         with self.stack.inside(name) as key:
@@ -348,7 +391,8 @@ class _Run:
 
     def _remembered(self, key):
         self.memory.used = True
-        kept = self.new[key] = self.old[key]
+        kept = self.old[key]
+        self.new[key] = kept if key in self.memory.needed else kept.without_numbers()
         self.additions.n += kept.additions
         return kept.output
 

@@ -180,7 +180,7 @@ def test_a_plan_in_the_callback():
     assert not factored_layers(learn.model)
 
 def test_a_schedule_may_begin_with_the_default_and_end_with_a_budget_of_its_own_metric():
-    learn,c = learner(),DecomposeCallback({0: None, 1: Budget(max_drop=500.)}, data=X[:250], passes=2, evaluate=lambda m: -count_params(m))
+    learn,c = learner(),DecomposeCallback({0: None, 1: Budget(max_drop=500.)}, data=X[:250], evaluate=lambda m: -count_params(m))
     quiet_fit(learn, 2, c)
     assert [h['epoch'] for h in c.history] == [0, 1] and factored_layers(learn.model)
 

@@ -1,9 +1,9 @@
 """Build the documentation: `python tools/build_site.py` writes a site that reads offline.
 
-Open `build/html/index.html`. nbdev's `proc_nbs` takes out of the executed notebooks what readers need not see
-and marks which names to document. Here these notebooks become pages for Sphinx, in `build/site/`: links lead
-to other pages, and each name gets its signature and a table of its parameters, read from the package. No cell
-is run. Sphinx makes HTML of the pages; a warning is an error.
+Open `build/html/index.html`. nbdev's `proc_nbs` removes hidden cells from the executed notebooks and marks
+which names to document. This script turns these notebooks into pages for Sphinx, in `build/site/`: links lead
+to other pages, and each name gets its signature and a table of its parameters, read from the package. It runs
+no cell. Sphinx turns the pages into HTML; a warning is an error.
 """
 import inspect, os, re, shutil, sys
 from configparser import ConfigParser
@@ -20,12 +20,11 @@ from nbdev.serve import proc_nbs
 from sphinx.cmd.build import main as sphinx_build
 
 root = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(root)) # the package that is documented is the one beside this script
-sections = 'tutorials', 'howto', 'explanation', 'api' # above the list of its pages stands docs/NAME.md
-menu = 'quickstart', *(f'{o}/index' for o in sections), 'Benchmarks <benchmarks>', 'changelog', 'contributing'
+sys.path.insert(0, str(root)) # document the package beside this script
+sections = 'tutorials', 'howto', 'explanation', 'api' # docs/NAME.md is the text above the list of pages
+menu = 'quickstart', *(f'{o}/index' for o in sections), 'benchmarks', 'changelog', 'contributing'
 moved = {
     'nbs': 'api/index.md',
-    'nbs/27_digits.ipynb': 'tutorials/digits.ipynb',
     'nbs/tutorials': 'tutorials/index.md',
     'nbs/howto': 'howto/index.md',
     'README.md': 'index.ipynb',
@@ -35,21 +34,21 @@ moved = {
 # Notebooks
 
 def shown(cell):
-    "The name in a cell that is `show_doc(name)`, or None"
+    "Return the name in a cell that is `show_doc(name)`, or None"
     found = re.search(r'^show_doc\(([\w.]+)\)$', cell.source, re.M) if cell.cell_type == 'code' else None
     return found and found[1]
 
 def module_of(path):
-    "The name of the module that the notebook at `path` exports, or None"
+    "Return the name of the module that the notebook at `path` exports, or None"
     for cell in read_nb(path).cells:
         if 'default_exp' in cell.directives: return cell.directives['default_exp']
 
 def _getter(symbol):
-    "The function of a property, and whatever else as it is"
+    "Return the function of a property, and anything else unchanged"
     return getattr(symbol, 'fget', None) or (symbol.func if isinstance(symbol, cached_property) else symbol)
 
 class Page:
-    "A notebook on its way to the site; `nb` is what `proc_nbs` has left of it"
+    "A page of the site; `nb` is the notebook as `proc_nbs` left it"
     def __init__(self, path): # below the root
         module = module_of(path)
         name = re.sub(r'^\d+[a-z]?_', '', path.name)
@@ -59,12 +58,13 @@ class Page:
         self.nb = read_nb('_proc'/path.relative_to('nbs'))
         head = yaml.safe_load(self.nb.cells.pop(0).source.strip().strip('-'))
         self.title,self.lead = head['title'],head.get('description', '')
+        self.nb.cells = [c for c in self.nb.cells if '._' not in (shown(c) or '')] # such as `__str__`
         self._sort_names()
         self.names = [o for c in self.nb.cells if (o := shown(c))]
         if module not in (None, 'all'): self._add_other_names()
 
     def _sort_names(self):
-        "Let names that are shown one after the other come as the module defines them"
+        "Sort names that are shown one after the other as the module defines them"
         cells = []
         for documents,run in groupby(self.nb.cells, lambda c: bool(shown(c))):
             if documents: cells += sorted(run, key=self.line)
@@ -72,7 +72,7 @@ class Page:
         self.nb.cells = cells
 
     def _add_other_names(self):
-        "Show the names that `proc_nbs` does not see, because they are assigned"
+        "Show the names that `proc_nbs` misses because they are assigned"
         others = [o for o in import_module(self.module).__all__ if o not in self.names]
         self.names += others
         if others: self.nb.cells.append(mk_cell('## Other names', 'markdown'))
@@ -80,39 +80,37 @@ class Page:
 
     @property
     def section(self): return self.to.rpartition('/')[0]
-    @property
-    def short(self): return self.module.partition('.')[2] if self.section == 'api' else self.title
 
     def symbol(self, name): return reduce(getattr, name.split('.'), import_module(self.module))
     def line(self, cell):
-        "The line that defines what `cell` shows: `proc_nbs` reverses the names of one cell"
+        "Return the line that defines what `cell` shows: `proc_nbs` reverses the names of one cell"
         return inspect.getsourcelines(_getter(self.symbol(shown(cell))))[1]
 
 # Links
 
-_link = re.compile(r'(?<=\]\()(?![a-z]+:|#|/)([^)\s]+)') # the target of a relative one
+_link = re.compile(r'(?<=\]\()(?![a-z]+:|#|/)([^)\s]+)') # the target of a relative link
 
 class Links:
-    """Makes links lead to pages of the site, or else to the repository, and names in code to where they are
-    documented"""
+    """Points links to pages of the site or to files of the repository, and names in code to their
+    documentation"""
     def __init__(self, pages, git_url):
         self.pages,self.git_url = {**moved, **{p.path: p.to for p in pages}},git_url
         self.names = {n: f'{p.module}.{n}' for p in pages if p.section == 'api' for n in p.names}
         methods = [n for n in self.names if n.startswith('Learner.')]
         for n in methods: self.names[n.replace('Learner.', 'learn.')] = self.names[n]
-        # 'cp' is more often the method than the function
-        for o in import_module('fasterai_lr.schemes').schemes: self.names.pop(o, None)
+        # 'cp' usually means the method, not the function, and 'what' a parameter
+        for o in ('what', *import_module('fasterai_lr.schemes').schemes): self.names.pop(o, None)
 
     def target(self, link, source):
         path,_,anchor = link.partition('#')
         path = os.path.normpath(os.path.join(os.path.dirname(source), path))
-        if not os.path.exists(path): raise ValueError(f'{source}: the link {link} leads nowhere')
+        if not os.path.exists(path): raise ValueError(f'{source}: the link {link} has no target')
         if path in self.pages: return f'/{self.pages[path]}' + (anchor and f'#{anchor}')
         if path.startswith('nbs/'): return f'/{path.removeprefix("nbs/")}'
         return f'{self.git_url}/{"tree" if os.path.isdir(path) else "blob"}/main/{path}'
 
     def __call__(self, text, source):
-        "The markdown `text` with all its links; `source` is the file that it is from"
+        "Resolve all links in the markdown `text` of the file `source`"
         res = ''
         for i,part in enumerate(re.split(r'(^ *```.*?^ *```|`[^`\n]+`)', text, flags=re.M|re.S)):
             in_link,in_heading = res.endswith('['),res.rpartition('\n')[2].startswith('#')
@@ -122,7 +120,7 @@ class Links:
         return res
 
     def _code(self, span):
-        "A span of code as a link to what it names or calls"
+        "Turn a span of code into a link to the name in it"
         found = re.fullmatch(r'`([\w.]+)(\([^<>]*\))?`', span)
         if not found or found[1] not in self.names: return span
         return f'{{py:obj}}`{span[1:-1]} <{self.names[found[1]]}>`'
@@ -136,7 +134,7 @@ class _Verbatim(str):
     def __repr__(self): return str(self)
 
 def _anno(o):
-    "An annotation nearly as it was written: without the names of modules"
+    "Format an annotation as it was written, without the names of modules"
     if o is _empty: return o
     text = o if isinstance(o, str) else inspect.formatannotation(o)
     return _Verbatim(re.sub(r'\b(?:[a-z_]\w*\.)+(?=\w)', '', text))
@@ -144,7 +142,7 @@ def _anno(o):
 def _default(o): return o if o is _empty else _Verbatim(getattr(o, '__name__', None) or repr(o))
 
 def signature(sym):
-    "What a caller gives to `sym`, and what comes back"
+    "Return the signature of `sym` as a caller sees it"
     try: sig = inspect.signature(sym)
     except ValueError: sig = inspect.Signature() # that of an exception is built in
     params = []
@@ -155,15 +153,18 @@ def signature(sym):
     return inspect.Signature(params, return_annotation=returned)
 
 def _returned(sym, docs):
-    "What is said about the value that comes back; fastcore misses it where it has no annotation"
+    "Return the comment on the returned value; fastcore misses it if there is no annotation"
     said = re.search(r'^\s*\)\s*: *# *(.+)$', inspect.getsource(sym).partition('"')[0], re.M)
     return docs.get('return', {}).get('docment') or (said[1] if said else '')
 
-def _code(o): return '' if o in (_empty, '') else f'`{o}`'
+def _code(o):
+    "Code in a cell; where it is short it stays in one line"
+    if o in (_empty, ''): return ''
+    return f'`{o}`{{.short}}' if len(str(o)) < 24 else f'`{o}`'
 def _row(cells): return '| ' + ' | '.join(o.replace('|', r'\|') for o in cells) + ' |'
 
 def table(rows, kind):
-    "A markdown table without the columns that are empty; `rows`: its head, and the others"
+    "Format `rows`, the first of them the head, as a markdown table without empty columns"
     keep = [i for i in range(len(rows[0])) if any(r[i] for r in rows[1:])]
     head,*rest = [_row([r[i] for i in keep]) for r in rows]
     return '\n'.join(['```{table}', f':class: {kind}', '', head, '|---'*len(keep) + '|', *rest, '```'])
@@ -173,13 +174,13 @@ class Documenter:
     def __init__(self, page, links): self.page,self.links = page,links
 
     def text(self, o):
-        "Plain text with spans of code as markdown"
+        "Turn plain text with spans of code into markdown"
         parts = re.split(r'(`[^`\n]+`)', o or '')
         for i in range(0, len(parts), 2): parts[i] = re.sub(r'([*_<\[\]\\$])', r'\\\1', parts[i])
         return self.links(''.join(parts), self.page.path)
 
     def parameters(self, sym):
-        "A table of the parameters of `sym` with their docments; nothing where the signature says it all"
+        "Tabulate the parameters of `sym` and their docments; return nothing if there are no docments"
         sig,docs = signature(sym),docments(sym, full=True)
         rows = []
         for p in sig.parameters.values():
@@ -204,13 +205,13 @@ class Documenter:
         return self.directive('property', name, _getter(raw))
 
     def data(self, name):
-        "A name that stands for neither a class nor a function, with the comment beside it"
+        "Document a name that is neither a class nor a function by the comment beside it"
         said = re.search(rf'^{name} *=.*# *(.+)$', inspect.getsource(import_module(self.page.module)), re.M)
         text = self.text(said[1]) if said else ''
         return f'```{{py:data}} {name}\n:module: {self.page.module}\n\n{text}\n```'
 
     def __call__(self, name):
-        """Signature, docstring and parameters of `name`; for a class also those of its public methods with a
+        """Document `name` by signature, docstring and parameters; for a class also the public methods with a
         docstring, unless the page shows them elsewhere"""
         sym = self.page.symbol(name)
         if isinstance(sym, (property, cached_property)): return self.directive('property', name, _getter(sym))
@@ -233,14 +234,31 @@ _metadata = {'kernelspec': {'name': 'python3', 'display_name': 'python3', 'langu
              'language_info': {'name': 'python', 'pygments_lexer': 'ipython3'}}
 
 def code_cell(cell):
-    "Turn Quarto's directives at the top of `cell` into the tags of myst-nb"
+    "Turn Quarto's directives at the top of `cell` into tags of myst-nb"
     lines = cell.source.split('\n')
     said = [o.removeprefix('#| ') for o in lines if o.startswith('#| ')]
     cell.metadata = {'tags': [_tags[o] for o in said if o in _tags]}
     cell.source = '\n'.join(o for o in lines if not o.startswith('#| ')).strip()
 
+_style = re.compile(r'<style.*?</style>', re.S)
+_table = re.compile(r'<table(?: class="\w*")?(?= id="T_|>)')
+
+def as_page(html):
+    "The HTML of an output: tables look like those of pandas, and what a progress bar leaves is gone"
+    if not re.sub(r'<[^>]+>', '', _style.sub('', html)).strip(): return ''
+    return _table.sub('<table class="dataframe"', html)
+
+def outputs(cell):
+    "The outputs of `cell` that show something"
+    for o in cell.outputs:
+        shows,html = True,o.get('data', {}).get('text/html')
+        if o.output_type == 'stream':
+            shows = o.text = re.sub(r'[^\n]*\r', '', ''.join(o.text)) # a bar was written over
+        elif html is not None: shows = o.data['text/html'] = as_page(''.join(html))
+        if shows: yield o
+
 def head(page, links):
-    "Title, lead, the module's name and where the notebook is"
+    "Return the title, the lead, the module's name and a link to the notebook"
     module = f'`{page.module}` · ' if page.section == 'api' else ''
     res = [f'# {page.title}', '{.lead}\n' + links(page.lead, page.path)]
     source = f'{links.git_url}/blob/main/{page.path}'
@@ -253,7 +271,9 @@ def write_page(page, links, to):
     document = Documenter(page, links)
     for c in nb.cells:
         if name := shown(c): c.update(mk_cell(document(name), 'markdown'))
-        elif c.cell_type == 'code': code_cell(c)
+        elif c.cell_type == 'code':
+            code_cell(c)
+            c.outputs = list(outputs(c))
         else: c.source = _callout.sub(r':::{\1}', links(c.source, page.path))
     nb.cells.insert(0, mk_cell(head(page, links), 'markdown'))
     if page.to == 'index.ipynb': nb.cells.append(mk_cell(toctree(menu), 'markdown'))
@@ -264,7 +284,7 @@ def write_page(page, links, to):
 def toctree(names): return '\n'.join(['```{toctree}', ':hidden:', '', *names, '```'])
 
 def listing(page, links):
-    "The entry of a page in its section; for a module, with a table of its names"
+    "Return the entry of a page in its section; for a module, with a table of its names"
     if page.section != 'api': return f'[{page.title}](/{page.to})\n: {page.lead}\n'
     text = Documenter(page, links).text
     rows = []
@@ -273,12 +293,12 @@ def listing(page, links):
         said = inspect.getdoc(sym) if callable(sym) else None
         rows.append((f'{{py:obj}}`{name} <{page.module}.{name}>`', text((said or '').partition('\n')[0])))
     names = table([('Name', 'What it is'), *rows], 'names') if rows else ''
-    return '\n\n'.join([f'## [{page.short}](/{page.to})', page.lead, names])
+    return '\n\n'.join([f'## [{page.title}](/{page.to})', f'`{page.module}`: {page.lead}', names])
 
 def write_section(section, pages, links, to):
     mine = [p for p in pages if p.section == section]
-    entries = [f'{p.short} <{Path(p.to).stem}>' for p in mine]
-    above = Path(f'docs/{section}.md').read_text(encoding='utf-8')
+    entries = [f'{p.title} <{Path(p.to).stem}>' for p in mine]
+    above = links(Path(f'docs/{section}.md').read_text(encoding='utf-8'), f'docs/{section}.md')
     text = '\n\n'.join([above, *(listing(p, links) for p in mine), toctree(entries)])
     (to/section).mkdir(parents=True, exist_ok=True)
     (to/section/'index.md').write_text(text, encoding='utf-8')
@@ -286,7 +306,7 @@ def write_section(section, pages, links, to):
 def not_copied(folder, names): return [o for o in names if o[0] in '._' or o.endswith('.ipynb')]
 
 def write_pages(to):
-    "All pages for Sphinx, in the new folder `to`"
+    "Write all pages for Sphinx into the new folder `to`"
     parser = ConfigParser(delimiters=['='])
     parser.read('settings.ini', encoding='utf-8')
     pages = [Page(o) for o in sorted(Path('nbs').rglob('*.ipynb')) if not any(p[0] in '._' for p in o.parts)]
@@ -299,7 +319,7 @@ def write_pages(to):
         (to/moved[o]).write_text(text, encoding='utf-8')
 
 def build():
-    "Build the site; returns Sphinx's exit code"
+    "Build the site and return Sphinx's exit code"
     with chdir(root):
         for o in ('site', 'doctrees', 'html'): shutil.rmtree(f'build/{o}', ignore_errors=True)
         proc_nbs('nbs', force=True, n_workers=0)

@@ -1,4 +1,4 @@
-"Import every module of the installed package, and say where it lies: `python tools/import_all.py`"
+"Import every module of the installed package and print its folder: `python tools/import_all.py`"
 import fasterai_lr
 from importlib import import_module
 from pkgutil import iter_modules

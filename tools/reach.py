@@ -1,11 +1,11 @@
-"""Measure how dense the code is, and how far a setting, a parameter or a private name reaches in it.
+"""Measure how dense the code is, and how far settings, parameters and private names reach in it.
 
-    python tools/reach.py                # two tables: by module, and of the whole project
-    python tools/reach.py --compare REV  # the same beside another commit: `then → now`
-    python tools/reach.py --check        # exit with 1 where a target is missed
+    python tools/reach.py                # two tables: one by module, one for the whole project
+    python tools/reach.py --compare REV  # compare with another commit: `then → now`
+    python tools/reach.py --check        # exit with 1 if a target is missed
 
-A `!` marks what misses its target; below the tables you find where that is. The script needs the standard
-library and, to compare, git.
+A `!` marks a figure that misses its target; the lines below the tables list the places. The script needs only
+the standard library and, to compare, git.
 """
 import argparse, ast, io, json, re, subprocess, symtable, sys, tarfile, tokenize
 from collections import Counter, defaultdict
@@ -24,7 +24,7 @@ class Module:
         self.nodes = list(ast.walk(self.tree))
 
     def place(self, line, what=''):
-        "Where something is: the file, and what stands in which line"
+        "Return a place: the file, the line and `what` is there"
         return f'{self.name}.py', f'{line} {what}'.rstrip()
 
 class Cell:
@@ -58,12 +58,12 @@ class Project:
 
 def is_measured(path):
     "Is the file at `path` a module of the package, or a notebook?"
-    if '/.' in path: return False # checkpoints of an editor, for instance
+    if '/.' in path: return False # an editor's checkpoint, for example
     if path.startswith(f'{package}/'): return path.endswith('.py')
     return path.startswith('nbs/') and path.endswith('.ipynb')
 
 def files_here():
-    "The measured files as they lie in the working directory"
+    "Read the measured files in the working directory"
     files = {}
     for path in [*root.glob(f'{package}/*.py'), *root.glob('nbs/**/*.ipynb')]:
         name = path.relative_to(root).as_posix()
@@ -71,7 +71,7 @@ def files_here():
     return files
 
 def files_at(rev):
-    "The measured files of the commit `rev`"
+    "Read the measured files of the commit `rev`"
     command = ['git', 'archive', rev, package, 'nbs']
     archive = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE).stdout
     files = {}
@@ -89,7 +89,7 @@ inlined = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.IfExp,
 documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 def docstrings(module):
-    "The constants that are docstrings, of `module` and of what it defines"
+    "Find the docstrings of `module` and of its classes and functions, as nodes"
     found = []
     for node in module.nodes:
         if not isinstance(node, documented) or ast.get_docstring(node) is None: continue
@@ -97,7 +97,7 @@ def docstrings(module):
     return found
 
 def code_lines(module):
-    "The number of lines that hold more than docstrings and comments"
+    "Count the lines that hold more than docstrings and comments"
     skipped = {(o.lineno, o.col_offset) for o in docstrings(module)}
     lines = set()
     for token in tokenize.generate_tokens(io.StringIO(module.text).readline):
@@ -106,15 +106,15 @@ def code_lines(module):
     return len(lines)
 
 def syntax_nodes(module):
-    "The number of nodes of the syntax tree; a docstring is two, which are left out"
+    "Count the nodes of the syntax tree, without docstrings, which have two each"
     return len(module.nodes) - 2*len(docstrings(module))
 
 def inlined_nodes(module):
-    "The number of comprehensions, conditional expressions and lambdas"
+    "Count the comprehensions, conditional expressions and lambdas"
     return sum(isinstance(o, inlined) for o in module.nodes)
 
 def written_by_nbdev(module):
-    "The numbers of the lines that assign `__all__`"
+    "Return the numbers of the lines that assign `__all__`"
     lines = set()
     for node in module.tree.body:
         if not isinstance(node, ast.Assign) or ast.unparse(node.targets) != '__all__': continue
@@ -128,7 +128,7 @@ def long_lines(module):
         yield module.place(number)
 
 def n_targets(target):
-    "The number of names, attributes and items that an assignment to `target` sets"
+    "Count the names, attributes and items that an assignment to `target` sets"
     if isinstance(target, (ast.Tuple, ast.List)): return sum(map(n_targets, target.elts))
     return 1
 
@@ -150,13 +150,13 @@ long lines: over 110 columns; wide assignments: more than three targets
 vague docstrings: they start with What, Of, Those, Whether or The same'''
 
 def all_places(find, items):
-    "The places that `find` yields for each of `items`, as a list"
+    "List the places that `find` yields for each of `items`"
     found = []
     for item in items: found += find(item)
     return found
 
 def density(modules):
-    "A row of table one, for `modules` together: {column: number or list of places}"
+    "Return a row of table one, for `modules` together: {column: number or list of places}"
     lines = sum(map(code_lines, modules))
     nodes = sum(map(syntax_nodes, modules))
     hundreds = max(lines, 1)/100
@@ -174,7 +174,7 @@ def density(modules):
 settings = {'metric', 'loss', 'seed', 'progress', 'max_size', 'moments'}
 
 def definitions(node, prefix=''):
-    "The functions below `node`: pairs of qualified name and function"
+    "Yield pairs of qualified name and function for the functions below `node`"
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef):
             yield from definitions(child, f'{prefix}{child.name}.')
@@ -184,7 +184,7 @@ def definitions(node, prefix=''):
         else: yield from definitions(child, prefix)
 
 def named_parameters(function):
-    "The parameters of `function` but for `*args` and `**kwargs`"
+    "List the parameters of `function` except `*args` and `**kwargs`"
     args = function.args
     return args.posonlyargs + args.args + args.kwonlyargs
 
@@ -200,7 +200,7 @@ def setting_keywords(module):
             if keyword.arg in settings: yield module.place(keyword.lineno, f'{keyword.arg}=')
 
 def n_parameters(function):
-    "The number of parameters that are written, without `self`, `cls` and `**kwargs`"
+    "Count the parameters of `function` without `self`, `cls` and `**kwargs`"
     args = named_parameters(function)
     is_method = bool(args) and args[0].arg in ('self', 'cls')
     return len(args) - is_method + bool(function.args.vararg)
@@ -225,7 +225,7 @@ def undocumented_kwargs(module):
         yield module.place(function.lineno, name)
 
 def package_imports(nodes):
-    "What the import statements among `nodes` take from the package: (statement, module, name) triples"
+    "Yield a triple (statement, module, name) for each name that `nodes` import from the package"
     for node in nodes:
         if not isinstance(node, (ast.Import, ast.ImportFrom)): continue
         for alias in node.names:
@@ -240,7 +240,7 @@ def private_imports(module):
         if is_private(name): yield module.place(node.lineno, f'{source}.{name}')
 
 def private_definitions(module):
-    "The private names that `module` defines, not imports"
+    "Yield the private names that `module` defines, not those that it imports"
     for symbol in symtable.symtable(module.text, module.name, 'exec').get_symbols():
         if symbol.is_assigned() and is_private(symbol.get_name()): yield symbol.get_name()
 
@@ -252,7 +252,7 @@ def shared_private_names(project):
         if len(owners[name]) > 1: yield name, ', '.join(owners[name])
 
 def reachable(start, graph):
-    "The names that some way in `graph`, a dict {name: the names after it}, leads to from `start`"
+    "Return the names that can be reached from `start` in `graph`, a dict {name: the names after it}"
     seen,ahead = set(),[start]
     while ahead:
         new = graph.get(ahead.pop(), set()) - seen
@@ -278,23 +278,23 @@ def long_shown_lines(project):
         for line in cell.lines:
             if len(line) > 88: yield cell.place()
 
-# lines of table two: {what is counted: (the function that finds it in a module, the most there may be)}
+# lines of table two: {label: (the function that finds the places in a module, how many are allowed)}
 by_module = {
     'parameters named metric, loss, seed, progress, max_size, moments': (setting_parameters, 20),
     'keywords of these names in calls': (setting_keywords, None),
     'functions with more than 7 parameters, **kwargs not counted': (wide_functions, 2),
     'public functions with **kwargs that no decorator documents': (undocumented_kwargs, 0),
     'private names imported from another module': (private_imports, 0)}
-# the same, with functions that take the whole project
+# the same for the whole project
 by_project = {
     'private names that two modules define': (shared_private_names, 0),
-    'modules that import themselves by way of others': (circular_imports, 0),
+    'circular imports': (circular_imports, 0),
     'exported cells over 40 lines': (long_cells, 0),
     'lines over 88 columns in shown cells': (long_shown_lines, 0)}
 reach_targets = {name: target for name,(_,target) in (by_module | by_project).items()}
 
 def reach(project):
-    "Table two: {what the line says: list of places}"
+    "Return table two: {label: list of places}"
     figures = {}
     for name,(find,_) in by_module.items(): figures[name] = all_places(find, project.modules)
     for name,(find,_) in by_project.items(): figures[name] = list(find(project))
@@ -309,25 +309,25 @@ def misses(value, target): return target is not None and number(value) > target
 def allowed(target): return '' if target is None else f'≤ {target}'
 
 def shown(figures, then, name, target):
-    "The figure `name` as a text, after what it was then, marked where it misses the target"
+    "Format the figure `name` after its former value, with a mark if it misses the target"
     text = str(number(figures[name]))
     if name in then: text = f'{number(then[name])} → {text}'
     return text + ('!' if misses(figures[name], target) else ' ')
 
 def verdict(figures, targets):
-    "Do the figures hold the targets?"
+    "Say whether the figures meet the targets"
     for name,target in targets.items():
         if misses(figures[name], target): return 'no'
     return 'yes'
 
 def groups(project):
-    "The rows of table one: {name: modules}"
+    "Return the rows of table one: {name: modules}"
     rows = {m.name: [m] for m in project.modules}
     rows['in all'] = project.modules
     return rows
 
 def density_rows(project, before=None):
-    "Table one as rows of texts; `before`: another project to compare with"
+    "Format table one as rows of texts; `before` is another project to compare with"
     old = groups(before) if before else {}
     rows = [['', *density_targets, 'holds'], ['target', *map(allowed, density_targets.values()), '']]
     for name,modules in groups(project).items():
@@ -338,7 +338,7 @@ def density_rows(project, before=None):
     return rows
 
 def reach_rows(project, before=None):
-    "Table two as rows of texts; `before`: another project to compare with"
+    "Format table two as rows of texts; `before` is another project to compare with"
     figures = reach(project)
     then = reach(before) if before else {}
     rows = [['', 'number', 'target', 'holds']]
@@ -348,7 +348,7 @@ def reach_rows(project, before=None):
     return rows
 
 def table(rows):
-    "`rows` as text, the first column to the left and the others to the right"
+    "Format `rows` as text, with the first column aligned left and the others right"
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for row in rows:
@@ -358,7 +358,7 @@ def table(rows):
     return '\n'.join(lines)
 
 def listing(places):
-    "Places as text, a line for each file"
+    "Format places as text, a line for each file"
     by_file = defaultdict(Counter)
     for file,place in places: by_file[file][place] += 1
     lines = []
@@ -368,7 +368,7 @@ def listing(places):
     return '\n'.join(lines)
 
 def where(figures, targets):
-    "The places where the targets are missed, as text"
+    "Format the places where targets are missed as text"
     text = ''
     for name,target in targets.items():
         found = figures[name]
@@ -377,13 +377,13 @@ def where(figures, targets):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--compare', metavar='REV', help='a commit to show beside')
-    parser.add_argument('--check', action='store_true', help='exit with 1 where a target is missed')
+    parser.add_argument('--compare', metavar='REV', help='a commit to compare with')
+    parser.add_argument('--check', action='store_true', help='exit with 1 if a target is missed')
     args = parser.parse_args()
     project,before = Project(files_here()),None
     if args.compare:
         try: before = Project(files_at(args.compare))
-        except subprocess.CalledProcessError: parser.error(f'git finds no package in {args.compare}')
+        except subprocess.CalledProcessError: parser.error(f'no package in the commit {args.compare}')
     first,second = density_rows(project, before),reach_rows(project, before)
     print(table(first), legend, table(second), sep='\n\n')
     print(where(density(project.modules), density_targets) + where(reach(project), reach_targets), end='')

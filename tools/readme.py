@@ -1,9 +1,9 @@
-"""Make README.md from `nbs/index.ipynb`, and find the commands in it.
+"""Make README.md from `nbs/index.ipynb`, and print the commands in it.
 
-    python tools/readme.py                           # write README.md and the pictures it shows
+    python tools/readme.py                           # write README.md and its pictures
     python3 tools/readme.py command 'Run the tests'  # print the command below that heading
 
-The second needs the standard library only.
+The second command needs only the standard library.
 """
 import os, re, sys
 from pathlib import Path
@@ -13,7 +13,7 @@ _link = re.compile(r'(?<=\]\()(?![a-z]+:|#|/)([^)\s]+)')  # the target of a rela
 _ansi = re.compile(r'\x1b\[[0-9;]*m')
 
 def command(text, heading):
-    "The one line of the fenced block that follows `heading` in the markdown `text`"
+    "Return the one line of the fenced block that follows `heading` in the markdown `text`"
     found = re.findall(rf'^#+ {re.escape(heading)}\n\s*```\w*\n(.*?)\n```$', text, re.M|re.S)
     if len(found) != 1 or len(found[0].splitlines()) != 1:
         raise ValueError(f'heading={heading!r}: expected one such heading, directly above a fenced block of '
@@ -21,13 +21,13 @@ def command(text, heading):
     return found[0]
 
 def _terminal(line):
-    "`line` as a terminal shows it: without colours, what follows a carriage return over what stood before"
+    "Render `line` as a terminal does: without colours, and text after a carriage return overwrites"
     shown = ''
     for part in _ansi.sub('', line).split('\r'): shown = part + shown[len(part):]
     return shown.rstrip()
 
 def _plain(out):
-    "`out` as README.md shows it: text and pictures, no HTML and no colours; None where nothing is left"
+    "Reduce `out` to what README.md can show: text without colours, and pictures; None if nothing is left"
     if out['output_type'] == 'stream':
         if out['name'] == 'stderr': return None
         return {**out, 'text': '\n'.join(map(_terminal, out['text'].split('\n')))}
@@ -36,7 +36,7 @@ def _plain(out):
     return {**out, 'data': data} if data else None
 
 def prepare(nb):
-    "Drop hidden cells, directives and what markdown cannot show from `nb`, and let links start at README.md"
+    "Remove hidden cells, directives and outputs that markdown cannot show; make links relative to README.md"
     nb.cells = [c for c in nb.cells if 'hide' not in c.directives and c.source.strip()]
     for c in nb.cells:
         if c.directives.get('echo') == 'false':
@@ -48,7 +48,7 @@ def prepare(nb):
     return nb
 
 def render(root):
-    "The files made from the index notebook of the project at `root`: {path from the root: bytes}"
+    "Make the files from the index notebook of the project at `root`: {path from the root: bytes}"
     import nbformat
     from fastcore.nbio import nb2str, read_nb
     from nbconvert import MarkdownExporter
@@ -60,7 +60,7 @@ def render(root):
     return {'README.md': text.encode(), **res['outputs']}
 
 def write(root):
-    "Write what `render` makes"
+    "Write the files that `render` makes"
     for name,data in render(root).items():
         path = Path(root)/name
         path.parent.mkdir(parents=True, exist_ok=True)
