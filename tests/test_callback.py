@@ -529,7 +529,7 @@ def test_what_cannot_be_measured_is_left_out(capsys):
     assert one.keys() == {'epoch', 'step', 'decomposed', 'layers', 'params_before', 'params_after'} and n_factored(learn.model) == 3
     assert capsys.readouterr().out.splitlines()[0] == 'epoch 0: decomposed 3 of 3 layers, 326 -> 182 parameters (0.56x)'
     learn = mk_learn(model=Scaled(*linear_net()))
-    with pytest.warns(UserWarning, match='cannot be run outside of the fit, .* by their weights alone .ValueError: data: the model cannot'): learn.fit(1, 1e-2, cbs=[Odd(), DecomposeCallback(0)])
+    with pytest.warns(UserWarning, match='cannot run outside the fit, .* by their weights alone .ValueError: data: the model cannot'): learn.fit(1, 1e-2, cbs=[Odd(), DecomposeCallback(0)])
     assert n_factored(learn.model) == 3 and not learn.model.low_rank_plan['budget']
     learn = mk_learn(model=Scaled(*linear_net()))
     with pytest.raises(ValueError, match='(?s)data: the model cannot be called with inputs .*scale'): learn.fit(3, 1e-2, cbs=[Odd(), DecomposeCallback(2, Budget(macs=.9))])        # before the first epoch
