@@ -111,7 +111,7 @@ def _own_macs(macs): # of `macs_per_layer`
 def own_amounts(
     model:nn.Module,
     kind:str, # 'params' or 'macs'
-    sample=None # for MACs: what the model is called with
+    sample=None # for MACs: the input of the model
    )->dict: # {module name: its own amount, without its children}
     "Count the parameters or multiply-accumulates of each module"
     return _own_params(model) if kind == 'params' else _own_macs(macs_per_layer(model, sample))
@@ -184,7 +184,7 @@ def schemes_for(geometry:Geometry, among): # `among`: names of schemes
     return among if prod(geometry.kernel) > 1 else ['svd']
 
 def _saving(geometry, use, among):
-    "The most that one layer can save, in `layer_cost`"
+    "The largest saving of one layer, in `layer_cost`"
     dense = layer_cost(geometry, use=use)
     costs = [dense]
     for name in schemes_for(geometry, among):
@@ -198,12 +198,12 @@ class Counts:
     "A model's layers, their costs for a sample, and the least that they could cost"
     def __init__(self,
         model:nn.Module,
-        sample): # what the model is called with
+        sample): # the input of the model
         self.model,self.sample = model,sample
         self.found = find_layers(model, layer_types)
 
     @classmethod
-    def of(cls, model, data, sample=None): # `sample`: in place of the first batch of `data`
+    def of(cls, model, data, sample=None): # `sample`: instead of the first batch of `data`
         "Count with the first batch of `data`"
         batches = Batches.of(data if sample is None else [sample], model)
         return cls(model, batches.first)
@@ -259,7 +259,7 @@ def half(self:Counts)->Budget|None: # `None` if nothing can be saved
 # %% ../nbs/14_budget.ipynb #76f8245d
 def smallest(
     model:nn.Module,
-    sample, # what the model is called with
+    sample, # the input of the model
     kind:str='macs', # or 'params'
     among=('svd', 'spatial') # schemes
    )->float: # fraction of the dense model
@@ -269,7 +269,7 @@ def smallest(
 def check_reach(
     model:nn.Module, # the dense one
     budget:Budget,
-    sample, # what the model is called with
+    sample, # the input of the model
     among=('svd', 'spatial') # schemes
    ):
     "Raise a `ValueError` if no ranks of `model` can reach a budget of parameters or MACs"
@@ -277,7 +277,7 @@ def check_reach(
 
 def half_saved(
     model:nn.Module,
-    sample # what the model is called with
+    sample # the input of the model
    )->Budget|None: # `None` if nothing can be saved
     "The budget halfway between the MACs of `model` and the `smallest`"
     return Counts(model, sample).half()

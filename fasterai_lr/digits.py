@@ -107,7 +107,7 @@ def accuracy_of(
 
 # %% ../nbs/27_digits.ipynb #0f98cb82
 class _Table(Callback):
-    "Prints the log as a table"
+    "Print the log as a table"
     order,remove_on_fetch = 60,True
 
     def before_fit(self):

@@ -86,7 +86,7 @@ _instead = ('; give `evaluate`, a function from a model to a number, '
 @delegates(tradeoff, but=['progress'])
 def tradeoff(self:Learner,
     budgets=(.8, .6, .4, .2), # fractions of the dense model
-    kind:str='macs', # of what: 'params', 'macs' or 'latency'
+    kind:str='macs', # cost: 'params', 'macs' or 'latency'
     data=None, # see `calibrate`; `None`: 2,000 training items
     evaluate=None, # see `tradeoff`; `None`: first metric, or loss, on the validation set; `False`: nothing
     **kwargs
@@ -105,7 +105,7 @@ def tradeoff(self:Learner,
 @delegates(tradeoff, but=['progress'])
 def plot_tradeoff(self:Learner,
     budgets=(.8, .6, .4, .2), # fractions of the dense model
-    kind:str='macs', # of what: 'params', 'macs' or 'latency'
+    kind:str='macs', # cost: 'params', 'macs' or 'latency'
     data=None, # see `calibrate`; `None`: 2,000 training items
     evaluate=None, # see `Learner.tradeoff`
     ax=None, # a matplotlib axes; `None`: a new one

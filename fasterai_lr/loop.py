@@ -111,7 +111,7 @@ def _memory_kept(model):
 @contextmanager
 def on_the_side(
     learn:Learner,
-    model:nn.Module, # to run in place of the learner's
+    model:nn.Module, # to run instead of the learner's
     *cbs # callbacks to add
    ):
     "Prepare `learn` for its validation loop, as `learn.validate` does, and restore everything afterwards"
@@ -132,7 +132,7 @@ def on_the_side(
 
 # %% ../nbs/20_loop.ipynb #eea2f274
 class _Take(Callback):
-    "Records the arguments of the model, until there are `n` items"
+    "Record the arguments of the model, until there are `n` items"
     def __init__(self, n):
         self.n,self.taken = n,Inputs()
         self.waiting = False # for the first call in the batch: callbacks may call the model again
@@ -221,7 +221,7 @@ def learner_metric(
     return learn.metrics[0] if learn.metrics else AvgLoss()
 
 class _Measure(Callback):
-    "Accumulates a metric, as the recorder does"
+    "Accumulate a metric, as the recorder does"
     order = Recorder.order
     def __init__(self, measured): self.measured = measured
     def before_validate(self): self.measured.reset()

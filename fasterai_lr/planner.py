@@ -87,10 +87,10 @@ def layer_options(
 
 # %% ../nbs/16_planner.ipynb #2bec7b4c
 class _Chooser:
-    "Chooses one option for each layer by cost and loss; a choice is the index of each layer's option"
+    "Choose one option for each layer by cost and loss; a choice is the index of each layer's option"
     def __init__(self, options, kind):
         width = max(map(len, options.values()), default=1)
-        rows = [os + os[:1]*(width-len(os)) for os in options.values()] # to one length, by the first
+        rows = [os + os[:1]*(width-len(os)) for os in options.values()] # padded with the first
         def table(name):
             values = [[getattr(o, name) for o in row] for row in rows]
             return np.array(values, float).reshape(-1, width)
@@ -130,7 +130,7 @@ def choose(
    )->dict: # {layer name: `Option`}
     "Choose the options of least loss within the limit, by a Lagrangian and then greedily"
     chooser = _Chooser(options, kind)
-    allowed = limit*(1 + 1e-14) # it was computed in float64, costs are counted
+    allowed = limit*(1 + 1e-14) # the limit is rounded, costs are exact
     cheapest = chooser.costs.argmin(1)
     least = chooser.cost(cheapest)
     if least > allowed:
@@ -169,7 +169,7 @@ class Options(dict):
 
 # %% ../nbs/16_planner.ipynb #fb927855
 class Planner:
-    "Makes plans for one model, for any number of budgets"
+    "Make plans for one model, for any number of budgets"
     def __init__(self,
         calibration:Calibration, # of the model
         sample=None, # a batch to count and to time with; `None`: the first of the data

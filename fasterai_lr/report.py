@@ -378,7 +378,7 @@ def tradeoff(
     data, # a few of the model's inputs, without labels, see `calibrate`
     evaluate=None, # a function from a model, in evaluation mode, to a number; `None`: only the estimated loss
     budgets=(.8, .6, .4, .2), # fractions of the dense model
-    kind:str='macs', # of what: 'params', 'macs' or 'latency'
+    kind:str='macs', # cost: 'params', 'macs' or 'latency'
     **kwargs
    )->pd.DataFrame: # `budget`, `params`, `macs`, `latency` and `loss` if known, value; the dense model first
     "List size and estimated loss of a model for several budgets, and `evaluate` in a column of its name"
