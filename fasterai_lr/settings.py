@@ -25,20 +25,20 @@ from .metric import check_kind
 # %% ../nbs/10_settings.ipynb #86071d0c
 def check_names(
     kwargs:dict, # the keywords of a call
-    caller # the function that was called; its signature has all that it takes
+    caller # the function that was called; its signature has all of its arguments
    ):
-    "Raise a `TypeError` for a keyword that `caller` does not take, with the nearest name that it does"
+    "Raise a `TypeError` for a keyword that `caller` does not take, with the most similar name that it takes"
     known = [n for n in signature(caller).parameters if n != 'self']
     for name,value in kwargs.items():
         if name in known: continue
-        if name == 'moments': raise TypeError("moments: it is gone; give what `calibrate` returns as `data`")
+        if name == 'moments': raise TypeError("moments: was removed; give what `calibrate` returns as `data`")
         hint = did_you_mean(name, known) or '; it takes ' + ', '.join(known)
         raise TypeError(f"{name}={value!r}: {caller.__qualname__.removesuffix('.__init__')} has no argument "
                         f"of this name{hint}")
 
 # %% ../nbs/10_settings.ipynb #b6b3ec37
 def checks_names(f):
-    "Let a call of `f` with a wrong keyword say the nearest right one; leave `*args` out of its signature"
+    "Let `f` suggest the most similar name for a wrong keyword; hide `*args` in its signature"
     @wraps(f)
     def checked(*args, **kwargs):
         check_names(kwargs, checked)
@@ -50,13 +50,13 @@ def checks_names(f):
 
 # %% ../nbs/10_settings.ipynb #763658be
 def _int_of(name, value, least):
-    "Return `value` as an `int`; an error where it is none, or less than `least`"
+    "Return `value` as an `int`; raise an error if it is not one, or is less than `least`"
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}: {value!r} is not an int of at least {least}")
     return int(value)
 
 def _sequential_of(value):
-    "Return `value` as a `bool`; an error where it is none"
+    "Return `value` as a `bool`; raise an error if it is not one"
     if isinstance(value, (bool, np.bool_)): return bool(value)
     raise ValueError(f"sequential: {value!r} is not True or False")
 
@@ -64,41 +64,41 @@ def _schemes_of(value):
     "Return `value` as a tuple of the names of schemes"
     example = "give ('svd', 'spatial'), for instance"
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ValueError(f"schemes: {value!r} is no list of schemes; {example}")
+        raise ValueError(f"schemes: {value!r} is not a list of schemes; {example}")
     names = tuple(value)
-    if not names: raise ValueError(f"schemes: there is none to choose from; {example}")
+    if not names: raise ValueError(f"schemes: the list is empty; {example}")
     for name in names: check_scheme(name, 'schemes')
     return names
 
 # %% ../nbs/10_settings.ipynb #fcbe8214
 @dataclass(frozen=True)
 class UserFunction:
-    "A function that a file names and does not hold"
+    "A placeholder for a function that a file only names"
     name:str
 
     @property
     def __name__(self): return self.name
 
 _functions = dict( # {setting: (what is expected, its number of arguments)}
-    output=('a function from what the model returns to the tensor that counts', 1),
+    output=('a function that picks the output tensor from what the model returns', 1),
     augment=('a function of a batch of inputs and a generator, such as `flip_crop_and_mix`', 2))
 
 def _check_function(name, value):
-    "Raise a `TypeError` where `value` is not a function that serves as the setting `name`"
+    "Raise a `TypeError` if `value` is not a suitable function for the setting `name`"
     if value is None or isinstance(value, UserFunction): return
     check_callable(name, value, *_functions[name])
 
 def _progress_of(value):
-    "Return what goes through the steps of long computations; `None` where nothing is to be shown"
+    "Return the function that wraps the steps of long computations; `None` if no progress is shown"
     if value is True: return Progress()
     if value is None or value is False: return None
-    check_callable('progress', value, 'a function that wraps an iteration, like `fastprogress.progress_bar`')
+    check_callable('progress', value, 'a function that wraps an iterable, like `fastprogress.progress_bar`')
     return value
 
 def _unknown(argument, f):
-    "The error for a function that a plan's file has named"
-    return ValueError(f"{argument}: the plan was made with a function {f.name!r}, which its file names and "
-                      f"does not hold; give it again, as {argument}=…")
+    "Make the error for a function of which a plan's file holds only the name"
+    return ValueError(f"{argument}: the plan was made with a function {f.name!r}, but its file only holds "
+                      f"its name; give it again, as {argument}=…")
 
 # %% ../nbs/10_settings.ipynb #a74b57b8
 _least = dict(passes=1, most=1, max_size=1, distill_steps=0, seed=0)
@@ -119,7 +119,7 @@ class _Checked:
             raise ValueError(f"seed: {self.seed} is too large for torch; give an int below 2**63")
 
     def check_functions(self):
-        "Raise a `ValueError` for a function that is only known by its name"
+        "Raise a `ValueError` for a function of which only the name is known"
         loss = self.loss
         if isinstance(loss, OwnFunction) and loss.function is None: raise _unknown('loss', loss)
         if isinstance(self.output, UserFunction): raise _unknown('output', self.output)
@@ -129,46 +129,46 @@ class _Checked:
 # %% ../nbs/10_settings.ipynb #da7acd23
 @dataclass(frozen=True)
 class Settings(_Checked):
-    "The settings of a calibration, of the choice of ranks and of the fit"
-    metric:str='fisher' # what errors are measured by: 'fisher', or 'activation'
+    "The settings of calibration, planning and fitting"
+    metric:str='fisher' # how errors are measured: 'fisher' or 'activation'
     loss:Loss=classification # `regression`, `multilabel`, or a function from the model's output to a scalar
     schemes:tuple=('svd', 'spatial') # a `Budget` chooses from these
-    sequential:bool=True # fit each layer to what those before it have made of the data?
-    passes:int=24 # over the data, at most; more layers than that are fitted in groups
-    most:int=16384 # positions a batch and layer that the fit looks at, half of them for moments
-    max_size:int=8192 # no moment larger than this squared is formed
+    sequential:bool=True # fit each layer to the outputs of the factored layers before it?
+    passes:int=24 # maximum number of passes over the data; more layers than that are fitted in groups
+    most:int=16384 # maximum number of positions per batch and layer in the fit; half as many for moments
+    max_size:int=8192 # maximum number of rows of a moment
     distill_steps:int=0 # steps of self-distillation after the fit, see `distill`
-    augment:object=None # for these, see `distill`
-    seed:int=0 # of all random draws
-    output:object=None # function from what the model returns to the tensor that counts; see `first_output`
-    progress:object=field(default=True, compare=False) # show how far it is? Or a function around the steps
+    augment:object=None # augmentation of the inputs in these steps, see `distill`
+    seed:int=0 # seed of all random numbers
+    output:object=None # function that picks the output tensor from what the model returns; see `first_output`
+    progress:object=field(default=True, compare=False) # show progress? Or a function that wraps the steps
 
     @classmethod
     def of(cls,
         kwargs:dict, # the keywords of a call
         caller, # the function that was called
-        base=None # the `Settings` that they change; `None`: the defaults
+        base=None # the `Settings` to change; `None`: the defaults
        )->'Settings':
-        "Return the settings that the keywords of a call ask for; an error for a wrong name or value"
+        "Make settings from the keywords of a call; raise an error for a wrong name or value"
         check_names(kwargs, caller)
         return replace(base or cls(), **kwargs)
 
     def plain(self)->dict: # what JSON can hold
-        "Describe the settings by plain data, functions by their names; `settings_of` reads it"
+        "Describe the settings as plain data, functions by their names; `settings_of` reads it"
         data = vars(self) | dict(loss=self.loss.plain(), schemes=list(self.schemes))
         del data['progress']
         for name in _functions:
             if data[name] is not None: data[name] = dict(function=function_name(data[name]))
         return data
 
-    def progressing(self, steps, label:str, work=None): # what is done in each step, how much it is
-        "Go through `steps` and show how far it is, if that is asked for"
+    def progressing(self, steps, label:str, work=None): # what the steps do, the work of each
+        "Iterate over `steps`, and show the progress if it is switched on"
         if isinstance(self.progress, Progress): return self.progress(steps, label, work)
         return (self.progress or iter)(steps)
 
 # %% ../nbs/10_settings.ipynb #0ee02ad5
 def _function_of(data):
-    "Return the function, known by its name, that a file describes"
+    "Return the function that a file names, as a `UserFunction`"
     match data:
         case None: return None
         case {'function': name}: return UserFunction(name)
@@ -180,7 +180,7 @@ def settings_of(data:dict)->Settings: # `data`: what `Settings.plain` returns
     known = [f.name for f in fields(Settings) if f.name != 'progress']
     for name in data:
         if name not in known:
-            raise ValueError(f"settings: {name!r} is not known here{did_you_mean(name, known)}")
+            raise ValueError(f"settings: {name!r} is unknown{did_you_mean(name, known)}")
     values = dict(data)
     try:
         if 'loss' in data: values['loss'] = loss_of(data['loss'])
@@ -192,9 +192,9 @@ def settings_of(data:dict)->Settings: # `data`: what `Settings.plain` returns
 def takes_settings(
     but=() # names of settings that the function does not take
    ):
-    "Return a decorator that puts the `Settings` in place of `**kwargs` in a signature"
+    "Return a decorator that replaces `**kwargs` by the `Settings` in a signature"
     def decorate(f):
         f = delegates(Settings, but=list(but))(f)
-        f.__delwrap__ = Settings # whose fields have the comments that document these arguments
+        f.__delwrap__ = Settings # its fields have the comments that document these arguments
         return f
     return decorate

@@ -187,7 +187,7 @@ def test_what_no_loss_is_known_for_is_said():
     class Text(nn.Linear):
         def forward(self, x): return str(super().forward(x))
     with pytest.raises(TypeError, match='loss: the model returns str, not a tensor; give output='): calibrate(Text(4, 3), x)
-    with pytest.raises(TypeError, match='output: it returns dict; expected the tensor that counts'): calibrate(Dict(), x, output=lambda o: o)
+    with pytest.raises(TypeError, match='output: it returns dict; expected a tensor'): calibrate(Dict(), x, output=lambda o: o)
     with pytest.raises(TypeError, match="output: 'logits' is no function"): calibrate(Dict(), x, output='logits')
     with pytest.raises(ValueError, match=r'loss: an output of shape \[8\]'): calibrate(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), x)
     with pytest.raises(ValueError, match=r'loss: it returns \[8, 3\]'): calibrate(nn.Linear(4, 3), x, lambda o: o)

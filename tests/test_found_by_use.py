@@ -72,8 +72,8 @@ wrong_calls = [
     (lambda m: decompose(m, macs, X, pases=3), TypeError, r"^pases=3: decompose has no argument of this name; did you mean 'passes'\?$"),
     (lambda m: decompose(m, Budget(latency=.7), X, sampel=X[:8]), TypeError, "did you mean 'sample'"),
     (lambda m: decompose(m, macs, X, schemes=('svd', 'tuker')), ValueError, r"^schemes: 'tuker' is not one of .*; did you mean 'tucker'\?$"),
-    (lambda m: decompose(m, macs, X, schemes='svd'), ValueError, r"^schemes: 'svd' is no list of schemes; give \('svd', 'spatial'\)"),
-    (lambda m: decompose(m, macs, X, schemes=()), ValueError, '^schemes: there is none to choose from'),
+    (lambda m: decompose(m, macs, X, schemes='svd'), ValueError, r"^schemes: 'svd' is not a list of schemes; give \('svd', 'spatial'\)"),
+    (lambda m: decompose(m, macs, X, schemes=()), ValueError, '^schemes: the list is empty'),
     (lambda m: decompose(m, macs, X, metric='fischer'), ValueError, "^metric: 'fischer' .* did you mean 'fisher'"),
     (lambda m: decompose(m, macs, X, loss='mse'), TypeError, "^loss: 'mse' is no function; give classification, regression"),
     (lambda m: decompose(m, macs, X, seed=.5), ValueError, '^seed: 0.5 is not an int of at least 0'),
@@ -87,7 +87,7 @@ wrong_calls = [
     (lambda m: decompose(m, Budget(max_drop=.1), X), ValueError, '^evaluate: none given; a budget of max_drop needs a function'),
     (lambda m: decompose(m, Budget(max_drop=.1), X, evaluate=.9), TypeError, '^evaluate: 0.9 is no function'),
     (lambda m: decompose(m, FC_Decomposer(), seed=3), TypeError, '^seed: only used with data'),
-    (lambda m: decompose(m, FC_Decomposer(), moments={}), TypeError, '^moments: it is gone; give what `calibrate` returns as `data`'),
+    (lambda m: decompose(m, FC_Decomposer(), moments={}), TypeError, '^moments: was removed; give what `calibrate` returns as `data`'),
     (lambda m: decompose(m, FC_Decomposer(), X, schemes=['svd']), TypeError, '^schemes: only used with a Budget'),
     (lambda m: decompose(m, FC_Decomposer(), X, sample=X[:2]), TypeError, '^sample: only used with a Budget'),
     (lambda m: decompose(m, macs), ValueError, r'^data: Budget\(macs=0.5\) needs data'),
@@ -195,7 +195,7 @@ def test_a_learners_plan_is_applied_without_it(net):
     got = plan.apply(net, X[:200]).low_rank_plan
     assert got['settings']['loss'] == 'classification' and got['measured']['loss'] > 0
 
-@pytest.mark.parametrize('settings, match', [({'sede': 1}, "^plan: settings: 'sede' is not known here; did you mean 'seed'"), ({'seed': -1}, '^plan: seed: -1'), ({'loss': 'mse'}, "^plan: settings: loss 'mse'"),
+@pytest.mark.parametrize('settings, match', [({'sede': 1}, "^plan: settings: 'sede' is unknown; did you mean 'seed'"), ({'seed': -1}, '^plan: seed: -1'), ({'loss': 'mse'}, "^plan: settings: loss 'mse'"),
     ({'loss': {}}, "^plan: settings: {} has no 'name'"), ([], None), ('x', "^plan: settings: 'x' is not a dict")])
 def test_settings_that_a_file_has_wrong(settings, match, net):
     data = make_plan(net, X[:200], macs).plain() | dict(settings=settings)
@@ -375,7 +375,7 @@ def inference(_=None):
     (lambda m: m, [X[:0], X[:9]], '^data: batch 0 holds no items$'),
     (lambda m: m, [X[:9], X[:0]], '^data: batch 1 holds no items$'),
     (lambda m: m, X[:0], '^data: batch 0 holds no items$'),
-    (lambda m: m, [], '^data: it holds no batch$'),
+    (lambda m: m, [], '^data: it holds no batch; give at least one$'),
     (lambda m: m, torch.tensor(3.), '^data: a batch is the single number 3.0'),
     (lambda m: m, X[:9,0,0], r'^data: the model cannot be called with inputs \[9, 8\] of float32: '),
     (lambda m: m, X[:9].double(), r'^data: the model cannot be called with inputs \[9, 1, 8, 8\] of float64: '),

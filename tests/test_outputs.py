@@ -69,7 +69,7 @@ def test_a_function_finds_them():
     plan = Plan.of(got.low_rank_plan)
     with pytest.raises(ValueError, match=r"^output: the plan was made with a function 'scores'.* give it again, as output=…"): plan.apply(Deep(), x)
     assert factored_layers(plan.apply(Deep(), x, output=scores))
-    with pytest.raises(TypeError, match='^output: it returns dict; expected the tensor that counts'): decompose(Deep(), Budget(macs=.5), x, output=lambda out: out['deep'])
+    with pytest.raises(TypeError, match='^output: it returns dict; expected a tensor'): decompose(Deep(), Budget(macs=.5), x, output=lambda out: out['deep'])
 
 def learner(kind, *cbs, **kw): return quiet(digit_learner(Wrapped(kind), range(600), range(600, 900), cbs=[Unpack(), *cbs], **kw))
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_read_is_an_error_before_the_first_epoch():
     learn = quiet(digit_learner(Wrapped(kinds['dict']), range(600), range(600, 900), cbs=[Text()], loss_func=Odd(), metrics=[]))
     before = [p.clone() for p in learn.model.parameters()]
     for distill in (0., 1.):
-        with pytest.raises(TypeError, match='output: it returns str; expected the tensor that counts'):
+        with pytest.raises(TypeError, match='output: it returns str; expected a tensor'):
             learn.fit(2, 1e-2, cbs=DecomposeCallback(1, Budget(macs=.5), distill=distill))
         assert learn.recorder.lrs == [] and same(before, list(learn.model.parameters())) and not factored_layers(learn.model)
 

@@ -193,5 +193,5 @@ def test_names_are_found_where_they_were(module, name):
 @pytest.mark.parametrize('module, name, instead', [('calibrate', 'OwnLoss', r'Classification\(axis=…\)'), ('fit', 'output_loss', '`distance` of a Loss'), ('plan', 'chain_macs', '`macs` of a Scheme'),
                                                    ('decomposer', 'changed_modules', '`modules` of the Change'), ('distributed', 'shared_moments', 'shared_calibration')])
 def test_names_that_are_gone_say_what_to_take_instead(module, name, instead):
-    with pytest.raises(ImportError, match=f'fasterai_lr.{module}.{name} is gone; take .*{instead}'): exec(f'from fasterai_lr.{module} import {name}')
+    with pytest.raises(ImportError, match=f'fasterai_lr.{module}.{name} was removed; use .*{instead}'): exec(f'from fasterai_lr.{module} import {name}')
     with pytest.raises(AttributeError, match='has no attribute'): _ = import_module(f'fasterai_lr.{module}').no_such_name
