@@ -1,7 +1,10 @@
 "Sphinx's configuration; `python tools/build_site.py` builds the site"
+import re
 from configparser import ConfigParser
 from importlib.metadata import distribution
 from pathlib import Path
+from pygments.formatters import HtmlFormatter
+from sphinx.highlighting import PygmentsBridge
 
 here = Path(__file__).resolve().parent
 parser = ConfigParser(delimiters=['='])
@@ -15,7 +18,7 @@ extensions = ['myst_nb', 'sphinx.ext.viewcode', 'sphinx_copybutton']
 
 nb_execution_mode = 'off'
 nb_merge_streams = True
-myst_enable_extensions = ['attrs_block', 'colon_fence', 'deflist', 'dollarmath']
+myst_enable_extensions = ['attrs_block', 'attrs_inline', 'colon_fence', 'deflist', 'dollarmath']
 myst_heading_anchors = 4
 
 # Names
@@ -44,6 +47,18 @@ html_css_files = ['style.css']
 html_show_sourcelink = False
 html_copy_source = False
 pygments_style = 'default'
+
+class Lines(HtmlFormatter):
+    "Marks each line, so that style.css can wrap long ones in outputs, but not the rows of a table"
+    def wrap(self, source): return super().wrap(map(self.mark, source))
+
+    def mark(self, line):
+        is_line,text = line
+        if not is_line: return line
+        row = re.search(r'\S {2,}\S', re.sub('<[^>]+>', '', text))
+        return 1,f'<span class="line{" cells" if row else ""}">{text.removesuffix(chr(10))}</span>\n'
+
+PygmentsBridge.html_formatter = Lines
 html_context = {'default_mode': 'auto'}
 html_theme_options = {
     'github_url': cfg['git_url'],
@@ -51,5 +66,5 @@ html_theme_options = {
     'logo': {'image_light': '_static/logo.svg', 'image_dark': '_static/logo.svg',
              'text': cfg['lib_name'], 'alt_text': ''},
     'footer_start': ['copyright'], 'footer_end': [], 'secondary_sidebar_items': ['page-toc'],
-    'pygments_light_style': 'tango', 'pygments_dark_style': 'github-dark'}
+    'pygments_light_style': 'a11y-high-contrast-light', 'pygments_dark_style': 'a11y-high-contrast-dark'}
 html_sidebars = {o: [] for o in ('index', 'quickstart', 'benchmarks', 'changelog', 'contributing')}

@@ -10,6 +10,7 @@ __all__ = ['Record', 'scheme_for', 'dense_record', 'factored_record', 'as_rank',
 # %% ../nbs/15_plan.ipynb #bbcb59f4
 import copy, json
 from dataclasses import dataclass, field, fields, replace
+from html import escape
 from numbers import Integral
 from pathlib import Path
 
@@ -255,17 +256,29 @@ def summary(self:PlanFile): # a `DataFrame`, one row a layer
         table[column] = pd.Series(values, dtype=object) # ints where some are missing, not floats
     return table
 
-@patch
-def __str__(self:PlanFile):
-    factored = f'{len(self.choices)} of {len(self.layers)} layers factored'
-    lines = [f'Plan for {self.budget}: {factored}']
+def _lines(plan):
+    "Return a few lines with the budget of `plan` and its numbers"
+    wish = f' for {plan.budget}' if plan.budget else ''
+    lines = [f'Plan{wish}: {len(plan.choices)} of {len(plan.layers)} layers factored']
     for label in ('predicted', 'measured'):
-        numbers = getattr(self, label)
+        numbers = getattr(plan, label)
         texts = [f'{name} {number:.3g}' for name,number in numbers.items()]
         if texts: lines.append(f'{label}: ' + ', '.join(texts))
-    table = self.summary().astype(object).fillna('')
-    lines.append(table.to_string())
-    return '\n'.join(lines)
+    return lines
+
+def _shown(plan): return plan.summary().astype(object).fillna('')
+
+@patch
+def __str__(self:PlanFile): return '\n'.join([*_lines(self), _shown(self).to_string()])
+
+@patch
+def __repr__(self:PlanFile): return str(self)
+
+@patch
+def _repr_html_(self:PlanFile):
+    "Show the plan in a notebook"
+    lines = '<br>'.join(escape(o) for o in _lines(self))
+    return f"<p>{lines}</p>{_shown(self).to_html(float_format='{:.3f}'.format)}"
 
 # %% ../nbs/15_plan.ipynb #eaa04091
 def _check_layer(label, found, record):

@@ -206,6 +206,10 @@ def test_round_trips(planned, plan, tmp_path):
     assert str(back) == str(plan) and '3' in str(plan) and '3.0' not in str(plan.summary()['rank']) and len(plan.summary()) == len(plan.layers)
     assert Plan.of(plan.apply(net).low_rank_plan).choices == plan.choices
 
+def test_a_notebook_shows_a_table(plan):
+    html = plan._repr_html_()
+    assert repr(plan) == str(plan) and html.startswith("<p>Plan for {&#x27;macs&#x27;: 0.5}: ") and html.count('<tr>') == len(plan.layers) and '<th>error</th>' in html
+
 def test_the_skeleton_takes_the_state_dict(planned, plan):
     net = planned[0]
     small,empty = plan.apply(net, images),plan.skeleton(net)

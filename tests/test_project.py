@@ -222,3 +222,36 @@ def test_the_tests_named_on_the_page_exist():
     assert len(named) == len(re.findall(r'`test_\w+`', text)) > 50
     missing = [o for o in named if f'def {o[1]}(' not in (root/'tests'/o[0]).read_text(encoding='utf-8')]
     assert not missing
+
+def test_every_line_of_the_page_names_its_tests():
+    text = '\n'.join(c.source for c in read_nb(root/'nbs/howto/04_compatibility.ipynb').cells)
+    for section in text.split('\n## ')[1:]:
+        lines = [re.sub(r'\[(.*?)\]\(.*?\)', r'\1', o) for o in section.split('\n')]
+        tested = [o.split(' | ')[0].removeprefix('| ') for o in lines if o.startswith('| ')][1:]
+        assert tested and tested == [o.split(': `test_')[0].removeprefix('- ') for o in lines if o.startswith('- ')]
+
+
+# Titles in sentence case
+
+names_in_titles = {*'Gram Learner Tucker PyTorch Python ResNet Imagenette BatchNorm'.split()}
+
+def headings(text):
+    "The headings of markdown"
+    return re.findall(r'^#+ (.+)$', re.sub(r'^```.*?^```', '', text, flags=re.M|re.S), re.M)
+
+def not_in_sentence_case(titles):
+    "Those of `titles` that begin with a small letter, or have a capital one in an ordinary word"
+    def right(title):
+        first,*rest = re.findall(r'[A-Za-z]\w*', re.sub(r'`[^`]+`', 'X', title))
+        return not first[0].islower() and not any(re.match('[A-Z][a-z]', o) and o not in names_in_titles for o in rest)
+    return [o for o in titles if re.search('[A-Za-z]', o) and not right(o)]
+
+def test_titles_are_in_sentence_case():
+    texts = [(p, '\n'.join(c.source for c in read_nb(p).cells if c.cell_type == 'markdown')) for p in sorted((root/'nbs').rglob('*.ipynb')) if p.parent.name[0] not in '._']
+    texts += [(p, p.read_text(encoding='utf-8')) for p in (root/'docs').glob('*.md')] + [(root/'CONTRIBUTING.md', (root/'CONTRIBUTING.md').read_text(encoding='utf-8'))]
+    found = {p.name: bad for p,text in texts if (bad := not_in_sentence_case(o for o in headings(text) if o != 'fasterai_lr'))}
+    assert found == {}
+
+def test_titles_in_another_case_are_found():
+    assert not_in_sentence_case(['benchmarks', 'What Is Refused', 'svd', 'What a Learner knows', '`svd`', 'The SVD']) == ['benchmarks', 'What Is Refused', 'svd']
+    assert headings('# A\n```\n# b\n```\n## C') == ['A', 'C']

@@ -22,10 +22,9 @@ from sphinx.cmd.build import main as sphinx_build
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root)) # the package that is documented is the one beside this script
 sections = 'tutorials', 'howto', 'explanation', 'api' # above the list of its pages stands docs/NAME.md
-menu = 'quickstart', *(f'{o}/index' for o in sections), 'Benchmarks <benchmarks>', 'changelog', 'contributing'
+menu = 'quickstart', *(f'{o}/index' for o in sections), 'benchmarks', 'changelog', 'contributing'
 moved = {
     'nbs': 'api/index.md',
-    'nbs/27_digits.ipynb': 'tutorials/digits.ipynb',
     'nbs/tutorials': 'tutorials/index.md',
     'nbs/howto': 'howto/index.md',
     'README.md': 'index.ipynb',
@@ -59,6 +58,7 @@ class Page:
         self.nb = read_nb('_proc'/path.relative_to('nbs'))
         head = yaml.safe_load(self.nb.cells.pop(0).source.strip().strip('-'))
         self.title,self.lead = head['title'],head.get('description', '')
+        self.nb.cells = [c for c in self.nb.cells if '._' not in (shown(c) or '')] # such as `__str__`
         self._sort_names()
         self.names = [o for c in self.nb.cells if (o := shown(c))]
         if module not in (None, 'all'): self._add_other_names()
@@ -80,8 +80,6 @@ class Page:
 
     @property
     def section(self): return self.to.rpartition('/')[0]
-    @property
-    def short(self): return self.module.partition('.')[2] if self.section == 'api' else self.title
 
     def symbol(self, name): return reduce(getattr, name.split('.'), import_module(self.module))
     def line(self, cell):
@@ -100,8 +98,8 @@ class Links:
         self.names = {n: f'{p.module}.{n}' for p in pages if p.section == 'api' for n in p.names}
         methods = [n for n in self.names if n.startswith('Learner.')]
         for n in methods: self.names[n.replace('Learner.', 'learn.')] = self.names[n]
-        # 'cp' is more often the method than the function
-        for o in import_module('fasterai_lr.schemes').schemes: self.names.pop(o, None)
+        # 'cp' is more often the method than the function, and 'what' a parameter
+        for o in ('what', *import_module('fasterai_lr.schemes').schemes): self.names.pop(o, None)
 
     def target(self, link, source):
         path,_,anchor = link.partition('#')
@@ -159,7 +157,10 @@ def _returned(sym, docs):
     said = re.search(r'^\s*\)\s*: *# *(.+)$', inspect.getsource(sym).partition('"')[0], re.M)
     return docs.get('return', {}).get('docment') or (said[1] if said else '')
 
-def _code(o): return '' if o in (_empty, '') else f'`{o}`'
+def _code(o):
+    "Code in a cell; where it is short it stays in one line"
+    if o in (_empty, ''): return ''
+    return f'`{o}`{{.short}}' if len(str(o)) < 24 else f'`{o}`'
 def _row(cells): return '| ' + ' | '.join(o.replace('|', r'\|') for o in cells) + ' |'
 
 def table(rows, kind):
@@ -239,6 +240,23 @@ def code_cell(cell):
     cell.metadata = {'tags': [_tags[o] for o in said if o in _tags]}
     cell.source = '\n'.join(o for o in lines if not o.startswith('#| ')).strip()
 
+_style = re.compile(r'<style.*?</style>', re.S)
+_table = re.compile(r'<table(?: class="\w*")?(?= id="T_|>)')
+
+def as_page(html):
+    "The HTML of an output: tables look like those of pandas, and what a progress bar leaves is gone"
+    if not re.sub(r'<[^>]+>', '', _style.sub('', html)).strip(): return ''
+    return _table.sub('<table class="dataframe"', html)
+
+def outputs(cell):
+    "The outputs of `cell` that show something"
+    for o in cell.outputs:
+        shows,html = True,o.get('data', {}).get('text/html')
+        if o.output_type == 'stream':
+            shows = o.text = re.sub(r'[^\n]*\r', '', ''.join(o.text)) # a bar was written over
+        elif html is not None: shows = o.data['text/html'] = as_page(''.join(html))
+        if shows: yield o
+
 def head(page, links):
     "Title, lead, the module's name and where the notebook is"
     module = f'`{page.module}` · ' if page.section == 'api' else ''
@@ -253,7 +271,9 @@ def write_page(page, links, to):
     document = Documenter(page, links)
     for c in nb.cells:
         if name := shown(c): c.update(mk_cell(document(name), 'markdown'))
-        elif c.cell_type == 'code': code_cell(c)
+        elif c.cell_type == 'code':
+            code_cell(c)
+            c.outputs = list(outputs(c))
         else: c.source = _callout.sub(r':::{\1}', links(c.source, page.path))
     nb.cells.insert(0, mk_cell(head(page, links), 'markdown'))
     if page.to == 'index.ipynb': nb.cells.append(mk_cell(toctree(menu), 'markdown'))
@@ -273,12 +293,12 @@ def listing(page, links):
         said = inspect.getdoc(sym) if callable(sym) else None
         rows.append((f'{{py:obj}}`{name} <{page.module}.{name}>`', text((said or '').partition('\n')[0])))
     names = table([('Name', 'What it is'), *rows], 'names') if rows else ''
-    return '\n\n'.join([f'## [{page.short}](/{page.to})', page.lead, names])
+    return '\n\n'.join([f'## [{page.title}](/{page.to})', f'`{page.module}`: {page.lead}', names])
 
 def write_section(section, pages, links, to):
     mine = [p for p in pages if p.section == section]
-    entries = [f'{p.short} <{Path(p.to).stem}>' for p in mine]
-    above = Path(f'docs/{section}.md').read_text(encoding='utf-8')
+    entries = [f'{p.title} <{Path(p.to).stem}>' for p in mine]
+    above = links(Path(f'docs/{section}.md').read_text(encoding='utf-8'), f'docs/{section}.md')
     text = '\n\n'.join([above, *(listing(p, links) for p in mine), toctree(entries)])
     (to/section).mkdir(parents=True, exist_ok=True)
     (to/section/'index.md').write_text(text, encoding='utf-8')
