@@ -1,5 +1,9 @@
 """CIFAR-10 and the ResNet-20 of He et al. (2015, section 4.2) with parameter-free shortcuts, for the
 benchmarks"""
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn

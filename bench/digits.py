@@ -1,6 +1,10 @@
 """Five folds of the README's main job: accuracy dense, right after the decomposition and fine-tuned, with the
 share of parameters left"""
-import argparse, warnings
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
+import argparse
 from pathlib import Path
 
 import pandas as pd
@@ -31,7 +35,6 @@ def main():
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'digits.csv')
     args = parser.parse_args()
-    warnings.filterwarnings('ignore', category=FutureWarning)
     table = pd.DataFrame([fold(k, args.seed) for k in range(5)])
     args.out.parent.mkdir(exist_ok=True)
     table.to_csv(args.out, index=False)

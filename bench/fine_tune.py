@@ -9,7 +9,11 @@ images twice, flipped and shifted at random, in the same order. Differences are 
 images, with the standard error of the paired difference. What each run came to is kept in a folder outside
 the project, so that an interrupted bench goes on where it was.
 """
-import argparse, copy, warnings
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
+import argparse, copy
 from functools import partial
 from pathlib import Path
 
@@ -195,7 +199,6 @@ def main():
                         help='folder for what each run came to')
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'fine_tune.csv')
     args = parser.parse_args()
-    warnings.filterwarnings('ignore', category=FutureWarning)
     bench = Bench(args.weights, args.epochs, args.bs, args.seed)
     args.kept.mkdir(parents=True, exist_ok=True)
     for name in args.runs:

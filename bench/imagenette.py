@@ -5,6 +5,10 @@
 trains the network (half an hour of one core) where neither an earlier run nor torchvision's own ImageNet
 weights are found on the disk, and prints its accuracy.
 """
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
 from functools import lru_cache
 from pathlib import Path
 

@@ -14,7 +14,11 @@ with its 95 % interval `low` to `high`. A run that was interrupted goes on where
 idle machine, and so do the seconds: `calibrate`, those of the calibration, and `seconds`, of all that
 follows; for distillation those of its steps.
 """
-import argparse, time, warnings
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
+import argparse, time
 from functools import cache, cached_property, partial
 from pathlib import Path
 
@@ -201,7 +205,6 @@ def arguments():
 
 def main():
     args = arguments()
-    warnings.filterwarnings('ignore', category=FutureWarning)
     load,images = nets[args.net]
     dense = load(args.weights).to(memory_format=torch.channels_last)
     test = load_images(images, 'test')

@@ -16,7 +16,11 @@ divergence from the dense network's predictions; `seconds` are of the processor,
 latency is the shortest of 11 times for 64 images and wants an idle machine. Shares and seeds that are in the
 file of results are not computed again.
 """
-import argparse, time, warnings
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
+import argparse, time
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -335,7 +339,6 @@ def arguments():
 
 def main():
     args = arguments()
-    warnings.filterwarnings('ignore', category=FutureWarning)
     dense = trained(args.epochs)
     test = Test(dense, args.test)
     rows = pd.read_csv(args.out).to_dict('records') if args.out.exists() else []

@@ -12,7 +12,11 @@ each decomposed for itself ("apart") and also fitted one after the other ("fitte
 correlation, the median of measured over predicted, and the factor around it within which nine of ten lie; low
 ranks are those up to a tenth of the ranks that make a layer smaller.
 """
-import argparse, warnings
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,7 +152,6 @@ def main():
     parser.add_argument('--epochs', type=int, default=10, help='of the vision transformer\'s training')
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'trust.csv')
     args = parser.parse_args()
-    warnings.filterwarnings('ignore', category=FutureWarning)
     args.out.parent.mkdir(exist_ok=True)
     found = []
     for name in args.networks:

@@ -10,6 +10,7 @@ import math
 from functools import partial
 from numbers import Integral, Real
 from time import time
+from traceback import walk_stack
 from warnings import warn
 
 import torch
@@ -19,6 +20,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.imports import noop             # not fastcore's
+from fastai.learner import Learner
 from fastai.torch_core import find_bs, to_float
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
@@ -196,11 +198,14 @@ def _guarded(learn, max_drop, decompose):
     if 'macs_before' in record: undone['macs_after'] = record['macs_before']
     return record | undone
 
-def _line(record, max_drop):
-    "Write a record in one line"
-    line = f"epoch {record['epoch']}: {record_line(record)}"
+_undone = """decomposed and undone
+    {metric} {metric_before:.4f} -> {metric_after:.4f} is worse by more than max_drop="""
+
+def _lines(record, max_drop):
+    "Format a record for the log"
     undone = 'metric' in record and not record['decomposed']
-    return f'{line}: more than max_drop={max_drop}, undone' if undone else line
+    text = f'{_undone.format_map(record)}{float(max_drop):g}' if undone else record_line(record)
+    return f"epoch {record['epoch']}: {text}"
 
 # %% ../nbs/22_callback.ipynb #3a0fa88b
 class _Records(list):
@@ -236,12 +241,20 @@ class DecomposeCallback(Callback):
         self.max_drop = max_drop
         self.kwargs = kwargs
         self.history = []           # records of all fits
-        self._passed = set()        # epochs of the schedule that have been carried out
-        self._frozen = False        # were layers frozen in the last fit?
+        self._passed = set()        # finished epochs of the schedule
+        self._goes_on = False       # may the last fit be the first fit of `fine_tune`?
+        self._line = None           # the line of `fine_tune` that ran the last fit
         self._forget_fit()
 
     @property
     def done(self): return len(self._passed) == len(self.schedule)
+
+# %% ../nbs/22_callback.ipynb #894ab258
+def _line_of_fine_tune(learn):
+    "Return the line of fastai's `fine_tune` that runs the current fit of `learn`; `None` in other fits"
+    code = Learner.fine_tune.__code__
+    for frame,line in walk_stack(None):
+        if frame.f_code is code and frame.f_locals['self'] is learn: return line
 
 # %% ../nbs/22_callback.ipynb #599ca479
 @patch
@@ -258,6 +271,8 @@ def _forget_fit(self:DecomposeCallback):
 def before_fit(self:DecomposeCallback):
     "Reset the tail and `recorder.decomposed`"
     self._forget_fit()
+    before,self._line = self._line,_line_of_fine_tune(self.learn)
+    self._is_first = self._line is not None and (before is None or self._line <= before)
     if hasattr(self, 'recorder'): self.recorder.decomposed = _Records(self.recorder.losses)
 
 @patch
@@ -270,16 +285,27 @@ def before_train(self:DecomposeCallback):
     self._passed.update(due)
     reset_model(self.teacher)
 
+# %% ../nbs/22_callback.ipynb #abf24393
 @patch
 def _begin(self:DecomposeCallback):
     "Check the learner before its first training batch"
     if not self.done: self._check()
     elif not factored_layers(self.model):
-        warn("DecomposeCallback: it decomposes once and has done so, but this model has no factored layer; "
-             "make a new callback for this fit")
-    elif self._frozen: self._start = self.epoch/self.n_epoch    # the second fit of `fine_tune`
+        warn("DecomposeCallback: it has already decomposed in an earlier fit, but this model has no "
+             "factored layer; make a new callback for this fit")
+    elif self._goes_on: self._start = self.epoch/self.n_epoch   # the second fit of `fine_tune`
     self._trained = True
-    self._frozen = self.opt.frozen_idx > 0
+    self._goes_on = self._is_first or self.opt.frozen_idx > 0
+    if self._goes_on: self._warn_of_new_head()
+
+@patch
+def _warn_of_new_head(self:DecomposeCallback):
+    "Warn if the schedule decomposes the model before `fine_tune` has trained its head"
+    due = [e for e in self.schedule if e <= self.epoch and e not in self._passed]
+    if not due: return
+    warn(f"DecomposeCallback: at_epoch={due[-1]} decomposes the model before its head is trained. Use "
+         f"at_epoch={self.epoch+1} or later: `fine_tune` trains a new head first, and counts epochs from 0 "
+         "in both of its fits. If the head is trained already, use `learn.decompose` before the fit")
 
 # %% ../nbs/22_callback.ipynb #f7406f30
 @patch
@@ -355,7 +381,7 @@ def _decompose(self:DecomposeCallback, what):
     reset_model(inner_model(self.model))
     self.history.append(record)
     if hasattr(self, 'recorder'): self.recorder.decomposed.append(record)
-    if self.logger is not noop: say(_line(record, self.max_drop), after_bar=mbar is not None)
+    if self.logger is not noop: say(_lines(record, self.max_drop), after_bar=mbar is not None)
     if not record['decomposed']: return
     follow_averages(learn, self.data)
     self.opt.zero_grad()
@@ -376,17 +402,18 @@ def after_fit(self:DecomposeCallback):
     "Print the metric's values, and warn if the fit did not reach an epoch of the schedule"
     self.teacher = self._want = None
     if self.logger is not noop: self._print_values()
-    # a fit with frozen layers may be the first one of `fine_tune`
-    if self._trained and not self.done and not self._frozen: self._warn_of_missed()
+    if self._trained and not self.done and not self._goes_on: self._warn_of_missed()
 
 @patch
 def _print_values(self:DecomposeCallback):
-    "Print the values of the metric around each decomposition, and at the end"
+    "Print the metric before and after the decompositions, and at the end"
     records = [rec for rec in self.history[self._n_before:] if rec['decomposed'] and 'metric_end' in rec]
     if not records: return
-    step = '{metric_before:.4f} -> {metric_after:.4f} in epoch {epoch}'
-    steps = ', '.join(map(step.format_map, records))
-    print('{metric}: {steps}, {metric_end:.4f} at the end'.format(steps=steps, **records[-1]))
+    first,last = records[0],records[-1]
+    text = '{metric}: {before:.4f} before the decomposition, {metric_after:.4f} after it, '
+    if first is not last:
+        text = '{metric}: {before:.4f} before the first decomposition, {metric_after:.4f} after the last, '
+    print((text + '{metric_end:.4f} at the end').format(before=first['metric_before'], **last))
 
 @patch
 def _warn_of_missed(self:DecomposeCallback):

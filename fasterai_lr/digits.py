@@ -139,14 +139,16 @@ def train_digits(
     seed:int=0, # of both fits
 )->SimpleNamespace: # the two learners, and accuracies on the validation images
     "Train the network dense, and again with a `DecomposeCallback`"
-    def fit(*cbs):
+    def fit(title, *cbs):
+        print(title)
         set_seed(seed, reproducible=True)  # before the loaders, which draw their own seed
         learn = Learner(digits_dls(fold), digits_vgg(), metrics=accuracy)
         _in_place_of_bars(learn)
         learn.fit_one_cycle(epochs, 3e-3, cbs=cbs)
         return learn
-    dense = fit()
-    small = fit(DecomposeCallback(at_epoch, what, ft_lr=1e-3))
+    dense = fit('The dense network')
+    cb = DecomposeCallback(at_epoch, what, ft_lr=1e-3)
+    small = fit(f'The same network, decomposed at the start of epoch {at_epoch}', cb)
     record, = small.recorder.decomposed
     return SimpleNamespace(
         dense=dense,

@@ -381,17 +381,26 @@ def watched(
     return record
 
 # %% ../nbs/21_learned.ipynb #f870162e
+def _short(n):
+    "Format a number with three digits, such as 326, 74.1k, 25.6M or 4.09G"
+    power = 0
+    while n >= 999.5 and power < 4:
+        n /= 1000
+        power += 1
+    digits = f'{n:#.3g}'.rstrip('.') if power else str(n)
+    return digits + ['', 'k', 'M', 'G', 'T'][power]
+
 def _size_change(record, kind, unit):
-    "Write the size of the model before and after"
+    "Format the size of the model before and after"
     before,after = record[f'{kind}_before'],record[f'{kind}_after']
-    return f", {before:,} -> {after:,} {unit} ({after/before:.2f}x)"
+    return f'{_short(before)} -> {_short(after)} {unit} ({after/before:.2f}x)'
 
 def record_line(
     record:dict # from `watched`
    )->str:
-    "Write a record in one line"
-    line = 'decomposed {decomposed} of {layers} layers'.format_map(record)
-    line += _size_change(record, 'params', 'parameters')
-    if 'macs_after' in record: line += _size_change(record, 'macs', 'MACs')
-    if 'metric' not in record: return line
-    return line + ', {metric} {metric_before:.4f} -> {metric_after:.4f}'.format_map(record)
+    "Format a record in two lines: the layers and the metric, then the size"
+    head = 'decomposed {decomposed} of {layers} layers'
+    if 'metric' in record: head += ', {metric} {metric_before:.4f} -> {metric_after:.4f}'
+    sizes = [_size_change(record, 'params', 'parameters')]
+    if 'macs_after' in record: sizes.append(_size_change(record, 'macs', 'MACs'))
+    return f"{head.format_map(record)}\n    {', '.join(sizes)}"

@@ -41,7 +41,7 @@ def decompose(self:Learner,
     data=None, # see `decompose`; `None`: 2,000 training items, but none for decomposers
     **kwargs
    ):
-    "Replace the layers of the model by their factors, now, and say in one line what has changed"
+    "Replace the layers of the model by factors now, and print what has changed"
     check_names(kwargs, Learner.decompose)
     check_arguments([what], data, self, **kwargs)
     decompose = partial(decompose_learner, self, what, data, **kwargs)

@@ -256,7 +256,7 @@ def summary(self:PlanFile): # a `DataFrame`, one row a layer
         table[column] = pd.Series(values, dtype=object) # ints where some are missing, not floats
     return table
 
-def _lines(plan):
+def _head_lines(plan):
     "Return a few lines with the budget of `plan` and its numbers"
     wish = f' for {plan.budget}' if plan.budget else ''
     lines = [f'Plan{wish}: {len(plan.choices)} of {len(plan.layers)} layers factored']
@@ -269,7 +269,7 @@ def _lines(plan):
 def _shown(plan): return plan.summary().astype(object).fillna('')
 
 @patch
-def __str__(self:PlanFile): return '\n'.join([*_lines(self), _shown(self).to_string()])
+def __str__(self:PlanFile): return '\n'.join([*_head_lines(self), _shown(self).to_string()])
 
 @patch
 def __repr__(self:PlanFile): return str(self)
@@ -277,7 +277,7 @@ def __repr__(self:PlanFile): return str(self)
 @patch
 def _repr_html_(self:PlanFile):
     "Show the plan in a notebook"
-    lines = '<br>'.join(escape(o) for o in _lines(self))
+    lines = '<br>'.join(escape(o) for o in _head_lines(self))
     return f"<p>{lines}</p>{_shown(self).to_html(float_format='{:.3f}'.format)}"
 
 # %% ../nbs/15_plan.ipynb #eaa04091
