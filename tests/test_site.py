@@ -107,10 +107,11 @@ def browser():
         yield browser
         browser.close()
 
-# What a page shows wrongly: pictures without content, formulas still in TeX or in red, and what sticks out at the right (of what scrolls by itself, only the frame counts)
+# What a page shows wrongly: pictures without content or without a text that says what they show, formulas still in TeX or in red, and what sticks out at the right (of what scrolls by itself, only the frame counts)
 look = """() => {
     const res = [], wide = document.documentElement.clientWidth, main = document.querySelector('article, body');
-    for (const o of document.images) { o.loading = 'eager'; if (o.complete && !o.naturalWidth) res.push('picture: ' + o.src.slice(0, 80)); }
+    for (const o of document.images) { o.loading = 'eager'; if (o.complete && !o.naturalWidth) res.push('picture: ' + o.src.slice(0, 80));
+        if (!o.closest('.navbar-brand') && o.alt.split(' ').length < 6) res.push('alternative text: ' + o.alt); }
     for (const o of document.querySelectorAll('.math')) if (!o.querySelector('mjx-container svg')) res.push('formula: ' + o.textContent.slice(0, 80));
     for (const o of document.querySelectorAll('mjx-merror, [data-mjx-error]')) res.push('formula: ' + o.textContent.slice(0, 80));
     if (document.documentElement.scrollWidth > wide) res.push(`page: ${document.documentElement.scrollWidth} of ${wide} px`);
@@ -152,7 +153,8 @@ def test_formulas_and_pictures_are_there_to_see(site):
 def test_problems_are_found(browser, tmp_path):
     "Every kind of problem that the test above looks for, one page each"
     bad = {'error': '<script>throw new Error("x")</script>', 'missing': '<link rel="stylesheet" href="no.css">', 'host': '<img src="http://localhost:9/x.png">',
-           'picture': '<img src="empty.png">', 'formula': '<span class="math">\\(x\\)</span>', 'wide': '<div style="width:500px">x</div>',
+           'picture': '<img src="empty.png" alt="a text that says what is seen">',
+           'no text': '<img src="data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7" alt="dot.gif">', 'formula': '<span class="math">\\(x\\)</span>', 'wide': '<div style="width:500px">x</div>',
            'hidden': '<div style="overflow:hidden"><pre style="width:500px">x</pre></div>'}
     (tmp_path/'empty.png').write_bytes(b'')
     pieces = {**bad, 'good': '<div style="overflow-x:auto"><pre style="width:500px">x</pre></div>'}
