@@ -891,6 +891,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai_lr.report._energy_kept': ('report.html#_energy_kept', 'fasterai_lr/report.py'),
                                     'fasterai_lr.report._epoch_curves': ('report.html#_epoch_curves', 'fasterai_lr/report.py'),
                                     'fasterai_lr.report._html_row': ('report.html#_html_row', 'fasterai_lr/report.py'),
+                                    'fasterai_lr.report._legend_above': ('report.html#_legend_above', 'fasterai_lr/report.py'),
                                     'fasterai_lr.report._log_scale': ('report.html#_log_scale', 'fasterai_lr/report.py'),
                                     'fasterai_lr.report._mark': ('report.html#_mark', 'fasterai_lr/report.py'),
                                     'fasterai_lr.report._panels': ('report.html#_panels', 'fasterai_lr/report.py'),

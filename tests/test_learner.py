@@ -138,7 +138,7 @@ def test_tradeoff_in_a_picture():
     table = learn.tradeoff((.9, .7), 'params')
     dense,curve = ax.get_lines()
     assert list(curve.get_xdata()) == list(100*table.params[1:]) and list(curve.get_ydata()) == list(table.distance[1:]) and dense.get_ydata()[0] == table.distance[0]
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ('parameters left (% of the dense model)', 'distance')
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ('parameters, % of the dense network', 'distance')
     ax = learn.plot_tradeoff((.9, .7), evaluate=False, ax=plt.gca())
     assert ax is plt.gca() and ax.get_ylabel() == 'estimated increase of the loss'
     assert learn.plot_tradeoff((.9,), evaluate=lambda m: 3.).get_ylabel() == 'value'

@@ -293,14 +293,14 @@ def test_tradeoff_of_time(monkeypatch):
     monkeypatch.setattr('fasterai_lr.planner.latency_plan', lambda planner, b: setattr(p := planner.make(Budget(macs=b.value)), 'measured', {'latency': .9*b.value}) or p)
     table = tradeoff(net(), images(), budgets=(.5,), kind='latency')
     assert list(table.columns) == ['budget', 'params', 'macs', 'latency', 'loss'] and list(table.latency) == [1, .45]
-    assert plot_tradeoff(table, 'latency').get_xlabel() == 'time of a forward pass left (% of the dense model)'
+    assert plot_tradeoff(table, 'latency').get_xlabel() == 'time of a forward pass, % of the dense network'
 
 def test_plot_of_a_tradeoff():
     table = pd.DataFrame(dict(budget=[1, .5, .2], params=[1, .6, .3], macs=[1, .49, .19], loss=[0, .1, .4], error_rate=[.1, .12, .3]))
     ax = plot_tradeoff(table)
     dense,curve = ax.get_lines()
     assert list(curve.get_xdata()) == [49, 19] and list(curve.get_ydata()) == [.12, .3] and list(dense.get_ydata()) == [.1, .1]
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ('MACs left (% of the dense model)', 'error rate')
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ('MACs, % of the dense network', 'error rate')
     assert plot_tradeoff(table, 'params', 'loss', ax=ax, label='estimate', color='k') is ax
     assert list(ax.get_lines()[-1].get_xdata()) == [60, 30] and ax.get_ylabel() == 'estimated increase of the loss'
     assert [t.get_text() for t in ax.get_legend().get_texts()].count('estimate') == 1
