@@ -1,5 +1,9 @@
 """CIFAR-10 for the benchmarks, and the ResNet-20 of He et al. (2015, section 4.2) with parameter-free
 shortcuts"""
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn

@@ -5,7 +5,11 @@
 prints, for each fold, the share of parameters left and the accuracy of the dense network, right after the
 decomposition and after fine-tuning, and writes them to bench/results/digits.csv.
 """
-import argparse, warnings
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
+import argparse
 from pathlib import Path
 
 import pandas as pd
@@ -36,7 +40,6 @@ def main():
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'digits.csv')
     args = parser.parse_args()
-    warnings.filterwarnings('ignore', category=FutureWarning)
     table = pd.DataFrame([fold(k, args.seed) for k in range(5)])
     args.out.parent.mkdir(exist_ok=True)
     table.to_csv(args.out, index=False)

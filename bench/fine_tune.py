@@ -9,7 +9,11 @@ images twice, flipped and shifted at random, in the same order. Differences are 
 images, with the standard error of the paired difference. The result of each run is kept in a folder outside
 the project, so you can interrupt the benchmark and continue it later.
 """
-import argparse, copy, warnings
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
+import argparse, copy
 from functools import partial
 from pathlib import Path
 
@@ -195,7 +199,6 @@ def main():
                         help='folder for the result of each run')
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'fine_tune.csv')
     args = parser.parse_args()
-    warnings.filterwarnings('ignore', category=FutureWarning)
     bench = Bench(args.weights, args.epochs, args.bs, args.seed)
     args.kept.mkdir(parents=True, exist_ok=True)
     for name in args.runs:

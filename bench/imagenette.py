@@ -5,6 +5,10 @@
 prints the accuracy of the network. It loads the network of an earlier run, or uses torchvision's own ImageNet
 weights if they are on the disk. Otherwise it trains the network, for half an hour on one core.
 """
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
 from functools import lru_cache
 from pathlib import Path
 

@@ -8,7 +8,11 @@ predicts, the measured time of the decomposed model as a fraction of the dense o
 the same for fasterai's Tucker with at most as many MACs. A budget that cannot be reached is raised in steps
 of .05. Weights do not matter for time, so these are random. Run it on an idle machine.
 """
-import argparse, warnings
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
+import argparse
 from functools import cache
 from pathlib import Path
 
@@ -89,7 +93,6 @@ def main():
     parser.add_argument('--no-peer', action='store_true')
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'latency.csv')
     args = parser.parse_args()
-    warnings.filterwarnings('ignore', category=FutureWarning)
     rows = []
     for name in args.models:
         calibration,seconds = timed(calibrate, build(name), [random_images(8, 0)])

@@ -14,7 +14,11 @@ standard error `se`; `behind` is the distance to fasterai_lr without distillatio
 of the calibration, `seconds` those of everything after it; for distillation, those of its steps. Measure
 times on an idle machine. If you interrupt a run, start it again to continue.
 """
-import argparse, time, warnings
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
+import argparse, time
 from functools import cache, cached_property, partial
 from pathlib import Path
 
@@ -200,7 +204,6 @@ def arguments():
 
 def main():
     args = arguments()
-    warnings.filterwarnings('ignore', category=FutureWarning)
     load,images = nets[args.net]
     dense = load(args.weights).to(memory_format=torch.channels_last)
     test = load_images(images, 'test')

@@ -16,7 +16,11 @@ the mean Kullback-Leibler divergence from the dense network's predictions; `seco
 without `calibrate`; latency is the shortest of 11 times for 64 images, so run it on an idle machine. Shares
 and seeds that are already in the results file are not computed again.
 """
-import argparse, time, warnings
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
+import argparse, time
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -335,7 +339,6 @@ def arguments():
 
 def main():
     args = arguments()
-    warnings.filterwarnings('ignore', category=FutureWarning)
     dense = trained(args.epochs)
     test = Test(dense, args.test)
     rows = pd.read_csv(args.out).to_dict('records') if args.out.exists() else []

@@ -12,7 +12,11 @@ that a budget chooses, each decomposed by itself ("apart") and also fitted one a
 script prints Spearman's rank correlation, the median ratio of measured to predicted, and the factor around it
 that includes nine of ten ratios. Low ranks are those up to a tenth of the ranks that make a layer smaller.
 """
-import argparse, warnings
+import warnings
+
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,7 +152,6 @@ def main():
     parser.add_argument('--epochs', type=int, default=10, help='epochs of training of the vision transformer')
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'trust.csv')
     args = parser.parse_args()
-    warnings.filterwarnings('ignore', category=FutureWarning)
     args.out.parent.mkdir(exist_ok=True)
     found = []
     for name in args.networks:

@@ -41,13 +41,13 @@ def _is_number(value): return isinstance(value, Real) and not isinstance(value, 
 
 @dataclass(frozen=True)
 class Selection:
-    "The layers that a call is about, and the fraction of their full rank that it asks for"
-    rank:float|None = None # replaces the decomposer's
+    "The layers that a call selects, and the fraction of their full rank that it asks for"
+    rank:float|None = None # overrides the decomposer's
     layers:object = None # names or globs of the layers to decompose; `None`: all
     exclude:object = None # names or globs of layers to leave dense
 
 def rank_fraction(percent_removed=None, rank_ratio=None)->float|None:
-    "Return the fraction of the full rank that is asked for, `None` where none is"
+    "Return the fraction of the full rank that a call asks for, or `None`"
     if percent_removed is None:
         if rank_ratio is None: return None
         if _is_number(rank_ratio) and 0 < rank_ratio <= 1: return float(rank_ratio)
@@ -62,8 +62,8 @@ def rank_fraction(percent_removed=None, rank_ratio=None)->float|None:
 def wish_for(
     found, # a `Found`
     rank # for all layers, or a dict
-   )->tuple: # the wish, `None` where the layer is not asked for; and was it named?
-    "Find the wish for the rank of one layer: by its name, or else by the first pattern that matches"
+   )->tuple: # the wish, or `None`; and whether the layer was named
+    "Find the rank that you asked for one layer: by its name, or by the first pattern that matches"
     if not isinstance(rank, dict): return rank,False
     for name in rank:
         if name in found.names: return rank[name],True
@@ -75,27 +75,27 @@ def wish_for(
 class Refused(Exception): "The reason why a layer stays dense"
 
 def check_full_rank(scheme, rank, named):
-    "Refuse a rank above the full one; for a layer that was named it is a `ValueError`"
+    "Refuse a rank above the full one; raise a `ValueError` if the layer was named"
     if not exceeds(rank, scheme.largest()): return
     text = f'rank {rank} is above its full rank {scheme.largest()}'
     if named: raise ValueError(f"rank: {scheme.layer!r}: {text}")
     raise Refused(text)
 
 def _resolved(solver, wish):
-    "Return the rank that `wish` means for a layer; refuse noise"
+    "Return the rank that `wish` means for a layer; refuse it if the weight is only noise"
     rank = solver.resolve(wish)
     if rank: return rank
     raise Refused('EVBMF finds nothing above the noise')
 
 def _check_smaller(scheme, rank, wish):
-    "Refuse a rank that makes a layer no smaller; a fraction may leave a linear layer of the same size"
+    "Refuse a rank that does not make the layer smaller; a fraction may keep a linear layer's size"
     before,after = scheme.geom.n_params,scheme.n_params(rank)
     if after < before: return
     if after == before and isinstance(wish, float) and not scheme.k: return
     raise Refused(f"rank {rank} would not make it smaller: {before:,} → {after:,} parameters")
 
-def _pair_note(scheme, wish, rank): # empty if there is nothing to say
-    "Say what was changed about a pair"
+def _pair_note(scheme, wish, rank): # empty if nothing changed
+    "Describe how the rank differs from the pair that you asked for"
     if not isinstance(wish, tuple): return ''
     if not scheme.takes_pairs: return f'rank {wish} means {rank} for a matrix'
     capped = [isinstance(w, int) and r < w for r,w in zip(rank, wish)]
@@ -103,7 +103,7 @@ def _pair_note(scheme, wish, rank): # empty if there is nothing to say
 
 # %% ../nbs/17_decomposer.ipynb #48f99d26
 class Decomposer:
-    "The base of `FC_Decomposer` and `ConvDecomposer`: from a wish for a rank to factored layers"
+    "The base class of `FC_Decomposer` and `ConvDecomposer`: builds factored layers of a given rank"
     types = () # classes of layers it decomposes
     method = 'svd' # name of the scheme
     takes_pairs = False # may a rank be a pair (out, in)?
@@ -111,7 +111,7 @@ class Decomposer:
     @checks_names
     def __init__(self,
         rank=0.5, # fraction of the full rank, int, `Energy`, `EVBMF`, or a dict {name or glob: rank}
-        force:bool=False): # replace a layer even where that makes it larger
+        force:bool=False): # replace a layer even if that makes it larger
         self.rank,self.force = check_rank(rank),force
         if not self.takes_pairs: _refuse_pairs(self.rank)
 
@@ -120,7 +120,7 @@ class Decomposer:
         return f"{type(self).__name__}(rank={self.rank!r}{force})"
 
     def scheme(self, found): # `found`: a `Found`
-        "Return the scheme for a layer; a matrix has only one"
+        "Return the scheme for a layer; `svd` for a matrix"
         is_matrix = prod(Geometry.of(found.layer).kernel) == 1
         return scheme_for(found.layer, 'svd' if is_matrix else self.method, found.name)
 
@@ -128,10 +128,10 @@ class Decomposer:
     def decompose(self,
         model:nn.Module, # left untouched
         percent_removed:float|None=None, # 1 - `rank_ratio`
-        rank_ratio:float|None=None, # fraction of the full rank; replaces the decomposer's `rank`
+        rank_ratio:float|None=None, # fraction of the full rank; overrides the decomposer's `rank`
         layers=None, # names or globs of the layers to decompose; `None`: all
         exclude=None, # names or globs of layers to leave dense
-        data=None, # a little of what the model is used on, see `calibrate`; `None`: each weight by itself
+        data=None, # a few of the model's inputs, see `calibrate`; `None`: each weight on its own
         **kwargs
        )->nn.Module:
         "Return a copy of `model` with low-rank layers"
@@ -143,14 +143,14 @@ class Decomposer:
 
 # %% ../nbs/17_decomposer.ipynb #f2ac1cb7
 def _refuse_pairs(rank):
-    "Raise a `ValueError` where a rank is a pair"
+    "Raise a `ValueError` if a rank is a pair"
     for r in rank.values() if isinstance(rank, dict) else [rank]:
         if not isinstance(r, tuple): continue
         raise ValueError(f"rank: {r!r} is a pair, but one rank is needed here; "
                          "give a fraction, an int, Energy or EVBMF")
 
 def _selected(types, model, rank, selection):
-    "Find the layers of the `types`, and those of them that are asked for; check names and layers"
+    "Find the layers of the `types`, and the selected ones among them; check names and layers"
     found = find_layers(model, types)
     if isinstance(rank, dict): check_patterns(found, rank, 'rank')
     chosen = select(found, selection.layers, selection.exclude)
@@ -159,7 +159,7 @@ def _selected(types, model, rank, selection):
 
 @patch
 def check(self:Decomposer, model:nn.Module):
-    "Raise what `decompose` would for wrong names and ranks, without computing any factors"
+    "Raise the errors of `decompose` for wrong names and ranks, without computing factors"
     found,_ = _selected(self.types, model, self.rank, Selection())
     for f in found:
         wish,named = wish_for(f, self.rank)
@@ -169,11 +169,11 @@ def check(self:Decomposer, model:nn.Module):
 
 # %% ../nbs/17_decomposer.ipynb #492d8e04
 def _solver_for(decomposer, found, calibration):
-    "Return the solver for one layer, with the metric of the calibration if it has one"
+    "Return the solver for one layer, with the calibration's metric if the data reaches the layer"
     scheme,weight = decomposer.scheme(found),found.layer.weight
     if calibration is None or found.name not in calibration.uses: return scheme.solver(weight)
     metric = calibration.metric(found.name)
-    if metric.inputs is None: scheme = Svd(scheme.geom, found.name) # its moments are too large for others
+    if metric.inputs is None: scheme = Svd(scheme.geom, found.name) # too large for the other schemes
     return scheme.solver(weight, metric)
 
 def _choice(decomposer, found, rank, calibration):
@@ -200,10 +200,10 @@ def choices(
     model:nn.Module, # only read
     selection:Selection,
     settings:Settings, # only its `progress`
-    records:dict, # {layer name: `Record`}, where those of all layers are put
+    records:dict, # {layer name: `Record`}, filled for all layers
     calibration=None # a `Calibration` for the metric; `None`: the plain one
    ): # yields (`Found`, `Record`, solver) for each layer to factor
-    "Choose what is to become of each layer; nothing is computed but what the choice of ranks needs"
+    "Choose a rank for each layer, without computing factors"
     taken = set()
     for decomposer in decomposers:
         rank = selection.rank or decomposer.rank
@@ -222,13 +222,13 @@ def choices(
             yield f,record,solver
 
 def _note(record, solver, measured_in, text=''):
-    "Put the error of the weight into a record, measured in the weight itself or a metric, and a remark"
+    "Add the error of the weight to a record, measured in the weight itself or a metric, and a remark"
     record.error = solver.error(record.rank)
     record.error_of = record.scheme,record.rank,measured_in
     record.reason = f'{record.reason}; {text}'.strip('; ')
 
 def _by_decomposers(decomposers, model, selection, data, settings):
-    "Decompose `model` by `decomposers`: fitted to the data, or without any each weight by itself"
+    "Decompose `model` with `decomposers`: fit it to the data, or, without data, each weight on its own"
     if data is not None: return _fitted_to(calibrated(model, data, settings), decomposers, selection)
     records,new = {},{}
     for found,record,solver in choices(decomposers, model, selection, settings, records):
@@ -262,7 +262,7 @@ def _fitted_to(calibration, decomposers, selection):
 
 # %% ../nbs/17_decomposer.ipynb #b59c0247
 def warn_if_unchanged(change:Change):
-    "Warn where no layer was decomposed and nobody has asked for that, and say what holds the weights"
+    "Warn if no layer was decomposed, unless the call asked for that; say which layers hold the weights"
     for m in change.modules.values():
         if isinstance(m, FactoredLayer): return
     budget = change.plan.budget or {}
@@ -271,25 +271,25 @@ def warn_if_unchanged(change:Change):
     given = set(reasons.values())
     if 'set by hand' in given or given == {'left out by layers or exclude'}: return
     held = holders(change.base, own_amounts(change.base, 'params'), reasons) or 'no layer'
-    warnings.warn(f"No layer was decomposed and the model is as it was. Its parameters are held by {held}. "
-                  "`low_rank_plan` of the model, `summarize` and `learn.low_rank_summary` tell why, "
-                  "layer by layer")
+    warnings.warn(f"No layer was decomposed; the model is unchanged. Its parameters are held by {held}. "
+                  "For the reason of each layer, see the model's `low_rank_plan`, `summarize` "
+                  "or `learn.low_rank_summary`")
 
 def finished(change:Change)->nn.Module:
-    "Return the decomposed model; warn where nothing in it is"
+    "Return the decomposed model; warn if no layer was decomposed"
     warn_if_unchanged(change)
     return change.finished()
 
 # %% ../nbs/17_decomposer.ipynb #49306218
 class FC_Decomposer(Decomposer):
-    "Truncated SVD of every `nn.Linear`: two thinner ones, the first without a bias"
+    "Replace every `nn.Linear` by two thinner ones, by truncated SVD; the first has no bias"
     types = linear_types
 
     def SVD(self,
         layer:nn.Linear,
         percent_removed:float=0.5 # share of the singular values to drop, in [0, 1)
        )->nn.Sequential: # of two `nn.Linear` layers
-        "Make two linear layers of one, whatever that does to its size"
+        "Split one linear layer into two, even if that makes it larger"
         if type(layer) is not nn.Linear: raise TypeError(f"layer: {type(layer).__name__} is not an nn.Linear")
         decomposer = FC_Decomposer(rank_fraction(percent_removed), force=True)
         change = _by_decomposers([decomposer], layer, Selection(), None, Settings())
@@ -298,14 +298,14 @@ class FC_Decomposer(Decomposer):
 
 # %% ../nbs/17_decomposer.ipynb #69639cc8
 class ConvDecomposer(Decomposer):
-    "Decompose every convolution by one scheme; pointwise ones by `svd`"
+    "Replace every convolution by low-rank factors of one scheme; pointwise ones by `svd`"
     types = conv_types + transposed_types
 
     @checks_names
     def __init__(self,
         method:str='tucker', # name of a scheme: 'svd', 'spatial', 'tucker', 'cp', 'slice'
         rank=0.5, # see `Decomposer`; for 'tucker' also a pair (out, in)
-        force:bool=False): # replace a layer even where that makes it larger
+        force:bool=False): # replace a layer even if that makes it larger
         check_scheme(method, 'method')
         self.method,self.takes_pairs = method,schemes[method].takes_pairs
         super().__init__(rank, force)
@@ -316,7 +316,7 @@ class ConvDecomposer(Decomposer):
 # %% ../nbs/17_decomposer.ipynb #85255ddf
 def as_decomposers(what)->list:
     "Return `what` as a list of decomposers"
-    if what is None: return [FC_Decomposer(), ConvDecomposer('spatial', rank=0.25)] # they halve all layers
+    if what is None: return [FC_Decomposer(), ConvDecomposer('spatial', rank=0.25)] # halves all layers
     res = list(what) if isinstance(what, (list, tuple)) else [what]
     if not res:
         raise ValueError("what: an empty list; give FC_Decomposer(), ConvDecomposer(), or a list of them")
@@ -328,8 +328,8 @@ def as_decomposers(what)->list:
     return res
 
 def _rather(what):
-    "Say what may have been meant by `what`"
-    if isinstance(what, torch.Tensor): return 'if it is what the model is used on, give data=…'
+    "Suggest what `what` may have meant"
+    if isinstance(what, torch.Tensor): return 'if it holds inputs of the model, give data=…'
     if _is_number(what) and 0 < what <= 1:
         return (f'give Budget(macs={what}) for a fraction of the multiply-accumulates, '
                 f'FC_Decomposer({what}) or ConvDecomposer(rank={what}) for one of each rank')
@@ -339,54 +339,54 @@ def _rather(what):
 
 # %% ../nbs/17_decomposer.ipynb #b5906929
 def needs_data(what)->bool:
-    "Tell whether `what` is about the dense model: a plan or a budget; `None` becomes one"
+    "Tell whether `what` is a plan or a budget; `None` becomes a budget"
     return what is None or isinstance(what, (Budget, Plan))
 
 def check_what(
-    whats:list, # what is to be decomposed, and how: decomposers, budgets, plans, `None`
-    kwargs:dict, # the settings that were given
+    whats:list, # decomposers, budgets, plans or `None`
+    kwargs:dict, # the given settings
     evaluate=None,
     sample=None
    ):
-    "Raise a `TypeError` for an argument that is given and that nothing in `whats` makes use of"
+    "Raise a `TypeError` for a given argument that nothing in `whats` uses"
     if evaluate is not None:
         check_callable('evaluate', evaluate, 'a function from a model to a number, larger is better')
     kinds = {w.kind if w else 'macs' for w in whats if w is None or isinstance(w, Budget)}
     given = dict(evaluate=evaluate, sample=sample, schemes=kwargs.get('schemes'))
     names = ', '.join(name for name,value in given.items() if value is not None)
-    if names and not kinds: raise TypeError(f"{names}: only with a Budget")
+    if names and not kinds: raise TypeError(f"{names}: only used with a Budget")
     if evaluate is None or 'max_drop' in kinds: return
-    raise TypeError("evaluate: only with a Budget of max_drop")
+    raise TypeError("evaluate: only used with a Budget of max_drop")
 
 def _check_enough(what):
-    "Raise a `ValueError` where there is too little to go by without data"
+    "Raise a `ValueError` if `what` needs data"
     if what is None:
         raise ValueError("what: nothing given; give data, to save half of the MACs that can be saved, or "
-                         "Budget(macs=0.5) with data for a certain size; or, without data, "
+                         "Budget(macs=0.5) with data to choose the size; or, without data, "
                          "decomposers, such as [FC_Decomposer(), ConvDecomposer('spatial', rank=0.25)]")
     if isinstance(what, Budget):
-        raise ValueError(f"data: {what} needs some, to know what the layers do; "
-                         "a few batches will do, without labels")
+        raise ValueError(f"data: {what} needs data, to measure how much each layer matters; "
+                         "give a few batches, without labels")
 
 # %% ../nbs/17_decomposer.ipynb #37c09e64
-@torch.inference_mode(False) # or what is new could not be trained
+@torch.inference_mode(False) # or the new parameters could not be trained
 @takes_settings()
 def factorize(
     model:nn.Module, # left untouched
     what=None, # decomposers, a `Budget` or a `Plan`; `None`: save half of the MACs that can be saved
-    data=None, # a little of what the model is used on, without labels, see `calibrate`; or a `Calibration`
+    data=None, # a few of the model's inputs, without labels, see `calibrate`; or a `Calibration`
     evaluate=None, # for a budget of `max_drop`: a function from a model to a number, larger is better
     sample=None, # for a budget: a batch to count and to time with; `None`: the first of `data`
     **kwargs
    )->Change:
-    "Decompose `model` and say which of its modules that changes; `decompose` returns the model alone"
+    "Decompose a copy of `model`; return the `Change`, with the modules that changed"
     given,model = model,uncompiled(model)
     settings = settings_for(kwargs, factorize, data)
     check_what([what], kwargs, evaluate, sample)
     if data is None:
         check_without_data(kwargs, evaluate, sample)
         _check_enough(what)
-    if isinstance(what, Plan): # its own settings hold where the call does not say
+    if isinstance(what, Plan): # keywords of the call override its settings
         return carry_out(what, model, data, Settings.of(kwargs, factorize, what.settings))
     if what is None or isinstance(what, Budget):
         return _by_budget(what, given, data, settings, evaluate, sample)
@@ -411,10 +411,10 @@ def _by_budget(budget, model, data, settings, evaluate, sample):
 def decompose(
     model:nn.Module, # left untouched
     what=None, # decomposers, a `Budget` or a `Plan`; `None`: save half of the MACs that can be saved
-    data=None, # a little of what the model is used on, without labels, see `calibrate`; or a `Calibration`
+    data=None, # a few of the model's inputs, without labels, see `calibrate`; or a `Calibration`
     **kwargs
    )->nn.Module:
-    "Decompose a copy of `model`; with data, its layers are fitted to make up for each other"
+    "Return a decomposed copy of `model`; with data, its layers are fitted to compensate for each other"
     check_names(kwargs, decompose)
     return compiled_like(model, finished(factorize(model, what, data, **kwargs)))
 
@@ -424,7 +424,7 @@ def project_(
     rank, # fraction, int, `Energy`, `EVBMF`, or {name or glob: rank}
     layers=None # names or globs; `None`: all linear layers and convolutions
    )->nn.Module: # `model`
-    "Replace each weight by the nearest one of the given rank, as a matrix (o | i h w); its shape stays"
+    "Replace each weight by the nearest one of the given rank, as a matrix (o | i h w), in the same shape"
     rank = Decomposer(rank).rank
     _,chosen = _selected(layer_types, uncompiled(model), rank, Selection(layers=layers))
     new,reasons = {},defaultdict(list)
@@ -439,17 +439,17 @@ def project_(
     return model
 
 def _projected(found, wish, named):
-    "Compute the weight of a layer at the rank that `wish` means, or refuse"
+    "Compute a layer's weight at the rank that `wish` means, or refuse"
     if 'weight' not in found.layer._parameters: raise Refused('its weight is computed from other parameters')
     scheme = scheme_for(found.layer, 'svd', found.name)
     solver = scheme.solver(found.layer.weight)
     rank,full = _resolved(solver, wish),scheme.full()
     if named: check_full_rank(scheme, rank, named)
     if rank < full: return solver.nearest(rank)
-    raise Refused('its weight is of this rank already')
+    raise Refused('its weight has this rank already')
 
 def _all_reasons(reasons): # {reason: the names of layers, quoted}
-    "Say why nothing was projected, with some names where the layers have several reasons"
+    "Say why nothing was projected; add some layer names if there are several reasons"
     if not reasons: return 'no layer was chosen'
     if len(reasons) == 1: return min(reasons).replace('its weight', 'every weight')
     texts = []

@@ -34,9 +34,9 @@ def _own_options(ddp):
     return ' and '.join(res)
 
 def check_wrapper(
-    model:nn.Module # With its wrapper, if it has one
+    model:nn.Module # with its wrapper, if it has one
 ):
-    "Raise a `RuntimeError` if layers cannot be replaced because of the way `model` is spread over processes"
+    "Raise a `RuntimeError` if layers cannot be replaced because of how `model` is distributed"
     for o in chain(model.modules(), model.parameters()):
         if type(o).__name__ in _sharded:
             raise RuntimeError("model: its parameters are sharded over the processes "
@@ -49,17 +49,17 @@ def check_wrapper(
 def _state_tensors(module): return chain(module.parameters(), module.buffers())
 
 def _attempt(f):
-    "Return what `f` returns, what it raises, and that as text"
+    "Return the result of `f`, the error it raises, and the error as text"
     try: return f(),None,None
-    except BaseException as e:  # an interrupt too: the others are waiting
+    except BaseException as e:  # an interrupt too: the other processes are waiting
         return None,e,f'{type(e).__name__}: {e}'
 
 # %% ../nbs/18_distributed.ipynb #a83f4122
 def on_first_rank(
-    f, # Function without arguments that returns ({layer name: module}, data that can be pickled)
-    model:nn.Module # With its wrapper; without a `DistributedDataParallel`, this is just `f()`
-)->tuple: # What `f` returns, equal to the last bit in all processes, on each one's own device
-    "Compute new layers for `model` in the first process and send them to all; an error there is one in all"
+    f, # function without arguments that returns ({layer name: module}, data that can be pickled)
+    model:nn.Module # with its wrapper; without a `DistributedDataParallel`, this is just `f()`
+)->tuple: # the result of `f`, bit-identical in all processes, on each one's own device
+    "Compute new layers for `model` in the first process and send them to all; its error is raised in all"
     if not isinstance(model, DistributedDataParallel): return f()
     first = dist.get_rank() == 0
     res,err,text = _attempt(f) if first else (None,None,None)
@@ -76,14 +76,14 @@ def on_first_rank(
             replaced = model.module.get_submodule(name)
             layer.to_empty(device=next(_state_tensors(replaced)).device)
     for t in chain(*map(_state_tensors, layers.values())):
-        values = t.detach().contiguous()  # backends want that; `t` may be channels last
+        values = t.detach().contiguous()  # backends need that; `t` may be channels last
         dist.broadcast(values, 0)
         with torch.no_grad(): t.copy_(values)
     return layers,data
 
 # %% ../nbs/18_distributed.ipynb #b4c8db34
 def _exchange(o, device):
-    "The `o` of every process, in their order"
+    "Return the `o` of every process, in order of rank"
     res = []
     for process in range(dist.get_world_size()):
         box = [o]
@@ -92,10 +92,10 @@ def _exchange(o, device):
     return res
 
 def in_all(
-    f, # Function without arguments, called in every process
-    model:nn.Module # With its wrapper; without a `DistributedDataParallel`, this is just `f()`
-): # What `f` returns here
-    "Call `f` in every process; an error in one is an error in all"
+    f, # function without arguments, called in every process
+    model:nn.Module # with its wrapper; without a `DistributedDataParallel`, this is just `f()`
+): # the result of `f` in this process
+    "Call `f` in every process; an error in one is raised in all"
     if not isinstance(model, DistributedDataParallel): return f()
     res,err,text = _attempt(f)
     texts = _exchange(text, model.device)
@@ -107,7 +107,7 @@ def in_all(
 # %% ../nbs/18_distributed.ipynb #286e45c5
 @undisturbed()
 def _gathered_here(model, batches, settings):
-    "Call `gather_moments` with this process's share of `batches`; the first process always has some"
+    "Call `gather_moments` with this process's share of `batches`, which may be empty except in the first"
     process = dist.get_rank()
     share = Inputs(islice(batches.data, process, None, dist.get_world_size()))
     share.n_inp = getattr(batches.data, 'n_inp', None)
@@ -116,11 +116,11 @@ def _gathered_here(model, batches, settings):
     return gather_moments(model, Batches(share, batches.device), own)
 
 def _outline(m): # a `Moments`
-    "The fields of one layer's moments, with the shape of each tensor in its place"
+    "Return the fields of one layer's moments, with tensors replaced by their shapes"
     return {field: getattr(value, 'shape', value) for field,value in vars(m).items()}
 
 def _mean_of_all(here, outline, share, device):
-    "Average one layer's `Moments` over all processes; `share`: of all items, those that are seen here"
+    "Average one layer's `Moments` over all processes; `share`: the fraction of the items in this process"
     res = dict(outline)
     for field,shape in outline.items():
         if shape is None or field == 'positions': continue
@@ -133,7 +133,7 @@ def _mean_of_all(here, outline, share, device):
     return Moments(**res)
 
 def _added(by_layer, samples, device): # `by_layer`: {layer name: `Moments`}
-    "Add up the moments of all processes; those given here are of `samples` items"
+    "Add up the moments of all processes; this process's moments come from `samples` items"
     parts = _exchange((samples, {name: _outline(m) for name,m in by_layer.items()}), device)
     outlines,total = {},0
     for n,layers in parts:
@@ -149,11 +149,11 @@ def _added(by_layer, samples, device): # `by_layer`: {layer name: `Moments`}
 @takes_settings()
 def shared_calibration(
     ddp:DistributedDataParallel,
-    model:nn.Module, # The model to calibrate: the module of `ddp`, or what that stands for
-    data, # As `calibrate` takes it, the same in all processes
+    model:nn.Module, # the model to calibrate: the module of `ddp`, or its dense version
+    data, # as `calibrate` takes it, the same in all processes
     **kwargs
-)->Calibration: # Equal in all processes
-    "Do what `calibrate` does, with each process going through a part of the data"
+)->Calibration: # equal in all processes
+    "Do what `calibrate` does, with the data divided among the processes"
     settings = Settings.of(kwargs, shared_calibration)
     batches = Batches.of(data, model)
     moments,items,classes = in_all(lambda: _gathered_here(model, batches, settings), ddp)
@@ -165,15 +165,15 @@ def shared_calibration(
 
 # %% ../nbs/18_distributed.ipynb #76d91959
 def rewrap_(
-    ddp:DistributedDataParallel # Changed in place; its options stay
-)->DistributedDataParallel: # The same object
-    "Let `ddp` reduce the gradients of its module's present parameters; in all processes, between two steps"
+    ddp:DistributedDataParallel # changed in place; its options stay
+)->DistributedDataParallel: # the same object
+    "Make `ddp` reduce its module's current parameters; call it in all processes, between two steps"
     static = ddp.static_graph
     ddp.static_graph = False
     state = ddp.__getstate__()
-    del ddp.reducer,ddp.logger  # and with them their hooks on the parameters that stay
+    del ddp.reducer,ddp.logger  # and their hooks on the parameters that stay
     ddp.__setstate__(state)
-    if static: ddp._set_static_graph()  # the graph is another one now
+    if static: ddp._set_static_graph()  # the graph has changed
     params = ddp.module.named_parameters()
     ddp._module_parameters = [p for name,p in params if name not in ddp.parameters_to_ignore]
     return ddp

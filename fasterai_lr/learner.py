@@ -41,7 +41,7 @@ def decompose(self:Learner,
     data=None, # see `decompose`; `None`: 2,000 training items, but none for decomposers
     **kwargs
    ):
-    "Replace the layers of the model by their factors, now, and say in one line what has changed"
+    "Replace the layers of the model by factors now, and print what has changed"
     check_names(kwargs, Learner.decompose)
     check_arguments([what], data, self, **kwargs)
     decompose = partial(decompose_learner, self, what, data, **kwargs)
@@ -54,8 +54,8 @@ def decompose(self:Learner,
 @patch
 def low_rank_summary(self:Learner,
     sample=None # an input, a tuple or a dict of inputs to count MACs for; `None`: a training item
-   )->Summary: # a `DataFrame` that shows itself as a table in a notebook, as text in a terminal
-    "List what became of each layer, what it costs, and why it stayed as it was; see `summarize`"
+   )->Summary: # a `DataFrame` that displays as a table in a notebook, as text in a terminal
+    "List what each layer became, what it costs, and why it was left unchanged; see `summarize`"
     if sample is None and len(self.dls.train): sample = sample_of(self)
     return summarize(inner_model(self.model), sample)
 
@@ -80,20 +80,20 @@ def _own_value(learn, advice=''):
     raise ValueError(f"dls: the learner has no validation set to evaluate on{advice}")
 
 _instead = ('; give `evaluate`, a function from a model to a number, '
-            'or `evaluate=False` for the estimated loss alone')
+            'or `evaluate=False` for the estimated loss only')
 
 @patch
 @delegates(tradeoff, but=['progress'])
 def tradeoff(self:Learner,
     budgets=(.8, .6, .4, .2), # fractions of the dense model
-    kind:str='macs', # of what: 'params', 'macs' or 'latency'
+    kind:str='macs', # cost: 'params', 'macs' or 'latency'
     data=None, # see `calibrate`; `None`: 2,000 training items
     evaluate=None, # see `tradeoff`; `None`: first metric, or loss, on the validation set; `False`: nothing
     **kwargs
    )->pd.DataFrame: # see `tradeoff`
-    "List what budgets of several sizes leave of the model, and how good it is then; nothing is changed"
+    "List size and quality of the model for several budgets, without changing it"
     check_names(kwargs, Learner.tradeoff)
-    Settings.of(kwargs, tradeoff) # wrong values are found before anything is computed
+    Settings.of(kwargs, tradeoff) # wrong values raise an error before anything is computed
     if evaluate is None: evaluate = _own_value(self, _instead)
     data = data_for(self, data) # this moves the model to the device of the loaders
     kwargs['loss'] = loss_for(self, kwargs.get('loss'), kwargs.get('output'))
@@ -105,7 +105,7 @@ def tradeoff(self:Learner,
 @delegates(tradeoff, but=['progress'])
 def plot_tradeoff(self:Learner,
     budgets=(.8, .6, .4, .2), # fractions of the dense model
-    kind:str='macs', # of what: 'params', 'macs' or 'latency'
+    kind:str='macs', # cost: 'params', 'macs' or 'latency'
     data=None, # see `calibrate`; `None`: 2,000 training items
     evaluate=None, # see `Learner.tradeoff`
     ax=None, # a matplotlib axes; `None`: a new one
@@ -118,7 +118,7 @@ def plot_tradeoff(self:Learner,
 
 # %% ../nbs/25_learner.ipynb #0ab183f5
 def _valid_inputs(learn):
-    "Return what the model is called with for a batch of validation, or of training, of at most 64 items"
+    "Return the model's arguments for a validation batch, or a training batch, of at most 64 items"
     dl = learn.dls.loaders[:2][-1] # there may be no validation set
     return model_inputs(learn, whole(dl), 64)[0]
 
@@ -135,15 +135,15 @@ def compare(self:Learner,
 
 # %% ../nbs/25_learner.ipynb #2dfecd39
 def _low_rank_file(learn, file):
-    "`file` in the folder of the learner's models, with a suffix"
+    "Return the path of `file` in the folder of the learner's models, with a suffix"
     return as_file(learn.path/learn.model_dir/file, '.pth')
 
 @patch
 def save_low_rank(self:Learner,
-    file, # in `self.path/self.model_dir`, or an absolute path; `.pth` is added where there is no suffix
-    with_opt:bool=True # with the state of the optimizer, if there is one?
+    file, # in `self.path/self.model_dir`, or an absolute path; `.pth` is added if there is no suffix
+    with_opt:bool=True # also save the state of the optimizer, if there is one
    )->Path: # the file
-    "Save the plan, the weights and the optimizer's state, without any code"
+    "Save the plan, the weights and the optimizer's state as plain data"
     file = _low_rank_file(self, file)
     if rank_distrib(): return file
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def save_low_rank(self:Learner,
 
 # %% ../nbs/25_learner.ipynb #71ae0296
 def _check_opt_of(learn, opt, new):
-    "Raise if the optimizer cannot take the layers `new` or the state `opt`; make one if there is none"
+    "Raise an error if the optimizer cannot take the layers `new` or the state `opt`; create a missing one"
     had = learn.opt
     try:
         if opt is not None and had is None: learn.create_opt()
@@ -166,9 +166,9 @@ def _check_opt_of(learn, opt, new):
 @patch
 def load_low_rank(self:Learner,
     file, # as for `save_low_rank`
-    with_opt:bool=True # with the state of the optimizer?
+    with_opt:bool=True # also load the state of the optimizer
    )->Learner: # the same learner
-    "Load structure, weights and optimizer state from a file of `save_low_rank`; an error changes nothing"
+    "Load structure, weights and optimizer state from a `save_low_rank` file; an error changes nothing"
     file = _low_rank_file(self, file)
     label = f"file: {str(file)!r}"
     distrib_barrier()
@@ -180,10 +180,10 @@ def load_low_rank(self:Learner,
     opt = saved.get('opt') if with_opt else None
     try: _check_opt_of(self, opt, new)
     except ValueError as e:
-        raise ValueError(f"{label} does not fit: {e}; `with_opt=False` loads the model alone") from None
+        raise ValueError(f"{label} does not fit: {e}; `with_opt=False` loads only the model") from None
     if with_opt and opt is None: warn(f"{label} holds no optimizer state")
     swap_layers(self, new)
-    model = inner_model(self.model) # another one if the root was replaced
+    model = inner_model(self.model) # a new one if the root was replaced
     model.load_state_dict(saved['model'])
     model.low_rank_plan = rebuilt.low_rank_plan
     if opt is not None: load_opt_state(self.opt, opt)
@@ -192,12 +192,12 @@ def load_low_rank(self:Learner,
 # %% ../nbs/25_learner.ipynb #b8d7be80
 @patch
 def export_onnx(self:Learner,
-    file, # in `self.path`, or an absolute path; `.onnx` is added where there is no suffix
+    file, # in `self.path`, or an absolute path; `.onnx` is added if there is no suffix
     sample=None # inputs as the model takes them; `None`: a batch of the validation set
    )->Path: # the file
     "Write the model as ONNX, for batches of any size, and compare its outputs on real inputs"
     model = inner_model(self.model)
     if sample is None: sample = _valid_inputs(self)
-    # a `ToTensorBase` is at the end of a U-Net, and ONNX has no tensor classes
+    # a U-Net ends in a `ToTensorBase`, and ONNX has no tensor classes
     untyped = {name: nn.Identity() for name,m in model.named_modules() if isinstance(m, ToTensorBase)}
     return export_onnx(replace_layers(model, untyped), sample, self.path/file)

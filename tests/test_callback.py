@@ -16,14 +16,15 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.learner import load_learner
 from fastai.metrics import mae
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
+from fastai.torch_core import trainable_params
 from helpers import flat, ids, moved, n_factored, same, snapshot
-from learners import Watch, mk_learn, stops_at
+from learners import Watch, mk_learn, splitter, stops_at
 from networks import linear_net
 from fastai.data.core import DataLoaders
 from fasterai_lr.progress import Progress
 from fasterai_lr.running import n_items
 from fasterai_lr.callback import DecomposeCallback
-from fasterai_lr.learned import calibration_batches, decompose_learner
+from fasterai_lr.learned import calibration_batches, decompose_learner, record_line
 from fasterai_lr.budget import smallest
 from fasterai_lr.decomposer import FC_Decomposer
 from fasterai_lr.layers import FactoredLayer
@@ -94,14 +95,64 @@ def test_fine_tune_that_never_gets_there():
     with pytest.warns(UserWarning, match='at_epoch=2 was not reached .* fit of 2 epochs') as rec: learn.fine_tune(2, 1e-2, cbs=c)
     assert sum('at_epoch' in str(r.message) for r in rec) == 1 and not c.done
 
-def test_fine_tune_at_0_has_a_tail_in_both_fits(no_warnings):
-    learn,c,w = mk_learn(),cb(0, ft_lr=1e-6),Watch()
-    learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=[c, w])
+@pytest.mark.parametrize('freeze_epochs', [0, 1, 2])
+def test_fine_tune_of_a_single_group(freeze_epochs, no_warnings):
+    "Nothing can be frozen there; the first fit is the first one all the same"
+    learn,c,w = mk_learn(splitter=trainable_params),cb(3),Watch()
+    for _ in range(2): # the second time there is nothing left to decompose
+        learn.fine_tune(4, 1e-2, freeze_epochs=freeze_epochs, cbs=[c, w])
+        assert learn.opt.frozen_idx == 0 and [h['epoch'] for h in c.history] == [3]
+
+@pytest.mark.parametrize('freeze_epochs', [0, 1])
+def test_fine_tune_of_a_single_group_that_never_gets_there(freeze_epochs):
+    learn,c = mk_learn(splitter=trainable_params),cb(2)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match='at_epoch=2 was not reached .* fit of 2 epochs') as rec: learn.fine_tune(2, 1e-2, freeze_epochs=freeze_epochs, cbs=c)
+        assert sum('at_epoch' in str(r.message) for r in rec) == 1 and not c.done
+    with pytest.warns(UserWarning, match='at_epoch=2 was not reached .* fit of 1 epochs'): learn.fit(1, 1e-2, cbs=c)
+
+def test_a_fit_inside_of_fine_tune_is_no_part_of_it():
+    "Another learner's fit, in a callback, warns for itself"
+    class Aside(Callback):
+        def before_train(self):
+            with pytest.warns(UserWarning, match='at_epoch=5 was not reached .* fit of 1 epochs'): mk_learn().fit(1, 1e-2, cbs=cb(5))
+    mk_learn(splitter=trainable_params).fine_tune(1, 1e-2, cbs=Aside())
+
+new_head = 'at_epoch=0 decomposes the model before its head is trained. Use at_epoch=1 or later'
+
+@pytest.mark.parametrize('opt_func', [Adam, ranger, partial(OptimWrapper, opt=torch.optim.AdamW)])
+@pytest.mark.parametrize('split', [splitter, trainable_params])
+def test_fine_tune_at_0_warns_of_a_new_head(opt_func, split, no_warnings):
+    "Before anything is decomposed; a trained model is decomposed before the fit, without a warning"
+    learn,c = mk_learn(opt_func, split),cb(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', new_head)
+        with pytest.raises(UserWarning, match=new_head): learn.fine_tune(2, 1e-2, cbs=c)
+    assert not c.history and n_factored(learn.model) == 0
+    learn = mk_learn(opt_func, split)
+    decompose_learner(learn, what)
+    learn.fine_tune(1, 1e-2)
+
+def test_a_frozen_fit_at_0_warns_of_a_new_head():
+    learn = mk_learn()
+    learn.freeze()
+    with pytest.warns(UserWarning, match=new_head) as rec: learn.fit(1, 1e-2, cbs=cb(0))
+    assert len(rec) == 1
+
+def test_a_fit_at_0_of_all_layers_does_not_warn(no_warnings):
+    "Nobody can tell whether they have been trained elsewhere"
+    mk_learn().fit(1, 1e-2, cbs=cb(0))
+
+@pytest.mark.parametrize('split', [splitter, trainable_params])
+def test_fine_tune_at_0_has_a_tail_in_both_fits(split, no_warnings):
+    learn,c,w = mk_learn(splitter=split),cb(0, ft_lr=1e-6),Watch()
+    with pytest.warns(UserWarning, match=new_head): learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=[c, w])
     assert len(c.history) == 1 and w.trains == [3,3]
     same_lrs(learn.recorder.lrs[:-1], tail(2*n_iter, 1e-6)[:-1])       # in the last step the schedule is lower
     learn.fit(1, 1e-2, cbs=c)                       # not after a fit without frozen layers
     assert learn.recorder.lrs == [1e-2]*n_iter
 
+@pytest.mark.filterwarnings('ignore:DecomposeCallback. at_epoch=0')
 def test_the_tail_after_a_frozen_fit_is_not_that_of_lr_find(tmp_path):
     learn,plain = mk_learn(path=tmp_path, cbs=cb(0)),mk_learn(path=tmp_path)
     learn.freeze()
@@ -148,7 +199,7 @@ def test_a_used_callback_is_quiet_in_the_same_learner_and_warns_in_another(tmp_p
         learn.fit(1, 1e-2, cbs=c)
         other = mk_learn(path=tmp_path, cbs=c)
         other.validate(), other.get_preds(), other.lr_find(num_it=8, show_plot=False)
-    with pytest.warns(UserWarning, match='decomposes once .* make a new callback') as rec: other.fit(2, 1e-2)
+    with pytest.warns(UserWarning, match='already decomposed .* make a new callback') as rec: other.fit(2, 1e-2)
     assert len(rec) == 1 and n_factored(other.model) == 0 and other.recorder.lrs == [1e-2]*2*n_iter
 
 def test_persistent_callback_never_swaps_outside_of_training(tmp_path):
@@ -448,14 +499,36 @@ def test_the_line_in_the_log(capsys):
     learn.logger = print
     learn.fit(2, 1e-2, cbs=cb(1))
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith('[0,') and out[2].startswith('[1,')
+    assert out[0].startswith('[0,') and out[3].startswith('[1,')
     one, = learn.recorder.decomposed
     b,a,e = [f"{one[f'metric_{k}']:.4f}" for k in ('before', 'after', 'end')]
-    assert out[1] == f'epoch 1: decomposed 3 of 3 layers, 326 -> 182 parameters (0.56x), 256 -> 112 MACs (0.44x), loss {b} -> {a}'
-    assert out[3:] == [f'loss: {b} -> {a} in epoch 1, {e} at the end']
+    assert out[1:3] == [f'epoch 1: decomposed 3 of 3 layers, loss {b} -> {a}', '    326 -> 182 parameters (0.56x), 256 -> 112 MACs (0.44x)']
+    assert out[4:] == [f'loss: {b} before the decomposition, {a} after it, {e} at the end']
     learn = mk_learn()
     with learn.no_logging(): learn.fit(2, 1e-2, cbs=cb(1))
     assert capsys.readouterr().out == ''
+
+def test_the_lines_of_several_decompositions(capsys):
+    "The last one has the first value, the one after the last decomposition, and that at the end; what is undone counts for neither"
+    learn = mk_learn()
+    learn.logger = print
+    learn.fit(4, 1e-2, cbs=DecomposeCallback({1: FC_Decomposer(rank=3), 2: what}))
+    one,two = learn.recorder.decomposed
+    b,a,e = [f'{o:.4f}' for o in (one['metric_before'], two['metric_after'], two['metric_end'])]
+    assert capsys.readouterr().out.splitlines()[-1] == f'loss: {b} before the first decomposition, {a} after the last, {e} at the end'
+    learn = mk_learn()
+    learn.logger = print
+    learn.fit(2, 1e-2, cbs=DecomposeCallback(1, FC_Decomposer(rank=1), max_drop=0))
+    one, = learn.recorder.decomposed
+    b,a = [f"{one[f'metric_{k}']:.4f}" for k in ('before', 'after')]
+    assert capsys.readouterr().out.splitlines()[1:3] == ['epoch 1: decomposed and undone', f'    loss {b} -> {a} is worse by more than max_drop=0']
+
+def test_the_lines_of_large_models_fit_into_a_terminal():
+    "At most 88 columns up to a billion parameters, also where the epoch and the number of layers have three digits"
+    record = dict(decomposed=123, layers=456, metric='top_k_accuracy', metric_before=.98, metric_after=.97)
+    for params,macs in [(999_499_999, 999_499_999_999), (1_000_000_000, 123_456_789_012), (999_999, 999_999)]:
+        lines = record_line(record | dict(params_before=params, params_after=params - 1, macs_before=macs, macs_after=macs - 1)).splitlines()
+        assert len(lines) == 2 and len('epoch 123: ' + lines[0]) <= 88 and len(lines[1]) <= 88
 
 def test_with_fastai_bars(capsys, monkeypatch):
     monkeypatch.setattr(Progress, 'patience', -1.) # a bar at once
@@ -527,9 +600,9 @@ def test_what_cannot_be_measured_is_left_out(capsys):
     learn.fit(1, 1e-2, cbs=[Odd(), cb(0)])
     one, = learn.recorder.decomposed
     assert one.keys() == {'epoch', 'step', 'decomposed', 'layers', 'params_before', 'params_after'} and n_factored(learn.model) == 3
-    assert capsys.readouterr().out.splitlines()[0] == 'epoch 0: decomposed 3 of 3 layers, 326 -> 182 parameters (0.56x)'
+    assert capsys.readouterr().out.splitlines()[:2] == ['epoch 0: decomposed 3 of 3 layers', '    326 -> 182 parameters (0.56x)']
     learn = mk_learn(model=Scaled(*linear_net()))
-    with pytest.warns(UserWarning, match='cannot be run outside of the fit, .* by their weights alone .ValueError: data: the model cannot'): learn.fit(1, 1e-2, cbs=[Odd(), DecomposeCallback(0)])
+    with pytest.warns(UserWarning, match='cannot run outside the fit, .* by their weights alone .ValueError: data: the model cannot'): learn.fit(1, 1e-2, cbs=[Odd(), DecomposeCallback(0)])
     assert n_factored(learn.model) == 3 and not learn.model.low_rank_plan['budget']
     learn = mk_learn(model=Scaled(*linear_net()))
     with pytest.raises(ValueError, match='(?s)data: the model cannot be called with inputs .*scale'): learn.fit(3, 1e-2, cbs=[Odd(), DecomposeCallback(2, Budget(macs=.9))])        # before the first epoch

@@ -214,7 +214,7 @@ def test_less_of_an_error_is_better(metric):
     learn.decompose(Budget(max_drop=.02), X[:50])
     assert dense - .02 - 1e-6 <= metric_value(learn) and share(learn) < .95
 
-@pytest.mark.parametrize('kw,match', [(dict(at_epoch={}), 'empty schedule'), (dict(at_epoch={-1: None}), '-1 is not the number of an epoch'), (dict(at_epoch={1: FC_Decomposer()}, what=Budget(macs=.5)), 'beside a schedule'),
+@pytest.mark.parametrize('kw,match', [(dict(at_epoch={}), 'empty schedule'), (dict(at_epoch={-1: None}), '-1 is not an epoch'), (dict(at_epoch={1: FC_Decomposer()}, what=Budget(macs=.5)), 'together with a schedule'),
     (dict(at_epoch=1, max_drop='x'), 'max_drop'), (dict(at_epoch=1, distill=-1), 'distill')])
 def test_bad_arguments(kw, match):
     with pytest.raises(ValueError, match=match): DecomposeCallback(**kw)

@@ -372,7 +372,7 @@ def test_a_torch_optimizer_around_another_is_refused():
             super().__init__(params, dict(lr=lr))
             self.optim = torch.optim.SGD([p for g in self.param_groups for p in g['params']], lr=lr)
         def step(self): self.optim.step()
-    refused([], 'Outer steps by another optimizer', opt_func=partial(OptimWrapper, opt=Outer))
+    refused([], 'Outer wraps another optimizer', opt_func=partial(OptimWrapper, opt=Outer))
 
 @pytest.mark.parametrize('at', [0, 1, 3])
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), MemoryError('layer')])

@@ -143,7 +143,7 @@ def test_projection_of_a_resnet():
 def test_a_projection_that_changes_nothing_says_so(rank, layers):
     model = net()
     before = [p.clone() for p in model.parameters()]
-    with pytest.warns(UserWarning, match='^rank: .*: every weight is of this rank already; nothing was changed$'):
+    with pytest.warns(UserWarning, match='^rank: .*: every weight has this rank already; nothing was changed$'):
         assert project_(model, rank, layers) is model
     assert all(torch.equal(a, b) for a,b in zip(before, model.parameters()))
 
@@ -153,7 +153,7 @@ def normed(i, o): return nn.utils.parametrizations.weight_norm(nn.Linear(i, o))
     (lambda: [nn.Linear(24, 32)], 'evbmf', 'EVBMF finds nothing above the noise'),
     (lambda: [normed(8, 8), normed(8, 4)], 2, 'every weight is computed from other parameters'),
     (lambda: [nn.Linear(24, 32), normed(32, 4), *[nn.Linear(4, 2) for _ in range(4)]], {'0': 'evbmf', '*': 2}, r"EVBMF finds nothing above the noise \('0'\), "
-     r"its weight is computed from other parameters \('1'\), its weight is of this rank already \('2', '3', '4', …\)")])
+     r"its weight is computed from other parameters \('1'\), its weight has this rank already \('2', '3', '4', …\)")])
 def test_a_projection_that_changes_nothing_says_why(layers, rank, why):
     model = nn.Sequential(*layers())
     before = copy.deepcopy(model.state_dict())

@@ -6,7 +6,11 @@ import pytest
 from fastai.learner import Learner
 from torch import nn
 
+from fasterai_lr.decomposer import FC_Decomposer
+from fasterai_lr.learned import decompose_learner
 from fasterai_lr.digits import digits_dls, digits_vgg, report, train_digits
+
+root = Path(__file__).resolve().parent.parent
 
 def test_folds_share_out_all_images():
     valid = [set(digits_dls(k).valid_ds.items) for k in range(5)]
@@ -22,8 +26,8 @@ def test_report_of_a_short_run(tmp_path, capsys):
     r = train_digits(epochs=2, at_epoch=1)
     log = capsys.readouterr().out # as in a file
     assert '\r' not in log and '█' not in log
-    assert [line.split()[0] for line in log.splitlines()] == ['epoch', '0', '1', 'epoch', '0', 'epoch', '1', 'accuracy:']
-    assert log.splitlines()[0].split() == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time'] and len({line.index(':') for line in log.splitlines() if line[0] in '01'}) == 1
+    assert [line.split()[0] for line in log.splitlines()] == ['The', 'epoch', '0', '1', 'The', 'epoch', '0', 'epoch', '790k', '1', 'accuracy:']
+    assert log.splitlines()[1].split() == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time'] and len({line.index(':') for line in log.splitlines() if line[0] in '01'}) == 1
     report(r, tmp_path/'curve.png')
     out = capsys.readouterr().out
     assert (tmp_path/'curve.png').read_bytes()[1:4] == b'PNG'
@@ -40,19 +44,27 @@ def test_a_run_is_the_same_every_time():
 def test_images_can_be_enlarged():
     assert digits_dls(bs=4, size=24).one_batch()[0].shape == (4, 1, 24, 24)
 
-@pytest.mark.filterwarnings('ignore:load_learner')
-def test_a_learner_with_these_loaders_is_exported(tmp_path):
-    from fastai.learner import load_learner
-    learn = Learner(digits_dls(), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), path=tmp_path)
+predict = """import sys, warnings
+warnings.simplefilter('ignore')
+from fastai.learner import load_learner
+from sklearn.datasets import load_digits
+learn = load_learner(sys.argv[1])
+image = (load_digits().images[5]*255/16).astype('uint8')
+with learn.no_bar(): print(learn.predict(image)[0], learn.predict(5)[0])"""
+
+@pytest.mark.parametrize('is_decomposed', [False, True])
+def test_an_exported_learner_predicts_in_another_process(is_decomposed, tmp_path):
+    "An image of its own, or one of those that it comes with by number; what it says is what the learner here says"
+    learn = Learner(digits_dls(), nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, 10)), path=tmp_path)
+    if is_decomposed: decompose_learner(learn, FC_Decomposer({'1': 4}))
     learn.export()
-    loaded = load_learner(tmp_path/'export.pkl')
-    preds,_ = loaded.get_preds(dl=loaded.dls.test_dl(range(5)))
-    expected,_ = learn.get_preds(dl=learn.dls.test_dl(range(5)))
-    assert preds.shape == (5, 10) and preds.equal(expected)
+    with learn.no_bar(): expected = learn.predict(5)[0]
+    res = subprocess.run([sys.executable, '-c', predict, tmp_path/'export.pkl'], cwd=root, text=True, stdout=subprocess.PIPE)
+    assert res.stdout.split() == [expected]*2
 
 def test_the_main_job_says_nothing_of_torch_jit_script():
     "fastai uses it at its import, which would be the first thing that a reader sees"
     cut = 'import runpy, sys, sklearn.datasets as d\ndef stop(*a, **kw): sys.exit("enough")\nd.load_digits = stop\n'
-    res = subprocess.run([sys.executable, '-c', cut + 'runpy.run_module("fasterai_lr.digits", run_name="__main__")'], cwd=Path(__file__).parent.parent,
+    res = subprocess.run([sys.executable, '-c', cut + 'runpy.run_module("fasterai_lr.digits", run_name="__main__")'], cwd=root,
                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert res.stderr == 'enough\n'

@@ -85,22 +85,22 @@ wrong_calls = [
     (lambda m: decompose(m, macs, X, distill_steps=True), ValueError, '^distill_steps: True is not an int'),
     (lambda m: decompose(m, macs, X, sequential='no'), ValueError, "^sequential: 'no' is not True or False"),
     (lambda m: decompose(m, macs, X, augment='flip'), TypeError, "^augment: 'flip' is no function"),
-    (lambda m: decompose(m, macs, X, evaluate=percent), TypeError, '^evaluate: only with a Budget of max_drop'),
+    (lambda m: decompose(m, macs, X, evaluate=percent), TypeError, '^evaluate: only used with a Budget of max_drop'),
     (lambda m: decompose(m, Budget(max_drop=.1), X), ValueError, '^evaluate: none given; a budget of max_drop needs a function'),
     (lambda m: decompose(m, Budget(max_drop=.1), X, evaluate=.9), TypeError, '^evaluate: 0.9 is no function'),
-    (lambda m: decompose(m, FC_Decomposer(), seed=3), TypeError, '^seed: only with data'),
+    (lambda m: decompose(m, FC_Decomposer(), seed=3), TypeError, '^seed: only used with data'),
     (lambda m: decompose(m, FC_Decomposer(), moments={}), TypeError, '^moments: was removed; give what `calibrate` returns as `data`'),
-    (lambda m: decompose(m, FC_Decomposer(), X, schemes=['svd']), TypeError, '^schemes: only with a Budget'),
-    (lambda m: decompose(m, FC_Decomposer(), X, sample=X[:2]), TypeError, '^sample: only with a Budget'),
-    (lambda m: decompose(m, macs), ValueError, r'^data: Budget\(macs=0.5\) needs some'),
+    (lambda m: decompose(m, FC_Decomposer(), X, schemes=['svd']), TypeError, '^schemes: only used with a Budget'),
+    (lambda m: decompose(m, FC_Decomposer(), X, sample=X[:2]), TypeError, '^sample: only used with a Budget'),
+    (lambda m: decompose(m, macs), ValueError, r'^data: Budget\(macs=0.5\) needs data'),
     (lambda m: decompose(m, .5, X), TypeError, r"^what: 0.5 is not a decomposer; give Budget\(macs=0.5\) for a fraction of the multiply-accumulates, FC_Decomposer\(0.5\)"),
-    (lambda m: decompose(m, X), TypeError, '^what: a Tensor is not a decomposer; if it is what the model is used on, give data='),
+    (lambda m: decompose(m, X), TypeError, '^what: a Tensor is not a decomposer; if it holds inputs of the model, give data='),
     (lambda m: decompose(m, 'svd', X), TypeError, r"^what: 'svd' is not a decomposer; give ConvDecomposer\('svd'\)"),
     (lambda m: decompose(m), ValueError, r'^what: nothing given; give data, .* or Budget\(macs=0.5\) with data .*decomposers'),
     (lambda m: ConvDecomposer('tuker'), ValueError, "^method: 'tuker' .* did you mean 'tucker'"),
     (lambda m: FC_Decomposer({'66': 3}).decompose(m), ValueError, "^rank: '66' matches no layer .* did you mean '6'"),
     (lambda m: make_plan(m, X, macs, seeed=3), TypeError, "^seeed=3: make_plan has no argument of this name; did you mean 'seed'"),
-    (lambda m: make_plan(m, X, macs, evaluate=percent), ValueError, r'^evaluate: Budget\(macs=0.5\) makes no use of it'),
+    (lambda m: make_plan(m, X, macs, evaluate=percent), ValueError, r'^evaluate: Budget\(macs=0.5\) does not use it'),
     (lambda m: tradeoff(m, X, budgest=[.5]), TypeError, "^budgest=.* did you mean 'budgets'"),
     (lambda m: tradeoff(m, X, seed='a'), ValueError, "^seed: 'a' is not an int")]
 
@@ -111,7 +111,7 @@ def test_a_wrong_call_is_an_error_at_once(call, error, match, net):
 
 def test_a_budget_that_cannot_be_kept_to_is_an_error_before_the_moments(net):
     for budget in (Budget(macs=1e-3), Budget(params=1e-3)):
-        with pytest.raises(ValueError, match=rf"^{budget.kind}: 0.001 cannot be reached; the smallest is 0.0\d+, of which most is held by (Conv2d|Linear) \d+% \('"): decompose(net, budget, X)
+        with pytest.raises(ValueError, match=rf"^{budget.kind}: 0.001 cannot be reached; the smallest is 0.0\d+, mostly held by (Conv2d|Linear) \d+% \('"): decompose(net, budget, X)
     assert net.calls <= 4                                           # one batch, to see what the layers are used for
 
 def test_a_sample_is_what_is_timed(net, monkeypatch):
@@ -130,9 +130,9 @@ def test_a_sample_is_what_is_timed(net, monkeypatch):
     ((macs,), dict(ft_rl=1e-4), TypeError, "^ft_rl=0.0001: DecomposeCallback has no argument of this name; did you mean 'ft_lr'"),
     ((macs,), dict(schemes=('svd', 'tuker')), ValueError, "did you mean 'tucker'"),
     ((macs,), dict(seed=-1), ValueError, '^seed: -1'),
-    ((macs,), dict(evaluate=percent), TypeError, '^evaluate: only with a Budget of max_drop'),
-    ((FC_Decomposer(),), dict(seed=3), TypeError, '^seed: only with data'),
-    ((FC_Decomposer(),), dict(data=X, schemes=['svd']), TypeError, '^schemes: only with a Budget'),
+    ((macs,), dict(evaluate=percent), TypeError, '^evaluate: only used with a Budget of max_drop'),
+    ((FC_Decomposer(),), dict(seed=3), TypeError, '^seed: only used with data'),
+    ((FC_Decomposer(),), dict(data=X, schemes=['svd']), TypeError, '^schemes: only used with a Budget'),
     ((.5,), {}, TypeError, r'^what: 0.5 is not a decomposer; give Budget\(macs=0.5\)')])
 def test_a_callback_is_refused_where_it_is_made(args, kwargs, error, match):
     with pytest.raises(error, match=match): DecomposeCallback(3, *args, **kwargs)
@@ -417,12 +417,12 @@ tokens = torch.randint(50, (512, 4), generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize('make', [lambda m: decompose(m, [FC_Decomposer(), ConvDecomposer()]), lambda m: FC_Decomposer().decompose(m), lambda m: decompose(m, None, tokens, loss=regression)])
 def test_a_model_that_comes_back_unchanged_is_said(make):
-    with pytest.warns(UserWarning, match=r"No layer was decomposed and the model is as it was. Its parameters are held by Conv1D 71% \('1', '3'\), Embedding 27% \('0'\), Linear 2% \('5'"): same = make(gpt())
+    with pytest.warns(UserWarning, match=r"No layer was decomposed; the model is unchanged. Its parameters are held by Conv1D 71% \('1', '3'\), Embedding 27% \('0'\), Linear 2% \('5'"): same = make(gpt())
     assert not factored_layers(same)
 
 def test_what_cannot_be_reached_names_what_holds_the_rest():
     for budget in (Budget(macs=.5), Budget(params=.5)):
-        with pytest.raises(ValueError, match=rf'^{budget.kind}: 0.5 cannot be reached; the smallest is 1.0, of which most is held by Conv1D (71|99)% '): decompose(gpt(), budget, tokens, loss=regression)
+        with pytest.raises(ValueError, match=rf'^{budget.kind}: 0.5 cannot be reached; the smallest is 1.0, mostly held by Conv1D (71|99)% '): decompose(gpt(), budget, tokens, loss=regression)
         nothing_is_trained(learner(nn.Sequential(nn.Flatten(), Conv1D(64, 100), nn.Linear(100, 10))), DecomposeCallback(1, budget), ValueError, f'{budget.kind}: 0.5 cannot be reached; .* Conv1D ')
 
 def test_who_asks_for_all_of_it_gets_no_warning(net):

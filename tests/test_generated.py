@@ -78,12 +78,13 @@ def test_readme_shows_what_markdown_can(tmp_path):
              mk_cell('#| eval: true\ntable', outputs=[shown(**{'text/html': '<b>', 'text/plain': 'row 1'}), shown(**{'image/png': pixel})]),
              mk_cell('fit()', outputs=[dict(output_type='stream', name='stdout', text='epoch loss\n|---|\r|---\x1b[31m|\x1b[0m\r0 0.5 \n'),
                                        dict(output_type='stream', name='stderr', text='a warning\n')]),
-             mk_cell('#| echo: false\nplot()', outputs=[shown(**{'text/plain': 'a plot'})])]
+             mk_cell('#| echo: false\nplot()', outputs=[shown(**{'text/plain': 'a plot'})]),
+             mk_cell('#| fig-alt: One dot: it is red\n#| echo: false\nplot()', outputs=[shown(**{'image/png': pixel})])]
     write_nb(new_nb(cells), tmp_path/'nbs/index.ipynb')
     made = readme.render(tmp_path)
     assert made['README.md'].decode() == ('# T\n[a](LICENSE), [b](nbs/00_b.ipynb), [c](https://x.org), [d](#e)\n\n```python\ntable\n```\n\n'
                                           '    row 1\n\n![png](nbs/images/index_1_1.png)\n\n'
-                                          '```python\nfit()\n```\n\n    epoch loss\n    0 0.5\n\n    a plot\n')
+                                          '```python\nfit()\n```\n\n    epoch loss\n    0 0.5\n\n    a plot\n\n![One dot: it is red](nbs/images/index_4_0.png)\n')
     assert made['nbs/images/index_1_1.png'].startswith(b'\x89PNG')
 
 # Notebooks

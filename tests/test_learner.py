@@ -35,14 +35,14 @@ def test_decompose_between_fits():
     learn.fit(1, 1e-2)
     assert all(moved(before, learn.model)) and ids(flat(learn.opt)) == ids(learn.model.parameters())
 
-def test_one_line_of_result(capsys):
+def test_two_lines_of_result(capsys):
     "It says what has changed, unless the learner logs nothing"
     learn = mk_learn()
     learn.logger = print
     learn.decompose(what)
-    line, = capsys.readouterr().out.splitlines()
-    sizes = r'decomposed 3 of 3 layers, 326 -> 182 parameters \(0.56x\), [\d,]+ -> [\d,]+ MACs \(0.\d\dx\)'
-    assert re.fullmatch(sizes + r', loss \d.\d{4} -> \d.\d{4}', line)
+    line,sizes = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r'    326 -> 182 parameters \(0.56x\), \d+ -> \d+ MACs \(0.\d\dx\)', sizes)
+    assert re.fullmatch(r'decomposed 3 of 3 layers, loss \d.\d{4} -> \d.\d{4}', line)
     assert line.endswith(f'-> {learn.validate()[0]:.4f}')
     with learn.no_logging(): learn.decompose(FC_Decomposer(rank=1))
     assert capsys.readouterr().out == ''
@@ -138,7 +138,7 @@ def test_tradeoff_in_a_picture():
     table = learn.tradeoff((.9, .7), 'params')
     dense,curve = ax.get_lines()
     assert list(curve.get_xdata()) == list(100*table.params[1:]) and list(curve.get_ydata()) == list(table.distance[1:]) and dense.get_ydata()[0] == table.distance[0]
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ('parameters left (% of the dense model)', 'distance')
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ('parameters, % of the dense network', 'distance')
     ax = learn.plot_tradeoff((.9, .7), evaluate=False, ax=plt.gca())
     assert ax is plt.gca() and ax.get_ylabel() == 'estimated increase of the loss'
     assert learn.plot_tradeoff((.9,), evaluate=lambda m: 3.).get_ylabel() == 'value'

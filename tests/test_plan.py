@@ -37,7 +37,7 @@ def test_a_budget_is_one_fraction(kind):
 def test_a_budget_of_a_metric_is_in_its_units():
     for value in (.01, 1, np.float32(2.5), 30): assert Budget(max_drop=value).value == float(value)
     for bad in (0, -.1, float('nan'), float('inf'), True, '.5', [.5]):
-        with pytest.raises(ValueError, match="^max_drop: .* a number above 0 in the metric's own units; one point of an accuracy is max_drop=0.01"): Budget(max_drop=bad)
+        with pytest.raises(ValueError, match="^max_drop: .* is not a number above 0; give how far the metric may fall, in its own units; one point of an accuracy is max_drop=0.01"): Budget(max_drop=bad)
 
 def test_a_budget_is_given_by_name():
     with pytest.raises(TypeError, match=r"^Budget\(0.5\): a budget of what\? Give Budget\(macs=0.5\), or params, latency or max_drop by name"): Budget(.5)
@@ -248,12 +248,12 @@ def tied():
 
 @pytest.mark.parametrize('model, edit, match', [
     (lambda: nn.Sequential(nn.Linear(3, 4)), ('5', 'svd', 3), "the model has no layer '"),
-    (wider, ('5', 'svd', 3), r"layer '5' has 2,180 parameters, not 1,744: the plan is one for another model"),
-    (lambda: nn.Sequential(*(nn.Linear(3, 3) for _ in range(11))), ('5', 'svd', 3), 'the plan is one for another model'),
+    (wider, ('5', 'svd', 3), r"layer '5' has 2,180 parameters, not 1,744: the plan was made for another model"),
+    (lambda: nn.Sequential(*(nn.Linear(3, 3) for _ in range(11))), ('5', 'svd', 3), 'the plan was made for another model'),
     (tied, ('10', 'svd', 2), "layer '10' cannot be replaced: its parameters are tied"),
     (plain_net, ('5', 'qr', 3), "layer '5': 'qr' is not one of 'svd'"),
-    *[(plain_net, ('5', 'svd', r), r"layer '5': rank .* is not one of svd here, whose full rank is 16") for r in (17, 0, -1, 2.5, True, None, (2, 3), '3')],
-    *[(plain_net, ('5', 'tucker', r), r"layer '5': rank .* is not one of tucker here") for r in (4, (17, 3), (3, 0), (2.5, 3))],
+    *[(plain_net, ('5', 'svd', r), r"layer '5': rank .* does not fit svd here; the full rank is 16") for r in (17, 0, -1, 2.5, True, None, (2, 3), '3')],
+    *[(plain_net, ('5', 'tucker', r), r"layer '5': rank .* does not fit tucker here") for r in (4, (17, 3), (3, 0), (2.5, 3))],
     (plain_net, ('10', 'spatial', 2), "layer '10': Linear has no two spatial axes")])
 def test_a_plan_that_does_not_fit_is_refused_before_anything_happens(plan, model, edit, match):
     net,(name,scheme,rank) = model(),edit
@@ -414,7 +414,7 @@ def test_a_budget_that_the_fastest_model_misses_cannot_be_reached(monkeypatch, l
     assert timed_plan(monkeypatch, ratio, smallest)[0].measured['latency'] <= 1.01*smallest
 
 def test_a_budget_that_is_missed_three_times_is_said(monkeypatch):
-    with pytest.warns(UserWarning, match='latency: 0.6 was asked for, and the nearest of 3 plans measures 0.64') as w:
+    with pytest.warns(UserWarning, match='latency: no plan reaches 0.6; the nearest of 3 plans measures 0.64') as w:
         plan,shares = timed_plan(monkeypatch, lambda share: .64, .6)               # and would if there were nothing left
     assert sum('latency' in str(o.message) for o in w) == 1 and len(shares) == 3 and shares == sorted(shares, reverse=True) and plan.measured['latency'] == .64
 
@@ -596,7 +596,7 @@ def test_a_skeleton_lies_in_memory_like_its_layer(layer, fmt):
 
 def test_arguments_of_the_fit_need_data():
     net = nn.Sequential(nn.Linear(16, 16))
-    with pytest.raises(TypeError, match='seed: only with data'): Plan({'0': Record('Linear', 'svd', 2)}).apply(net, seed=1)
+    with pytest.raises(TypeError, match='seed: only used with data'): Plan({'0': Record('Linear', 'svd', 2)}).apply(net, seed=1)
     with pytest.raises(TypeError, match="^layers: '0' is a dict, not a Record; `Plan.of` makes a plan of plain data"): Plan({'0': dict(type='Linear', scheme='svd', rank=2)})
 
 # --- layers that the data does not reach

@@ -272,8 +272,8 @@ def test_learner_decompose(at_once, capsys, place, without):
     text = out.text if out else capsys.readouterr().out
     bars,lines = place is terminal and 'no_bar' not in silence[without], 'no_logging' not in silence[without]
     assert ('\r' in text) == bars and ('| statistics, batch 1 of 4, ' in text) == bars
-    *others,result,end = [''] + (screen(text, 200) if text else ['', ''])
-    assert end == '' and ((result == '') != lines) and result.startswith('decomposed ' if lines else '')
+    *others,result,sizes,end = ['']*3 + (screen(text, 200) if text else [])
+    assert end == '' and ((result == '') != lines) and result.startswith('decomposed ' if lines else '') and ('MACs' in sizes) == lines
     assert any('statistics, batch 2 of 4' in o for o in others) == (lines and not bars)
 
 def test_other_processes_are_silent(at_once, capsys, monkeypatch):
@@ -299,7 +299,7 @@ def test_a_fit_in_a_terminal(at_once, monkeypatch):
     learn.logger = print
     with terminal(160) as out: learn.fit(3, 1e-2, cbs=[before, DecomposeCallback(1, Budget(params=.6)), after])
     table = screen(out.text, 160)
-    rows = ['epoch +train_loss +valid_loss +time', r'0 +\d.*:\d\d', 'epoch 1: decomposed . of 3 layers, .*', r'1 +\d.*:\d\d', r'2 +\d.*:\d\d', 'loss: .* in epoch 1, .* at the end', '']
+    rows = ['epoch +train_loss +valid_loss +time', r'0 +\d.*:\d\d', 'epoch 1: decomposed . of 3 layers, .*', '    .* MACs .*', r'1 +\d.*:\d\d', r'2 +\d.*:\d\d', 'loss: .* before the decomposition, .* after it, .* at the end', '']
     assert len(table) == len(rows) and all(re.fullmatch(*o) for o in zip(rows, table)), table
     assert {'statistics, batch', 'choosing ranks, layer', 'fitting layer'} <= {m[0] for m in re.finditer('[a-z][a-z, ]+(?= 1 of)', out.text)}
     moved = [[b-a for a,b in zip(x, y)] for x,y in zip(before.seen, after.seen)]

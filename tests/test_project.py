@@ -1,11 +1,11 @@
 "The metadata, the imports and the tracked files of the project are what they should be"
-import ast, json, re, subprocess, sys, tomllib
+import ast, json, os, re, subprocess, sys, tomllib
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
 import pytest, yaml
 import fasterai_lr
-from fastcore.nbio import read_nb
+from fastcore.nbio import mk_cell, read_nb
 
 root = Path(__file__).resolve().parent.parent
 lib = root/'fasterai_lr'
@@ -255,3 +255,33 @@ def test_titles_are_in_sentence_case():
 def test_titles_in_another_case_are_found():
     assert not_in_sentence_case(['benchmarks', 'What Is Refused', 'svd', 'What a Learner knows', '`svd`', 'The SVD']) == ['benchmarks', 'What Is Refused', 'svd']
     assert headings('# A\n```\n# b\n```\n## C') == ['A', 'C']
+
+# what a reader copies
+
+def unseeded(cells):
+    "The hidden cells that set a seed, and the first cell that trains where none in sight has set it before"
+    is_hidden = lambda c: c.source.startswith('#| hide')
+    code = [c for c in cells if c.cell_type == 'code']
+    found = [c.source for c in code if is_hidden(c) and re.search(r'seed\(', c.source)]
+    seen = False
+    for c in code:
+        if is_hidden(c): continue
+        seen = seen or 'set_seed(' in c.source
+        if not seen and re.search(r'\.(fit|fit_one_cycle|fine_tune)\(', c.source): return [*found, c.source]
+    return found
+
+pages = ['index', 'quickstart'] + [f'{p.parent.name}/{p.stem}' for p in sorted((root/'nbs').glob('[eht]*/*.ipynb'))]
+
+@pytest.mark.parametrize('page', pages)
+def test_examples_set_their_seeds_in_sight(page): assert unseeded(read_nb(root/f'nbs/{page}.ipynb').cells) == []
+
+def test_seeds_out_of_sight_are_found():
+    cells = [mk_cell('#| hide\nset_seed(0)'), mk_cell('learn.fit(1)'), mk_cell('set_seed(0)\nlearn.fit(1)')]
+    assert unseeded(cells) == [cells[0].source, cells[1].source] and unseeded(cells[2:]) == []
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', sorted(p.stem for p in (root/'bench').glob('*.py') if 'argparse' in p.read_text()))
+def test_benchmarks_do_not_begin_with_a_warning(name):
+    "fastai's use of `torch.jit.script` would be the first thing that they print"
+    res = subprocess.run([sys.executable, root/f'bench/{name}.py', '--help'], cwd=root, env={**os.environ, 'PYTHONPATH': str(root)}, text=True, capture_output=True)
+    assert res.stderr == '' and res.stdout.startswith('usage:')

@@ -280,7 +280,7 @@ def test_tradeoff_of_a_decomposed_model_and_without_evaluate():
 def test_budgets_that_cannot_be_kept_to():
     with pytest.warns(UserWarning) as w: table = tradeoff(net(), images(), budgets=(.001, .5, .002))
     assert [str(o.message) for o in w if o.category is UserWarning and 'budgets' in str(o.message)] == [str(w[-1].message)]
-    assert re.match(r'budgets: 0.002, 0.001 left out; macs: 0.001 cannot be reached; the smallest is 0.\d+, of which most is held by', str(w[-1].message)) and list(table.budget) == [1, .5]
+    assert re.match(r'budgets: 0.002, 0.001 left out; macs: 0.001 cannot be reached; the smallest is 0.\d+, mostly held by', str(w[-1].message)) and list(table.budget) == [1, .5]
     with pytest.raises(ValueError, match='^budgets: none of 0.001 is possible; params: 0.001 cannot be reached'): tradeoff(net(), images(), budgets=(.001,), kind='params')
     with pytest.raises(ValueError, match="^kind: 'size' is not one of"): tradeoff(net(), images(), kind='size')
     with pytest.raises(ValueError, match='^macs: 1.5 is not a fraction'): tradeoff(net(), images(), budgets=(1.5,))
@@ -293,14 +293,14 @@ def test_tradeoff_of_time(monkeypatch):
     monkeypatch.setattr('fasterai_lr.planner.latency_plan', lambda planner, b: setattr(p := planner.make(Budget(macs=b.value)), 'measured', {'latency': .9*b.value}) or p)
     table = tradeoff(net(), images(), budgets=(.5,), kind='latency')
     assert list(table.columns) == ['budget', 'params', 'macs', 'latency', 'loss'] and list(table.latency) == [1, .45]
-    assert plot_tradeoff(table, 'latency').get_xlabel() == 'time of a forward pass left (% of the dense model)'
+    assert plot_tradeoff(table, 'latency').get_xlabel() == 'time of a forward pass, % of the dense network'
 
 def test_plot_of_a_tradeoff():
     table = pd.DataFrame(dict(budget=[1, .5, .2], params=[1, .6, .3], macs=[1, .49, .19], loss=[0, .1, .4], error_rate=[.1, .12, .3]))
     ax = plot_tradeoff(table)
     dense,curve = ax.get_lines()
     assert list(curve.get_xdata()) == [49, 19] and list(curve.get_ydata()) == [.12, .3] and list(dense.get_ydata()) == [.1, .1]
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ('MACs left (% of the dense model)', 'error rate')
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ('MACs, % of the dense network', 'error rate')
     assert plot_tradeoff(table, 'params', 'loss', ax=ax, label='estimate', color='k') is ax
     assert list(ax.get_lines()[-1].get_xdata()) == [60, 30] and ax.get_ylabel() == 'estimated increase of the loss'
     assert [t.get_text() for t in ax.get_legend().get_texts()].count('estimate') == 1

@@ -126,10 +126,11 @@ def browser():
         yield browser
         browser.close()
 
-# What a page shows wrongly: pictures without content, formulas still in TeX or in red, and what sticks out at the right (of what scrolls by itself, only the frame counts)
+# What a page shows wrongly: pictures without content or without a text that says what they show, formulas still in TeX or in red, and what sticks out at the right (of what scrolls by itself, only the frame counts)
 look = """() => {
     const res = [], wide = document.documentElement.clientWidth, main = document.querySelector('article, body');
-    for (const o of document.images) { o.loading = 'eager'; if (o.complete && !o.naturalWidth) res.push('picture: ' + o.src.slice(0, 80)); }
+    for (const o of document.images) { o.loading = 'eager'; if (o.complete && !o.naturalWidth) res.push('picture: ' + o.src.slice(0, 80));
+        if (!o.closest('.navbar-brand') && o.alt.split(' ').length < 6) res.push('alternative text: ' + o.alt); }
     for (const o of document.querySelectorAll('.math')) if (!o.querySelector('mjx-container svg')) res.push('formula: ' + o.textContent.slice(0, 80));
     for (const o of document.querySelectorAll('mjx-merror, [data-mjx-error]')) res.push('formula: ' + o.textContent.slice(0, 80));
     if (document.documentElement.scrollWidth > wide) res.push(`page: ${document.documentElement.scrollWidth} of ${wide} px`);
@@ -215,7 +216,8 @@ def test_formulas_and_pictures_are_there_to_see(site):
 # One page for each kind of problem that is looked for, and pages without any
 everywhere = {
     'error': '<script>throw new Error("x")</script>', 'missing': '<link rel="stylesheet" href="no.css">', 'host': '<img src="http://localhost:9/x.png">',
-    'picture': '<img src="empty.png">', 'formula': '<span class="math">\\(x\\)</span>', 'wide': '<div style="width:1500px">x</div>',
+    'picture': '<img src="empty.png" alt="a text that says what is seen">',
+    'no text': '<img src="data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7" alt="dot.gif">', 'formula': '<span class="math">\\(x\\)</span>', 'wide': '<div style="width:1500px">x</div>',
     'hidden': '<div style="overflow:hidden"><pre style="width:1500px">x</pre></div>'}
 at_a_desk = {
     'faint': '<p style="color:#888">x</p>', 'see-through': '<p style="opacity:.5">x</p>', 'bold': '<b style="color:#888; font-size:18px">x</b>',

@@ -41,11 +41,18 @@ def prepare(nb):
     for c in nb.cells:
         if c.directives.get('echo') == 'false':
             c.metadata['transient'] = {'remove_source': True}  # nbconvert's own mark
+        if alt := c.directives.get('fig-alt'): c.metadata['alt'] = alt
         c.remove_directives()
         if c.cell_type == 'markdown':
             c.source = _link.sub(lambda m: os.path.normpath(f'nbs/{m[1]}'), c.source)
         else: c.outputs = [o for o in map(_plain, c.outputs) if o]
     return nb
+
+def alt_texts(nb):
+    "The alternative text of each picture in `nb`"
+    for c in nb.cells:
+        for o in c.get('outputs', []):
+            if 'image/png' in o.get('data', {}): yield c.metadata.get('alt', 'png')
 
 def render(root):
     "Make the files from the index notebook of the project at `root`: {path from the root: bytes}"
@@ -56,6 +63,8 @@ def render(root):
     nb.metadata.language_info = {'name': 'python'}  # nbdev-clean removes it; the code fences need it
     pictures = {'unique_key': 'index', 'output_files_dir': 'nbs/images'}
     text, res = MarkdownExporter().from_notebook_node(nb, pictures)
+    alts = alt_texts(nb)
+    text = re.sub(r'!\[png\](?=\(nbs/images/)', lambda m: f'![{next(alts)}]', text)
     text = re.sub(r'\n{3,}', '\n\n', re.sub(r'[ \t]+$', '', text, flags=re.M)).strip() + '\n'
     return {'README.md': text.encode(), **res['outputs']}
 
