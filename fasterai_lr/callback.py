@@ -217,6 +217,7 @@ class DecomposeCallback(Callback):
     order,name = 61,'decompose_cb'              # after `ParamScheduler`; `learn.decompose` is a method
     remove_on_fetch = True                      # it does not change predictions
     run_valid,_only_train_loop = False,True
+    _line = None                                # of `fine_tune`, which ran the last fit; old exports lack it
 
     @delegates(factorize, but=['progress'])
     def __init__(self,
@@ -243,7 +244,6 @@ class DecomposeCallback(Callback):
         self.history = []           # records of all fits
         self._passed = set()        # finished epochs of the schedule
         self._goes_on = False       # may the last fit be the first fit of `fine_tune`?
-        self._line = None           # the line of `fine_tune` that ran the last fit
         self._forget_fit()
 
     @property

@@ -123,7 +123,7 @@ def check_data(
     sample = sample_of(learn, data)
     trace(model, [], sample)
     loss,out = loss_for(learn, loss, output),evaluated(model, sample)
-    loss(out)
+    with no_random(): loss(out) # it may draw labels
     if compared: loss.read(out)
 
 # %% ../nbs/21_learned.ipynb #d7357525
@@ -186,7 +186,7 @@ def _default_what(learn, data, kwargs):
     model = dense_model(inner_model(learn.model))
     try:
         sample = sample_of(learn, data)
-        loss_for(learn, loss, output)(evaluated(model, sample))
+        with no_random(): loss_for(learn, loss, output)(evaluated(model, sample))
         budget = half_saved(model, sample)
     except Exception as e:
         warn("what: the model cannot run outside the fit, so its layers are decomposed "

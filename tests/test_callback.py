@@ -18,7 +18,7 @@ from fastai.metrics import mae
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
 from fastai.torch_core import trainable_params
 from helpers import flat, ids, moved, n_factored, same, snapshot
-from learners import Watch, mk_learn, splitter, stops_at
+from learners import Watch, digit_learner, mk_learn, quiet, splitter, stops_at
 from networks import linear_net
 from fastai.data.core import DataLoaders
 from fasterai_lr.progress import Progress
@@ -593,6 +593,17 @@ def test_the_record_leaves_no_trace():
         res.append(learn.model.state_dict())
         assert ('macs_after' in learn.recorder.decomposed[0]) == ('metric' in learn.recorder.decomposed[0]) == (kind is Measured)
     assert same(*res)
+
+@pytest.mark.parametrize('wish', [None, Budget(macs=.5), what])
+def test_the_look_before_the_first_epoch_leaves_no_trace(wish):
+    "Dropout draws the same random numbers with the callback as without: those of a fit are the same up to the decomposition"
+    def losses(*cbs):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(.5), nn.Linear(32, 10))
+        learn = quiet(digit_learner(model, range(200), range(200, 300)))
+        learn.fit(2, 1e-2, cbs=cbs)
+        return learn.recorder.losses[:4]
+    assert losses(DecomposeCallback(1, wish)) == losses()
 
 def test_what_cannot_be_measured_is_left_out(capsys):
     learn = mk_learn(model=Scaled(*linear_net()))

@@ -365,4 +365,4 @@ def test_a_fit_in_a_notebook(notebook, at_once, capsys):
     during = [o for o in notebook.seen if 'fitting layer' in o]
     assert re.fullmatch(r'50.00% \[1/2 \d\d:\d\d&lt;\d\d:\d\d\] epoch train_loss valid_loss time 0 [\d.]+ [\d.]+ \d\d:\d\d fitting layer 1 of \d, 0:00 so far', during[0])
     assert len(after.seen) == 2 # the epoch's bar is in its place again
-    assert [o.split()[0] for o in capsys.readouterr().out.splitlines()] == ['epoch', 'loss:']
+    assert [o.split()[0] for o in capsys.readouterr().out.splitlines()] == ['epoch', '326', 'loss:']
