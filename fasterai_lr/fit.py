@@ -261,18 +261,27 @@ def _factored(layer, name, best, metric, choice): # `best`: the weight in blocks
     return solver.build(rank, layer, solver.refined(rank))
 
 # %% ../nbs/13_fit.ipynb #a871bff5
-def _norm_statistics(model, batches)->dict: # {name: (mean, variance)}
-    "The statistics of what each BatchNorm of `model` gets, behind others that normalise by the batch's own"
-    norms,sums = {},defaultdict(Squares)
+def _norms_of(model)->dict: # {name: module}
+    "The BatchNorms of `model` that keep statistics"
+    norms = {}
     for name,m in model.named_modules():
-        if isinstance(m, _BatchNorm) and m.running_mean is not None:
-            norms[name] = m
-    if not norms: return {}
+        if isinstance(m, _BatchNorm) and m.running_mean is not None: norms[name] = m
+    return norms
+
+def _normalised(norm, x):
+    "Normalise a batch by its own statistics; `None` if it is too small"
+    if x.numel() < 2*x.shape[1]: return
+    return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+
+def _norm_statistics(model, batches, in_training)->dict: # {name: (mean, variance)}
+    "The statistics of the inputs of each BatchNorm, if they all normalise as in training or as in evaluation"
+    sums = defaultdict(Squares)
     def see(name, norm, x, out):
         rows = x.transpose(0, 1).flatten(1).T.double()
         if len(rows): sums[name].add(rows, rows)
-        if len(rows) < 2: return
-        return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+        if in_training: return _normalised(norm, x)
+    norms = _norms_of(model)
+    if not norms: return {}
     with hooked(norms, see):
         for batch in batches: evaluated(model, batch)
     found = {}
@@ -281,17 +290,43 @@ def _norm_statistics(model, batches)->dict: # {name: (mean, variance)}
         found[name] = s.row_mean,variance.clamp_min(0.)
     return found
 
+# %% ../nbs/13_fit.ipynb #bb047259
 def _renormalise(dense, model, batches)->dict: # {name: module}, those that changed
     "Fit the statistics of every BatchNorm of `model` to what has changed since `dense`"
-    was = _norm_statistics(dense, batches)
+    was = _norm_statistics(dense, batches, True)
     changed = {}
-    for name,(mean,var) in _norm_statistics(model, batches).items():
+    for name,(mean,var) in _norm_statistics(model, batches, True).items():
         old_mean,old_var = was[name]
         if torch.equal(mean, old_mean) and torch.equal(var, old_var): continue
         old,new = dense.get_submodule(name),model.get_submodule(name)
         ratio = torch.where(old_var > 0, var/old_var, 1.).clamp(.1, 10.)
         new.running_mean.copy_(old.running_mean + mean - old_mean)
         new.running_var.copy_(old.running_var*ratio)
+        changed[name] = new
+    return changed
+
+# %% ../nbs/13_fit.ipynb #08277913
+def _same_for(norm, mean, var):
+    "Give `norm` other statistics, and the weight and bias with which it computes the same in evaluation"
+    scale = norm.weight.double()/(norm.running_var.double() + norm.eps).sqrt()
+    shift = norm.bias.double() - norm.running_mean.double()*scale
+    norm.weight.copy_(scale*(var + norm.eps).sqrt())
+    norm.bias.copy_(shift + mean*scale)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(var)
+
+def _follow_statistics(dense, model, batches)->dict: # {name: module}, those that changed
+    "Let every BatchNorm of `model` have the statistics of its inputs now"
+    was = _norm_statistics(dense, batches, False)
+    changed = {}
+    for name,(mean,var) in _norm_statistics(model, batches, False).items():
+        old,new = dense.get_submodule(name),model.get_submodule(name)
+        old_mean,old_var = was[name]
+        ratio = torch.where(old_var > 0, var/old_var, 1.)
+        moved = mean - old_mean
+        unchanged = (ratio - 1).abs() < 1e-3 # of the variance; smaller differences are rounding
+        if new.weight is None or (unchanged & (moved.square() < 1e-6*old_var)).all(): continue
+        _same_for(new, old.running_mean + moved, old.running_var*ratio)
         changed[name] = new
     return changed
 
@@ -411,7 +446,8 @@ def fit(
     settings = calibration.settings
     fitting = _fit_layers(calibration, choices)
     model,modules = fitting.model,fitting.modules
-    if not settings.sequential: modules |= _renormalise(dense, model, batches)
+    adapt = _follow_statistics if settings.sequential else _renormalise
+    modules |= adapt(dense, model, batches)
     if settings.distill_steps:
         model = distill(model, dense, batches, settings.distill_steps, progress=settings.progress,
                         loss=settings.loss, augment=settings.augment, seed=settings.seed)

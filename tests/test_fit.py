@@ -133,6 +133,13 @@ def test_each_ingredient_helps_on_data_not_seen(trained):
     assert all(b < .95*a for a,b in zip(errors, errors[1:])), errors
     assert errors[2] < .5*errors[0], errors
 
+def test_training_starts_where_the_fit_ends(trained):
+    "In training, a BatchNorm normalises by the batch, and must not blow up a layer whose outputs vary less than before"
+    net,x,(other,_) = trained
+    small = fitted(net, {n: (scheme, 1) for n,(scheme,_) in low.items()}, x)
+    def changed(model): return divergence(copy.deepcopy(model).train(), model, other)
+    assert changed(small) < 2*changed(net) # 1.4 times as much; it was 400 times when the statistics stayed
+
 def test_a_residual_sum_makes_up_for_the_other_branch(trained):
     "Whatever sums are taken while looking on. A difference is no sum: what goes into one is fitted by itself"
     net,x,(other,_) = trained
@@ -159,7 +166,6 @@ def test_the_means_of_outputs_are_right_with_and_without_a_bias():
             a,b = (m[:norm+1](images).mean((0, 2, 3)).detach() for m in (net, res))
             assert (a - b).abs().max() < 2e-4*net[:norm+1](images).std() # float32 sums of 6,144 positions
         assert [hasattr(m, 'bias') and m.bias is not None for m in res if isinstance(m, (nn.Conv2d, nn.Linear, FactoredLayer))] == [bias]*4
-        if not bias: assert not torch.equal(res[1].running_mean, net[1].running_mean) and torch.equal(res[1].running_var, net[1].running_var)
 
 # --- leaves no trace
 
@@ -442,7 +448,8 @@ def test_a_mean_is_corrected_in_a_norm_only_if_nothing_is_added_to_its_input():
     uses = trace(net, ['0', '1.conv1', '1.conv2', '2.conv1', '2.conv2'], (images[:2],))
     assert [(u.norm, u.add) for u in uses.values()] == [(None, 0), ('1.bn2', None), (None, 0), ('2.bn2', None), (None, 1)]
     res = fitted(net, {'0': ('spatial', 3)}, images)
-    assert torch.equal(res[1].bn1.running_mean, net[1].bn1.running_mean)
+    x = torch.randn(20, 8, 4, 4)
+    assert miss(res[1].bn1, net[1].bn1, x) < 1e-5 # other statistics, but with a weight and a bias that make up for them
 
 # --- what it does to the loss
 

@@ -255,7 +255,7 @@ def check_memory(net, data, part):
 @pytest.mark.parametrize('kind', kinds)
 def test_the_same_to_the_last_bit_in_fewer_runs(kind):
     torch.manual_seed(0)
-    check_memory(with_statistics(kind(), data[0]), data, .6)
+    check_memory(with_statistics(kind(), data[0]), data, .7)
 
 class FirstConv(nn.Conv2d):
     def forward(self, x):
