@@ -336,7 +336,7 @@ def check_callable(
     "Raise a `TypeError` if `value` is not a function of `n` arguments"
     f = value.forward if isinstance(value, nn.Module) else value
     if not callable(f) or isinstance(f, type):
-        raise TypeError(f"{name}: {value!r} is no function; give {expected}")
+        raise TypeError(f"{name}: {value!r} is not a function; give {expected}")
     try: signature(f).bind(*[None]*n)
     except TypeError:
         raise TypeError(f"{name}: {value!r} cannot be called with {n} argument{'s'*(n > 1)}; "
