@@ -330,7 +330,7 @@ def blaming_data(batch):
 def check_callable(
     name:str, # of the argument
     value,
-    expected:str, # what would be right, for the error
+    expected:str, # a valid value in words, for the error
     n:int=1 # number of its arguments
    ):
     "Raise a `TypeError` if `value` is not a function of `n` arguments"
