@@ -8,8 +8,8 @@ time of `decompose(model, Budget(...), data)`: calibration, plan and fit. `memor
 most, less what it used before. All cases but `resnet56` have random weights, which say nothing about accuracy:
 their BatchNorm statistics are those of the data. `resnet56` is trained for a few epochs and cached in fastai's
 folder of models; `drop` is its loss of accuracy on 10,000 test images, in points. For `depth`, `exponent` is the
-slope of log(seconds) over log(depth). The table is added to `bench/results/sweep.csv`; an interrupted run goes
-on where it stopped. Measure on an idle machine.
+slope of log(seconds) over log(depth). The table is added to `bench/results/sweep.csv`; an interrupted run continues
+where it stopped. Measure on an idle machine.
 """
 import argparse, json, os, resource, subprocess, sys, time
 from functools import partial

@@ -162,7 +162,7 @@ def distill(
     lr:float=1e-3, # peak of a one-cycle schedule for Adam; if that does not help, a tenth of it is tried
     **kwargs
    )->nn.Module:
-    "Train a copy of `model` to imitate `teacher` on `data`; it never ends further from it than before"
+    "Train a copy of `model` to imitate `teacher` on `data`; it never gets further from the teacher"
     settings = Settings.of(kwargs, distill)
     batches = Batches.of(data, model)
     before = _apart(model, teacher, batches, settings)

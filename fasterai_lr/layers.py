@@ -206,7 +206,7 @@ class FactoredLayer(nn.Sequential):
     def bias(self): return self[-1].bias
 
     def __getitem__(self, idx):
-        if isinstance(idx, slice): return nn.Sequential(*self)[idx] # a part of the chain is no factored layer
+        if isinstance(idx, slice): return nn.Sequential(*self)[idx] # part of a chain is no longer a chain
         return super().__getitem__(idx)
 
     def extra_repr(self): return f'scheme={self.scheme}, rank={self.rank}'
@@ -381,7 +381,7 @@ def did_you_mean(name:str, known)->str: # `known`: all valid names
 
 # %% ../nbs/02_layers.ipynb #53ec7f09
 def moved(
-    module:str, # that the names were in
+    module:str, # old module of the names
     now:dict, # {name: its new module in the package}
     gone:dict|None=None # {name: what to use instead}
    ):
@@ -496,7 +496,7 @@ def replace_layers(model:nn.Module, # left untouched
 # %% ../nbs/02_layers.ipynb #68e23343
 def recompose(model:nn.Module # left untouched
              )->nn.Module:
-    "Return a copy of `model` with a dense layer in place of every factored one"
+    "Return a copy of `model` with every factored layer replaced by a dense one"
     inner = uncompiled(model)
     dense = {n: m.recompose() for n,m in factored_layers(inner).items()}
     res = replace_layers(inner, dense)

@@ -182,7 +182,7 @@ def goes_by_metric(
 def _default_what(learn, data, kwargs):
     "Return the budget that saves half of the possible MACs, or decomposers if there is no such budget"
     loss,output = kwargs.get('loss'),kwargs.get('output')
-    if data is not None: check_data(learn, data, loss, output) # so that wrong data is an error here
+    if data is not None: check_data(learn, data, loss, output) # raises an error for wrong data
     model = dense_model(inner_model(learn.model))
     try:
         sample = sample_of(learn, data)

@@ -31,7 +31,7 @@ def _content(o):
     "Copy the content of a container; return `None` for other objects"
     if isinstance(o, (Callback, Learner, Metric)): return dict(vars(o))
     if isinstance(o, (list, deque, dict, set)): return o.copy()
-    if isinstance(o, tuple): return o # it cannot change, but what it holds can
+    if isinstance(o, tuple): return o # a tuple cannot change, but its elements can
 
 def _bring_back(o, content):
     "Put `content` back into a container"

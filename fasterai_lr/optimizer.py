@@ -21,7 +21,7 @@ from .layers import compiled_like, inner_model, replace_layers_
 
 # %% ../nbs/19_optimizer.ipynb #fada0263
 def _predecessor(name, olds):
-    "Return the name in `olds` whose place the new parameter `name` takes"
+    "Return the name in `olds` of the parameter that the new parameter `name` replaces"
     if name in olds: return name
     leaf = name.split('.')[-1]
     same_leaf = [old for old in olds if old.split('.')[-1] == leaf]
@@ -162,7 +162,7 @@ def check_opt_state(
         raise ValueError(f"its optimizer has groups of {_group_sizes(there)} parameters, "
                          f"but the one here has groups of {_group_sizes(here)}")
     for a,b in zip(chain(*there), chain(*here)):
-        if a != b: raise ValueError(f"its optimizer has {a!r} in the place of {b!r}")
+        if a != b: raise ValueError(f"its optimizer has {a!r} instead of {b!r}")
 
 # %% ../nbs/19_optimizer.ipynb #f89b7a11
 def load_opt_state(

@@ -258,8 +258,8 @@ def summary(self:PlanFile): # a `DataFrame`, one row a layer
 
 def _head_lines(plan):
     "Return a few lines with the budget of `plan` and its numbers"
-    wish = f' for {plan.budget}' if plan.budget else ''
-    lines = [f'Plan{wish}: {len(plan.choices)} of {len(plan.layers)} layers factored']
+    aim = f' for {plan.budget}' if plan.budget else ''
+    lines = [f'Plan{aim}: {len(plan.choices)} of {len(plan.layers)} layers factored']
     for label in ('predicted', 'measured'):
         numbers = getattr(plan, label)
         texts = [f'{name} {number:.3g}' for name,number in numbers.items()]
@@ -390,7 +390,7 @@ def measured(
     return res
 
 def items_of(calibration:Calibration)->dict:
-    "Return what a plan notes about its data: how many items there are, and how many are enough"
+    "Return a plan's notes on its data: the number of items, and how many are enough"
     return dict(items=calibration.n_items, enough=calibration.enough)
 
 # %% ../nbs/15_plan.ipynb #08dba5e7

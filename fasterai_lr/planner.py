@@ -99,19 +99,19 @@ class _Chooser:
 
     def cost(self, chosen): return sum(self.costs[self.layers,chosen])
 
-    def at_price(self, price):
-        "Choose each layer's best option when cost has a price; the cheapest of equal ones"
-        order = np.lexsort((self.costs, self.losses + price*self.costs))
+    def at_multiplier(self, multiplier):
+        "Choose the options of least `loss + multiplier*cost`; of equal ones, the cheapest"
+        order = np.lexsort((self.costs, self.losses + multiplier*self.costs))
         return order[:,0]
 
     def within(self, limit):
-        "Choose at the lowest price that stays within `limit`"
+        "Choose with the smallest multiplier that keeps the cost within `limit`"
         low,high = 1e-30,1e30
         for _ in range(200):
-            price = (low*high)**.5
-            if self.cost(self.at_price(price)) <= limit: high = price
-            else: low = price
-        return self.at_price(high)
+            middle = (low*high)**.5
+            if self.cost(self.at_multiplier(middle)) <= limit: high = middle
+            else: low = middle
+        return self.at_multiplier(high)
 
     def best_step(self, chosen, left)->tuple|None: # (layer, index)
         "Find the option with the highest gain per cost among those that cost at most `left`"
@@ -357,7 +357,7 @@ def _timed_options(planner)->Options:
 def measured_ratio(
     dense:nn.Module,
     other:nn.Module,
-    sample, # what they are called with
+    sample, # their input
     seconds:float=10., # about how long to measure; longer if needed for three measurements of each
     once:float|None=None # milliseconds of `dense`, if known
    )->float:

@@ -83,7 +83,7 @@ class _NotebookBar:
     def close(self): self.place.update(self.nothing)
 
 class _FitBar(_NotebookBar):
-    "A bar in a notebook during a fit, in place of the epoch's bar"
+    "A bar in a notebook during a fit; it replaces the epoch's bar"
     def __init__(self, master): self.master = master
     def open(self): self.before = self.master.child
 

@@ -175,21 +175,21 @@ class EVBMF:
 
 # %% ../nbs/03_rank.ipynb #56360303
 _numbers = "a fraction 0 < float <= 1 or an int >= 1"
-_wishes = ("a fraction 0 < float <= 1, an int >= 1, Energy(p), EVBMF() or 'evbmf', "
+_rules = ("a fraction 0 < float <= 1, an int >= 1, Energy(p), EVBMF() or 'evbmf', "
            "a pair (out, in) of numbers, or a dict {layer name or glob: rank}")
 
 def check_rank(
-    wish, # Fraction, int, `Energy`, `EVBMF`, 'evbmf', pair (out, in), or dict {layer name or glob: wish}
+    rule, # Fraction, int, `Energy`, `EVBMF`, 'evbmf', pair (out, in), or dict {layer name or glob: rule}
     argument:str='rank', # Its name in error messages
-): # `wish` in plain Python types; 'evbmf' becomes `EVBMF()`
-    "Return `wish`, or raise an error if it is not a valid rank"
-    if isinstance(wish, (Energy,EVBMF)): return wish
-    if isinstance(wish, str) and wish=='evbmf': return EVBMF()
-    if isinstance(wish, dict):
-        return {key: _check_entry(key, o, argument) for key,o in wish.items()}
-    if isinstance(wish, (tuple,list)) and len(wish)==2:
-        return tuple(_check_number(o, f'{argument}[{n}]') for n,o in enumerate(wish))
-    return _check_number(wish, argument, _wishes)
+): # `rule` in plain Python types; 'evbmf' becomes `EVBMF()`
+    "Return `rule`, or raise an error if it is not a valid rank"
+    if isinstance(rule, (Energy,EVBMF)): return rule
+    if isinstance(rule, str) and rule=='evbmf': return EVBMF()
+    if isinstance(rule, dict):
+        return {key: _check_entry(key, o, argument) for key,o in rule.items()}
+    if isinstance(rule, (tuple,list)) and len(rule)==2:
+        return tuple(_check_number(o, f'{argument}[{n}]') for n,o in enumerate(rule))
+    return _check_number(rule, argument, _rules)
 
 def _check_number(o, argument, expected=_numbers):
     "Return `o` as an int of at least 1 or a float in (0,1]"
@@ -199,25 +199,25 @@ def _check_number(o, argument, expected=_numbers):
     if isinstance(o, Real) and 0<o<=1: return float(o)
     raise ValueError(message)
 
-def _check_entry(key, wish, argument):
-    "Check one entry of a dict of ranks and return its `wish`"
+def _check_entry(key, rule, argument):
+    "Check one entry of a dict of ranks and return its `rule`"
     if not isinstance(key, str):
         raise TypeError(f"{argument} has the key {key!r}: expected a layer name or glob pattern")
     argument = f'{argument}[{key!r}]'
-    if isinstance(wish, dict):
-        raise TypeError(f"{argument}={wish!r}: a dict of ranks cannot hold another")
-    return check_rank(wish, argument)
+    if isinstance(rule, dict):
+        raise TypeError(f"{argument}={rule!r}: a dict of ranks cannot hold another")
+    return check_rank(rule, argument)
 
 # %% ../nbs/03_rank.ipynb #d158da25
 def resolve_rank(
-    wish, # A fraction, an int, `Energy`, `EVBMF` or 'evbmf'
+    rule, # A fraction, an int, `Energy`, `EVBMF` or 'evbmf'
     full:int, # The full rank
     svals=None, # Function that returns the singular values [n] or [blocks,n]; called only if needed
     shape=None, # Rows and columns of the unfolding (of one block)
 )->int: # An int is returned unchanged, even above `full`; all others are at most `full`
-    "Turn `wish` into the rank of one layer"
-    wish = check_rank(wish)
-    if isinstance(wish, float): return max(1, math.floor(wish*full + 1e-9))
-    if isinstance(wish, int): return wish
-    if isinstance(wish, (Energy,EVBMF)): return min(wish(svals(), shape), full)
-    raise TypeError(f"rank={wish!r}: one rank is needed here, not a pair or a dict")
+    "Turn `rule` into the rank of one layer"
+    rule = check_rank(rule)
+    if isinstance(rule, float): return max(1, math.floor(rule*full + 1e-9))
+    if isinstance(rule, int): return rule
+    if isinstance(rule, (Energy,EVBMF)): return min(rule(svals(), shape), full)
+    raise TypeError(f"rank={rule!r}: one rank is needed here, not a pair or a dict")

@@ -179,7 +179,7 @@ method_colours = dict( # the colour of each method in every picture, by its name
     slice='#646426',
     dense='#7f7f7f')
 
-_colours = list(method_colours.values())[:-1] # for what is no method
+_colours = list(method_colours.values())[:-1] # for lines that do not stand for a method
 _blue = _colours[0]
 _grey = method_colours['dense']
 _small = 9 # points: the smallest text that is readable on a phone

@@ -330,13 +330,13 @@ def blaming_data(batch):
 def check_callable(
     name:str, # of the argument
     value,
-    expected:str, # what would be right, for the error
+    expected:str, # a valid value in words, for the error
     n:int=1 # number of its arguments
    ):
     "Raise a `TypeError` if `value` is not a function of `n` arguments"
     f = value.forward if isinstance(value, nn.Module) else value
     if not callable(f) or isinstance(f, type):
-        raise TypeError(f"{name}: {value!r} is no function; give {expected}")
+        raise TypeError(f"{name}: {value!r} is not a function; give {expected}")
     try: signature(f).bind(*[None]*n)
     except TypeError:
         raise TypeError(f"{name}: {value!r} cannot be called with {n} argument{'s'*(n > 1)}; "

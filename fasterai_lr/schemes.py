@@ -38,14 +38,14 @@ class Shuffle:
 
 @dataclass
 class Mode:
-    "A matrix unfolding of the weight, to choose a rank for"
+    "A matrix unfolding of the weight, with a rank to choose"
     full:int # its full rank
     spectrum:object # function without arguments that returns the singular values, `[n]` or `[blocks, n]`
     shape:tuple # rows and columns of the unfolding
 
-    def resolve(self, wish)->int: # `wish` as `resolve_rank` takes it
-        "Turn `wish` into the rank of this unfolding"
-        return resolve_rank(wish, self.full, self.spectrum, self.shape)
+    def resolve(self, rule)->int: # `rule`: as for `resolve_rank`
+        "Turn `rule` into the rank of this unfolding"
+        return resolve_rank(rule, self.full, self.spectrum, self.shape)
 
 # %% ../nbs/04_schemes.ipynb #618593a5
 class Scheme:
@@ -200,11 +200,11 @@ def misfit(self:Solver, rank=1)->str|None:
         return 'its moments would be too large; use svd'
 
 @patch
-def resolve(self:Solver, wish): # a wish as `resolve_rank` takes it, or a pair of them
-    "Turn `wish` into the rank of this weight; 0 if `EVBMF` finds only noise"
+def resolve(self:Solver, rule): # a rank rule as for `resolve_rank`, or a pair of them
+    "Turn `rule` into the rank of this weight; 0 if `EVBMF` finds only noise"
     mode, = self.modes()
-    if not isinstance(wish, tuple): return mode.resolve(wish)
-    return min(mode.full, *map(self.resolve, wish)) # the smaller rank of a pair bounds a matrix's
+    if not isinstance(rule, tuple): return mode.resolve(rule)
+    return min(mode.full, *map(self.resolve, rule)) # the smaller rank of a pair bounds a matrix's
 
 @patch
 def weights(self:Solver, rank)->list:
@@ -611,11 +611,11 @@ class _TuckerSolver(_KernelSolver):
         core,Uo,Ui = _stacked(self.decompositions(rank))
         return Ui.mT, core, Uo
 
-    def resolve(self, wish):
-        pair = wish if isinstance(wish, tuple) else (wish, wish)
+    def resolve(self, rule):
+        pair = rule if isinstance(rule, tuple) else (rule, rule)
         ranks = tuple(map(Mode.resolve, self.modes(), pair))
         if 0 in ranks: return 0
-        if pair is wish: ranks = tuple(map(min, ranks, self.scheme.full()))
+        if pair is rule: ranks = tuple(map(min, ranks, self.scheme.full()))
         return ranks
 
 @register
@@ -643,9 +643,9 @@ class _CPSolver(_KernelSolver):
             else: o = o*k # an axis of size 1 is a scale
         return [i.mT, *middle, o]
 
-    def resolve(self, wish):
-        if not isinstance(wish, (Energy, EVBMF)): return resolve_rank(wish, self.scheme.full())
-        return max(mode.resolve(wish) for mode in self.modes())
+    def resolve(self, rule):
+        if not isinstance(rule, (Energy, EVBMF)): return resolve_rank(rule, self.scheme.full())
+        return max(mode.resolve(rule) for mode in self.modes())
 
 @register
 class CP(_KernelScheme):
@@ -671,14 +671,14 @@ class _SliceSolver(_MatrixSolver):
         right = right.unflatten(0, shape).permute(0, 1, 3, 2, 4)
         return left, right
 
-    def resolve(self, wish):
-        if not isinstance(wish, EVBMF): return super().resolve(wish)
+    def resolve(self, rule):
+        if not isinstance(rule, EVBMF): return super().resolve(rule)
         W = self.blocks.flatten(4)
         ranks = [self.scheme.full()]
         for axis in (3, 4): # a slice has at most the rank of either spatial unfolding
             matrix = W.movedim(axis, 1).flatten(2)
             spectrum = singular_values(matrix, self.scheme.layer)
-            ranks.append(wish(spectrum, matrix.shape[1:]))
+            ranks.append(rule(spectrum, matrix.shape[1:]))
         return min(ranks)
 
 # %% ../nbs/04_schemes.ipynb #c30b8a16

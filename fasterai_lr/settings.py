@@ -25,7 +25,7 @@ from .metric import check_kind
 # %% ../nbs/10_settings.ipynb #86071d0c
 _removed = dict( # {argument: what to do instead}
     moments='give what `calibrate` returns as `data`',
-    passes='leave it out: each layer has its own turn now, and all turns together cost a few passes')
+    passes='leave it out: the fit now takes as long as a few passes over the data')
 
 def check_names(
     kwargs:dict, # the keywords of a call
@@ -100,7 +100,7 @@ def _progress_of(value):
     return value
 
 def _unknown(argument, f):
-    "Make the error for a function of which a plan's file holds only the name"
+    "Make the error for a function that a plan's file holds only by name"
     return ValueError(f"{argument}: the plan was made with a function {f.name!r}, but its file only holds "
                       f"its name; give it again, as {argument}=…")
 
@@ -123,7 +123,7 @@ class _Checked:
             raise ValueError(f"seed: {self.seed} is too large for torch; give an int below 2**63")
 
     def check_functions(self):
-        "Raise a `ValueError` for a function of which only the name is known"
+        "Raise a `ValueError` if only the name of a function is known"
         loss = self.loss
         if isinstance(loss, OwnFunction) and loss.function is None: raise _unknown('loss', loss)
         if isinstance(self.output, UserFunction): raise _unknown('output', self.output)

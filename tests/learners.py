@@ -71,7 +71,7 @@ class Watch(Callback):
     def after_step(self): self.steps += 1
 
 def stops_at(at, error, keep=.5):
-    "A wish for a rank, `Energy(keep)`, that raises `error` once: at the layer number `at`"
+    "A rank rule, `Energy(keep)`, that raises `error` once: at the layer number `at`"
     seen = []
     class Stops(Energy):
         def __call__(self, s, shape):

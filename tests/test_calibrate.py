@@ -188,10 +188,10 @@ def test_what_no_loss_is_known_for_is_said():
         def forward(self, x): return str(super().forward(x))
     with pytest.raises(TypeError, match='loss: the model returns str, not a tensor; give output='): calibrate(Text(4, 3), x)
     with pytest.raises(TypeError, match='output: it returns dict; expected a tensor'): calibrate(Dict(), x, output=lambda o: o)
-    with pytest.raises(TypeError, match="output: 'logits' is no function"): calibrate(Dict(), x, output='logits')
+    with pytest.raises(TypeError, match="output: 'logits' is not a function"): calibrate(Dict(), x, output='logits')
     with pytest.raises(ValueError, match=r'loss: an output of shape \[8\]'): calibrate(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), x)
     with pytest.raises(ValueError, match=r'loss: it returns \[8, 3\]'): calibrate(nn.Linear(4, 3), x, lambda o: o)
-    with pytest.raises(TypeError, match="loss: 'mse' is no function"): calibrate(nn.Linear(4, 3), x, 'mse')
+    with pytest.raises(TypeError, match="loss: 'mse' is not a function"): calibrate(nn.Linear(4, 3), x, 'mse')
     with pytest.raises(ValueError, match="^data: batch 0 holds NaN or infinity"): calibrate(Dict(), x/0, lambda o: o['logits'].sum())
     by_output = calibrate(Dict(), x, regression, output=lambda o: o['logits'])
     assert by_output.settings.loss.output is by_output.settings.output

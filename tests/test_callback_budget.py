@@ -121,7 +121,7 @@ def test_the_loss_tells_the_kind_of_output(loss, axis):
 
 @pytest.mark.parametrize('mix', [MixUp, CutMix])
 def test_mixed_items_are_classified_too(mix):
-    "MixUp puts a loss of its own in place of the learner's during training"
+    "MixUp replaces the learner's loss by its own during training"
     seen = []
     class See(Callback):
         order = 62

@@ -296,7 +296,7 @@ def test_another_optimizer_is_refused(tmp_path):
     learn.fit(1, 1e-2)
     learn.save_low_rank('m')
     others = {r'its optimizer differs \(': mk_learn(SGD, path=tmp_path), 'has groups of': mk_learn(splitter=lambda m: list(m.parameters()), path=tmp_path),
-              r"has '\w.*' in the place of": mk_learn(splitter=lambda m: [list(m[:3].parameters())[::-1], list(m[3:5].parameters()), list(m[5:].parameters())], path=tmp_path)}
+              r"has '\w.*' instead of": mk_learn(splitter=lambda m: [list(m[:3].parameters())[::-1], list(m[3:5].parameters()), list(m[5:].parameters())], path=tmp_path)}
     for text,other in others.items():
         for fit in (False, True):
             if fit: other.fit(1, 1e-2)

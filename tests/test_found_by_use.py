@@ -75,19 +75,19 @@ wrong_calls = [
     (lambda m: decompose(m, macs, X, schemes='svd'), ValueError, r"^schemes: 'svd' is not a list of schemes; give \('svd', 'spatial'\)"),
     (lambda m: decompose(m, macs, X, schemes=()), ValueError, '^schemes: the list is empty'),
     (lambda m: decompose(m, macs, X, metric='fischer'), ValueError, "^metric: 'fischer' .* did you mean 'fisher'"),
-    (lambda m: decompose(m, macs, X, loss='mse'), TypeError, "^loss: 'mse' is no function; give classification, regression"),
+    (lambda m: decompose(m, macs, X, loss='mse'), TypeError, "^loss: 'mse' is not a function; give classification, regression"),
     (lambda m: decompose(m, macs, X, seed=.5), ValueError, '^seed: 0.5 is not an int of at least 0'),
     (lambda m: decompose(m, macs, X, most=0), ValueError, '^most: 0 is not an int of at least 1'),
     (lambda m: decompose(m, macs, X, room=-1), ValueError, '^room: -1 is not an int of at least 0'),
-    (lambda m: decompose(m, macs, X, passes=24), TypeError, '^passes: was removed; leave it out: each layer has its own turn now'),
+    (lambda m: decompose(m, macs, X, passes=24), TypeError, '^passes: was removed; leave it out: the fit now takes as long as a few passes'),
     (lambda m: decompose(m, macs, X, most=-1), ValueError, '^most: -1 is not an int of at least 1'),
     (lambda m: decompose(m, macs, X, max_size=1e4), ValueError, '^max_size: 10000.0 is not an int'),
     (lambda m: decompose(m, macs, X, distill_steps=True), ValueError, '^distill_steps: True is not an int'),
     (lambda m: decompose(m, macs, X, sequential='no'), ValueError, "^sequential: 'no' is not True or False"),
-    (lambda m: decompose(m, macs, X, augment='flip'), TypeError, "^augment: 'flip' is no function"),
+    (lambda m: decompose(m, macs, X, augment='flip'), TypeError, "^augment: 'flip' is not a function"),
     (lambda m: decompose(m, macs, X, evaluate=percent), TypeError, '^evaluate: only used with a Budget of max_drop'),
     (lambda m: decompose(m, Budget(max_drop=.1), X), ValueError, '^evaluate: none given; a budget of max_drop needs a function'),
-    (lambda m: decompose(m, Budget(max_drop=.1), X, evaluate=.9), TypeError, '^evaluate: 0.9 is no function'),
+    (lambda m: decompose(m, Budget(max_drop=.1), X, evaluate=.9), TypeError, '^evaluate: 0.9 is not a function'),
     (lambda m: decompose(m, FC_Decomposer(), seed=3), TypeError, '^seed: only used with data'),
     (lambda m: decompose(m, FC_Decomposer(), moments={}), TypeError, '^moments: was removed; give what `calibrate` returns as `data`'),
     (lambda m: decompose(m, FC_Decomposer(), X, schemes=['svd']), TypeError, '^schemes: only used with a Budget'),
@@ -280,12 +280,12 @@ def test_a_metric_that_is_no_fraction_may_fall_by_more(net):
 def test_too_little_data_is_said_once_and_noted(n, enough, net):
     for make in (lambda: decompose(net, macs, X[:n]), lambda: FC_Decomposer(.3).decompose(net, data=X[:n]), lambda: Plan.of(make_plan(net, X, macs).plain()).apply(net, X[:n])):
         with pytest.warns(UserWarning) as w: small = make()
-        assert [str(o.message) for o in w] == [f'data: {n} items are too few to say what the layers do, so that accuracy may be lost; {enough} would do']
+        assert [str(o.message) for o in w] == [f'data: {n} items are too few to measure the layers well, and accuracy may suffer; {enough} are enough']
         assert small.low_rank_plan['data'] == dict(items=n, enough=enough)
     assert decompose(net, macs, X[:256]).low_rank_plan['data'] == dict(items=256, enough=256)   # no warning: one would be an error here
 
 def test_the_number_that_would_do_does(net):
-    with pytest.warns(UserWarning, match='256 would do'): one = decompose(net, macs, X[:1])
+    with pytest.warns(UserWarning, match='256 are enough'): one = decompose(net, macs, X[:1])
     assert percent(one) < percent(net) - 20 and percent(net) - 2 < percent(decompose(net, macs, X[:256]))
 
 # --- a second decomposition
@@ -372,7 +372,7 @@ def inference(_=None):
     (lambda m: broken(m, '2.weight', float('nan')), X, "^model: its parameter '2.weight' holds NaN or infinity$"),
     (lambda m: broken(m, '6.bias', float('inf')), X, "^model: its parameter '6.bias' holds NaN or infinity$"),
     (lambda m: m, torch.where(torch.arange(1797)[:,None,None,None] == 70, float('nan'), X), '^data: batch 1 holds NaN or infinity$'),
-    (lambda m: nn.Sequential(*m[:2], nn.BatchNorm2d(8), *m[2:]), None, "^model: what it computes from the data, which is finite, is NaN or infinite at layer '3'"),
+    (lambda m: nn.Sequential(*m[:2], nn.BatchNorm2d(8), *m[2:]), None, "^model: its values are NaN or infinite at layer '3', although the data is finite$"),
     (inference, X, r"^model: '0.weight' was made inside torch.inference_mode\(\), .* copy.deepcopy\(model\)$"),
     (lambda m: m, [X[:0], X[:9]], '^data: batch 0 holds no items$'),
     (lambda m: m, [X[:9], X[:0]], '^data: batch 1 holds no items$'),
@@ -488,11 +488,11 @@ def test_a_part_of_a_decomposed_model_knows_its_layers(net):
     (lambda m: decompose(m, macs, [X, y]), ValueError, '^data: a list holds batches, but its tensors look like inputs and targets; give a tuple'),
     (lambda m: decompose(m, macs, X, loss=nn.CrossEntropyLoss()), TypeError, r'^loss: CrossEntropyLoss\(\) cannot be called with 1 argument; give classification'),
     (lambda m: decompose(m, macs, X, loss=F.cross_entropy), TypeError, '^loss: .* cannot be called with 1 argument'),
-    (lambda m: decompose(m, macs, X, loss=nn.CrossEntropyLoss), TypeError, '^loss: .* is no function'),
+    (lambda m: decompose(m, macs, X, loss=nn.CrossEntropyLoss), TypeError, '^loss: .* is not a function'),
     (lambda m: decompose(m, macs, X, augment=lambda x: x), TypeError, '^augment: .* cannot be called with 2 arguments'),
     (lambda m: decompose(m, macs, X, seed=2**64), ValueError, '^seed: 18446744073709551616 is too large'),
-    (lambda m: decompose(m, macs, X, progress=3), TypeError, '^progress: 3 is no function'),
-    (lambda m: make_plan(m, X, macs, 'activation'), TypeError, "^evaluate: 'activation' is no function; .* by name"),
+    (lambda m: decompose(m, macs, X, progress=3), TypeError, '^progress: 3 is not a function'),
+    (lambda m: make_plan(m, X, macs, 'activation'), TypeError, "^evaluate: 'activation' is not a function; .* by name"),
     (lambda m: make_plan(m, X, X), TypeError, "^budget: 'Tensor' is not a Budget"),
     (lambda m: make_plan(None, X, macs), TypeError, '^model: NoneType is not an nn.Module'),
     (lambda m: decompose(m, Budget(max_drop=.1), X, evaluate=lambda m: None), TypeError, '^evaluate: it returns NoneType, not a number'),
@@ -506,7 +506,7 @@ def acc(pred, targ): return (pred.argmax(1) == targ).float().mean()
 def test_a_callback_finds_what_is_wrong_before_it_trains():
     named = Plan.of(make_plan(new_net().eval(), X[:300], macs, loss=half_square).plain())
     with pytest.raises(ValueError, match="^loss: the plan was made with a function 'half_square'"): DecomposeCallback(1, named)
-    with pytest.raises(TypeError, match='^evaluate: 0.9 is no function'): DecomposeCallback(1, Budget(max_drop=.1), evaluate=.9)
+    with pytest.raises(TypeError, match='^evaluate: 0.9 is not a function'): DecomposeCallback(1, Budget(max_drop=.1), evaluate=.9)
     for data,match in ((3, 'data: int holds no batches'), ([], 'data: it holds no batch'), (X[:9,0,0], 'data: the model cannot be called with inputs')):
         for what in (FC_Decomposer(), macs, None): nothing_is_trained(learner(), DecomposeCallback(1, what, data=data), (TypeError, ValueError), match)
         with pytest.raises((TypeError, ValueError), match=match): learner().decompose(data=data)

@@ -70,7 +70,7 @@ def terminal(cols=80, encoding='utf-8'):
 
 @pytest.fixture
 def clock(monkeypatch):
-    "A clock that goes on when it is told to, in the place of the one that progress is measured by"
+    "A clock that moves when a test sets it, instead of the one that progress is measured by"
     class Clock:
         now = 1000.
         def __call__(self): return self.now

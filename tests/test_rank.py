@@ -1,4 +1,4 @@
-"Ranks: Energy and EVBMF against their definitions, references and known ranks; wishes and their errors"
+"Ranks: Energy and EVBMF against their definitions, references and known ranks; rank rules and their errors"
 import math, pickle, subprocess, sys
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -174,7 +174,7 @@ def test_evbmf_blocks_and_multiples():
     assert [EVBMF(m)(s, (40,60)) for m in (1,4,5,8,64)] == [5,8,5,8,64]
     assert resolve_rank(EVBMF(64), 40, lambda: s, (40,60)) == 40
 
-# --- wishes
+# --- rank rules
 
 @quick
 @given(st.integers(1,5000), st.integers(1,5000))
@@ -187,9 +187,9 @@ def test_fractions_that_rounding_would_spoil(): assert [resolve_rank(f,n) for f,
 
 def test_singular_values_are_computed_only_when_needed():
     def svals(): calls.append(1); return torch.ones(4)
-    for wish,n in ((.5,0), (3,0), (99,0), (np.int64(3),0), (Energy(.5),1), ('evbmf',1)):
+    for rule,n in ((.5,0), (3,0), (99,0), (np.int64(3),0), (Energy(.5),1), ('evbmf',1)):
         calls = []
-        resolve_rank(wish, 4, svals, (4,4))
+        resolve_rank(rule, 4, svals, (4,4))
         assert len(calls)==n
 
 def test_ints_come_back_as_they_are(): assert resolve_rank(99, 4) == 99
@@ -197,9 +197,9 @@ def test_evbmf_0_stays_0(): assert resolve_rank(EVBMF(8), 4, lambda: torch.ones(
 
 good = [(.5,.5), (1,1), (1.,1.), (np.float32(.5),.5), (np.int64(3),3), ('evbmf',EVBMF()), (EVBMF(8),EVBMF(8)), (Energy(.9),Energy(.9)), ((.5,4),(.5,4)), ([2,3],(2,3)),
         ({'a.*':'evbmf','b':(np.int32(2),1.)}, {'a.*':EVBMF(),'b':(2,1.)}), ({},{})]
-@pytest.mark.parametrize('wish,want', good)
-def test_good_wishes(wish, want):
-    got = check_rank(wish)
+@pytest.mark.parametrize('rule,want', good)
+def test_good_ranks(rule, want):
+    got = check_rank(rule)
     assert got==want and type(got) is type(want)
     assert check_rank(got)==got and pickle.loads(pickle.dumps(got))==got
 
@@ -207,9 +207,9 @@ bad = [(0,'rank=0',ValueError), (-3,'rank=-3',ValueError), (0.,'rank=0.0',ValueE
        (math.inf,'rank=inf',ValueError), ('EVB','rank=.EVB.',ValueError), (True,'rank=True',TypeError), (np.bool_(True),'rank=',TypeError), (None,'rank=None',TypeError), (Energy,'rank=',TypeError),
        ((.5,0),r'rank\[1\]=0',ValueError), ((1,2,3),'rank=',TypeError), ((.5,Energy(.5)),r'rank\[1\]=Energy',TypeError), ((True,1),r'rank\[0\]=True',TypeError), ((.5,'evbmf'),r'rank\[1\]=.evbmf',ValueError),
        ({'fc':2.},r"rank\['fc'\]=2.0",ValueError), ({'fc':(1,0)},r"rank\['fc'\]\[1\]=0",ValueError), ({'fc':{'a':1}},r"rank\['fc'\]",TypeError), ({1:.5},'key 1',TypeError), (torch.tensor(.5),'rank=',TypeError)]
-@pytest.mark.parametrize('wish,msg,exc', bad)
-def test_bad_wishes(wish, msg, exc):
-    with pytest.raises(exc, match=msg) as e: check_rank(wish)
+@pytest.mark.parametrize('rule,msg,exc', bad)
+def test_bad_ranks(rule, msg, exc):
+    with pytest.raises(exc, match=msg) as e: check_rank(rule)
     assert 'expected' in str(e.value) or 'cannot hold' in str(e.value)
 
 def test_the_argument_is_named():
@@ -220,9 +220,9 @@ def test_the_argument_is_named():
 def test_bad_rules(make, exc):
     with pytest.raises(exc, match='expected'): make()
 
-@pytest.mark.parametrize('wish', [(1,2), {'a':1}])
-def test_resolve_wants_one_rank(wish):
-    with pytest.raises(TypeError, match='one rank is needed'): resolve_rank(wish, 4)
+@pytest.mark.parametrize('rule', [(1,2), {'a':1}])
+def test_resolve_wants_one_rank(rule):
+    with pytest.raises(TypeError, match='one rank is needed'): resolve_rank(rule, 4)
 
 def test_repr(): assert repr([Energy(.95),EVBMF(),EVBMF(8)]) == '[Energy(0.95), EVBMF(), EVBMF(multiple_of=8)]'
 

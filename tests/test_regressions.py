@@ -319,7 +319,7 @@ def test_decomposers_that_make_no_sense(make, error, match):
     (lambda m: project_(m, 2, layers='x'), ValueError, "layers: 'x' matches no layer"),
     (lambda m: project_(m, (2,2)), ValueError, 'is a pair'),
     (lambda m: decompose(m, [FC_Decomposer(), 'cp']), TypeError, "what: 'cp' is not a decomposer")])
-def test_wishes_that_make_no_sense(f, error, match): raises(small_net(), f, error, match)
+def test_ranks_that_make_no_sense(f, error, match): raises(small_net(), f, error, match)
 
 def test_what_is_no_model():
     for f in (FC_Decomposer().decompose, ConvDecomposer().decompose, decompose, lambda m: project_(m, 2)):
