@@ -143,6 +143,7 @@ class Progress:
         self.bars,self.lines,self.master = bars,lines,master
         self.loops = [] # the running ones, the outermost first
         self.bar,self.is_open = None,False
+        self.after_bar = False # does the next line follow the bar of an epoch?
         self.shown = -inf # when the bar was shown last
         self.begun = self.told = self.ended = -inf # times: of the computation, the last line, the last loop
 
@@ -170,7 +171,7 @@ def _enter(self:Progress, loop):
         self.start,self.most = now,0.
         idle = now - self.ended # a loop soon after another one belongs to the same computation
         if idle > self.patience: self.begun,self.bar = now,None
-        if idle > self.interval: self.told = now
+        if idle > self.interval: self.told,self.after_bar = now,self.master is not None
     self.loops.append(loop)
 
 @patch
@@ -214,4 +215,5 @@ def _show(self:Progress):
         if is_time: self._show_bar(now, text)
     elif self.lines and now - self.told > self.interval:
         self.told = now
-        print(f'{text}, {self._times(now)}', flush=True)
+        say(f'{text}, {self._times(now)}', self.after_bar)
+        self.after_bar = False

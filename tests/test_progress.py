@@ -241,6 +241,16 @@ def test_lines_of_loops_in_loops(clock, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines() == [
         'trying budget 1 of 2, fitting layer 5 of 5, 0:16 so far, 0:24 to go', 'trying budget 2 of 2, fitting layer 4 of 5, 0:32 so far, 0:08 to go']
 
+def test_lines_in_a_file_start_below_the_bar_of_an_epoch(clock, capsys, monkeypatch):
+    monkeypatch.setattr(Progress, 'interval', 15.)
+    progress = Progress(master=object())
+    for _ in range(2): # two decompositions in one fit
+        print('Epoch 1/2 : |-----|', end='')
+        for _ in progress(range(6), 'fitting layer'): clock.now += 8
+        clock.now += 3600
+    times = 'fitting layer 3 of 6, 0:16 so far, 0:32 to go', 'fitting layer 5 of 6, 0:32 so far, 0:16 to go'
+    assert capsys.readouterr().out.splitlines() == ['Epoch 1/2 : |-----|', *times]*2
+
 def test_stdout_may_be_missing(monkeypatch, at_once):
     "As in a program without a console"
     monkeypatch.setattr(sys, 'stdout', None)
