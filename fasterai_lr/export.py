@@ -18,7 +18,7 @@ import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .layers import compiled_like, factored_layers, replace_layers, uncompiled
+from .layers import check_whole, compiled_like, factored_layers, replace_layers, uncompiled
 from .running import devices_of, evaluating, run_model
 from .cost import size_on_disk
 from .budget import dense_model
@@ -70,6 +70,8 @@ def save_low_rank(
     opt=None # the state of an optimizer, to save with the model
    )->Path: # the file
     "Write the plan and the weights of `model`"
+    check_whole(model, 'gather its weights with `get_model_state_dict` and `full_state_dict=True`, '
+                       'load them into a whole model, and save that')
     path,model = as_file(path, '.pth'),uncompiled(model)
     state = model.state_dict()
     for key,value in state.items(): state[key] = plain(value, f'model: {key!r}')
@@ -147,23 +149,47 @@ def _freeze_alike(model, base, names):
         new.requires_grad_(old.weight.requires_grad)
         if old.bias is not None: new.bias.requires_grad_(old.bias.requires_grad)
 
-# %% ../nbs/24_export.ipynb #1585ea45
+# %% ../nbs/24_export.ipynb #3f93bf7b
+def _as_wanted(value, like):
+    "Return `value` in the dtype of `like`, and on its device unless that is meta"
+    if not isinstance(value, Tensor): return value
+    return value.to(None if like.is_meta else like.device, like.dtype)
+
+def _check_complete(model):
+    "Raise a `ValueError` for a parameter or a buffer of `model` that is still on the meta device"
+    for name,t in (*model.named_parameters(), *model.named_buffers()):
+        if not t.is_meta: continue
+        raise ValueError(f"model: {name!r} is on the meta device, and no state dict holds it; make the model "
+                         "on a real device, or use `Plan.skeleton` and fill it yourself")
+
+def _take(model, state):
+    "Make the tensors in `state` those of `model`; tied parameters stay tied"
+    first,here = {},model.state_dict()
+    tied = {name: first.setdefault(p, name) for name,p in model.named_parameters(remove_duplicate=False)}
+    model.load_state_dict({key: _as_wanted(value, here[key]) for key,value in state.items()}, assign=True)
+    for name,original in tied.items():
+        parent,_,attr = name.rpartition('.')
+        setattr(model.get_submodule(parent), attr, model.get_parameter(original))
+    _check_complete(model)
+
+# %% ../nbs/24_export.ipynb #ea722f76
 def rebuild(
     model:nn.Module, # left untouched; dense, or decomposed in any way
-    saved:dict, # from `read_low_rank`
+    saved:dict, # from `read_low_rank`; a model on the meta device takes its tensors, without a copy
     label='file' # name of the file in errors
    )->nn.Module:
     "Return a copy of `model` with the saved structure and weights"
     plan = Plan.of(saved['plan'])
     base = dense_model(model)
-    devices = [device for device in devices_of(base) if device.type == 'cuda']
-    with torch.random.fork_rng(devices): # new layers draw random weights first
+    devices = devices_of(base)
+    with torch.random.fork_rng([d for d in devices if d.type == 'cuda']): # new layers draw random weights
         try:
             res = plan.skeleton(base)
             _check_alike(res.state_dict(), saved['model'])
         except ValueError as e: raise ValueError(f"{label} is of another model: {e}") from None
     _freeze_alike(res, base, plan.choices)
-    res.load_state_dict(saved['model'])
+    if torch.device('meta') in devices: _take(res, saved['model'])
+    else: res.load_state_dict(saved['model'])
     return res
 
 def load_low_rank(
@@ -174,7 +200,7 @@ def load_low_rank(
     path = as_file(path, '.pth')
     return compiled_like(model, rebuild(model, read_low_rank(path), f"file: {str(path)!r}"))
 
-# %% ../nbs/24_export.ipynb #ffc7c4b7
+# %% ../nbs/24_export.ipynb #52f61b5d
 def changed_layers(
     model:nn.Module, # decomposed or not
     other:nn.Module # a copy of it that is decomposed differently
@@ -186,7 +212,7 @@ def changed_layers(
         if repr(new) != repr(model.get_submodule(name)): changed[name] = new # class, scheme and sizes
     return changed
 
-# %% ../nbs/24_export.ipynb #9b21c15a
+# %% ../nbs/24_export.ipynb #ffc7c4b7
 def _check_onnx():
     "Raise an `ImportError` that names the packages that are not installed"
     missing = [package for package in ('onnx', 'onnxscript', 'onnxruntime') if not find_spec(package)]
@@ -211,7 +237,7 @@ def _checked_rows(sample):
     raise ValueError(f"sample: its tensors have {sorted(sizes)} rows; "
                      "give one or more tensors with the same number of rows")
 
-# %% ../nbs/24_export.ipynb #ebaae0cf
+# %% ../nbs/24_export.ipynb #ac230338
 def _cpu_tensors(tree):
     "Return the tensors in nested lists, tuples and dicts, on the CPU"
     return [o.detach().cpu() for o in tree_leaves(tree) if isinstance(o, Tensor)]
@@ -246,7 +272,7 @@ def _check_file(file, model, sample, n):
         raise RuntimeError(f"file: for {rows} rows the outputs of the ONNX model differ by {diff:.2g} "
                            "from those of the model, more than 1e-4; nothing was written")
 
-# %% ../nbs/24_export.ipynb #9f81ce89
+# %% ../nbs/24_export.ipynb #58fc04df
 def _as_maximum(model):
     "Replace global max pools in `model` by a maximum, which every version of torch can export"
     for m in model.modules():

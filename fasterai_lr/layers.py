@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['linear_types', 'conv_types', 'transposed_types', 'layer_types', 'Geometry', 'ChannelShuffle', 'product',
            'FactoredLayer', 'memory_format', 'fill', 'FactoredTranspose', 'factored_layers', 'Found', 'check_module',
-           'uncompiled', 'compiled_like', 'inner_model', 'find_layers', 'check_loaded', 'svd_work', 'did_you_mean',
-           'moved', 'matches', 'check_patterns', 'select', 'replace_layers_', 'replace_layers', 'recompose']
+           'uncompiled', 'compiled_like', 'inner_model', 'find_layers', 'check_loaded', 'check_whole', 'svd_work',
+           'did_you_mean', 'moved', 'matches', 'check_patterns', 'select', 'replace_layers_', 'replace_layers',
+           'recompose']
 
 # %% ../nbs/02_layers.ipynb #cb2d4141
 import copy, difflib, fnmatch
@@ -319,13 +320,13 @@ def _is_one_of(module, types):
     if isinstance(module, types): return True
     return _is_quantized(module) and type(module).__name__ in [t.__name__ for t in types]
 
-def _why_broken(layer):
+def _why_broken(layer, shapes=False): # `shapes`: are its shapes enough?
     "Return the reason why `layer` has no weights to decompose, `None` if it has"
     name = type(layer).__name__
     if _is_quantized(layer): return f'is quantised ({name}); decompose before quantising'
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
         return f'is an uninitialised {name}; run one batch through the model first'
-    if any(p.is_meta for p in layer.parameters()):
+    if not shapes and any(p.is_meta for p in layer.parameters()):
         return 'is on the meta device and has no weights; load them first (`to_empty`, `load_state_dict`)'
 
 # %% ../nbs/02_layers.ipynb #054946fe
@@ -349,7 +350,8 @@ def inner_model(model:nn.Module)->nn.Module:
     return uncompiled(model)
 
 def find_layers(model:nn.Module,
-                types:tuple # exact classes
+                types:tuple, # exact classes
+                shapes:bool=False # are shapes enough? If so, layers on the meta device are replaceable
                )->list: # of `Found`, in the order of the model
     "Find the layers of the given types, each once, with the reason if it cannot be replaced"
     check_module(model)
@@ -357,7 +359,8 @@ def find_layers(model:nn.Module,
     factors = {factor for chain in factored_layers(model).values() for factor in chain}
     for name,m in model.named_modules(remove_duplicate=False):
         if m in factors or not _is_one_of(m, types): continue
-        if m not in found: found[m] = Found(m, [], _why_broken(m) or _why_not(m, types, users))
+        if m not in found:
+            found[m] = Found(m, [], _why_broken(m, shapes) or _why_not(m, types, users))
         found[m].names.append(name)
     return list(found.values())
 
@@ -366,20 +369,39 @@ def check_loaded(found:list): # from `find_layers`
     for f in found:
         if _why_broken(f.layer): raise ValueError(f"model: {f.label} {f.reason}")
 
-# %% ../nbs/02_layers.ipynb #f4ce43a9
+# %% ../nbs/02_layers.ipynb #e7f9f6fa
+_sharded = {'DTensor', 'FSDPModule', 'FullyShardedDataParallel'} # by name: to import them takes long
+
+def _is_sharded(o): return not _sharded.isdisjoint(c.__name__ for c in type(o).__mro__)
+
+def check_whole(
+    model:nn.Module,
+    instead:str='decompose the whole model, or make it with `Plan.skeleton`, then `fully_shard` it'
+   ):
+    "Raise a `RuntimeError` if `model` is sharded over processes; the error says what to do `instead`"
+    check_module(model)
+    parts = dict(parameter=model.named_parameters, buffer=model.named_buffers, module=model.named_modules)
+    for kind,named in parts.items():
+        for name,o in named():
+            if not _is_sharded(o): continue
+            label = f'{kind} {name!r}' if name else 'root'
+            raise RuntimeError(f"model: its {label} is sharded over the processes, as a "
+                               f"{type(o).__name__}; {instead}")
+
+# %% ../nbs/02_layers.ipynb #14bd7a75
 def svd_work(layer:nn.Module)->float:
     "Estimate the relative work of decomposing a layer: that of an SVD of a square weight of its size"
     if isinstance(layer.weight, UninitializedParameter): return 1. # it is not decomposed
     return layer.weight.numel()**1.5
 
-# %% ../nbs/02_layers.ipynb #f6ea2cf8
+# %% ../nbs/02_layers.ipynb #57359a85
 def did_you_mean(name:str, known)->str: # `known`: all valid names
     "Return a hint for an error message: the known name most similar to `name`, or '' if none is similar"
     near = difflib.get_close_matches(str(name), known, n=1)
     if not near: return ''
     return f"; did you mean {near[0]!r}?"
 
-# %% ../nbs/02_layers.ipynb #53ec7f09
+# %% ../nbs/02_layers.ipynb #4e5578e4
 def moved(
     module:str, # old module of the names
     now:dict, # {name: its new module in the package}
@@ -392,7 +414,7 @@ def moved(
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     return find
 
-# %% ../nbs/02_layers.ipynb #62bd66c3
+# %% ../nbs/02_layers.ipynb #076d49f6
 def matches(found:Found, pattern:str)->bool: # exact name or glob
     "Tell whether one of the layer's names is `pattern` or matches it"
     return any(n == pattern or fnmatch.fnmatchcase(n, pattern) for n in found.names)
@@ -424,7 +446,7 @@ def select(found:list, # from `find_layers`
     dropped = _matching(found, check_patterns(found, exclude or [], 'exclude'))
     return [f for f in kept if f not in dropped]
 
-# %% ../nbs/02_layers.ipynb #ec67f045
+# %% ../nbs/02_layers.ipynb #8af17e02
 def _switch(module, attr, off):
     "Set `attr` of `module` to zero if `off`, else restore it"
     attrs,kept = vars(module),f'_dense_{attr}'
@@ -443,7 +465,7 @@ def _sync_fast_path(model):
         if isinstance(m, nn.TransformerEncoder):
             _switch(m, 'use_nested_tensor', any(map(_has_factored, m.layers)))
 
-# %% ../nbs/02_layers.ipynb #b5bc7a47
+# %% ../nbs/02_layers.ipynb #9500c277
 def _by_id(model, new):
     "Return the modules of `new`, {name: module}, by the id of the module of `model` that each replaces"
     new_of = {id(model.get_submodule(name)): module for name,module in new.items()}
@@ -476,7 +498,7 @@ def replace_layers_(model:nn.Module, # changed in place
     _sync_fast_path(model)
     return model
 
-# %% ../nbs/02_layers.ipynb #20fecc06
+# %% ../nbs/02_layers.ipynb #8d3c04e3
 def _computed_tensors(model):
     "List the tensors with a history in modules and in the owners of their hooks: torch refuses to copy these"
     owners = list(model.modules())
@@ -493,16 +515,17 @@ def replace_layers(model:nn.Module, # left untouched
     for t in _computed_tensors(model): memo[id(t)] = t.detach().clone()
     return replace_layers_(copy.deepcopy(model, memo), new)
 
-# %% ../nbs/02_layers.ipynb #68e23343
+# %% ../nbs/02_layers.ipynb #27880af8
 def recompose(model:nn.Module # left untouched
              )->nn.Module:
     "Return a copy of `model` with every factored layer replaced by a dense one"
+    check_whole(model)
     inner = uncompiled(model)
     dense = {n: m.recompose() for n,m in factored_layers(inner).items()}
     res = replace_layers(inner, dense)
     vars(res).pop('low_rank_plan', None)
     return compiled_like(model, res)
 
-# %% ../nbs/02_layers.ipynb #c66e9f71
+# %% ../nbs/02_layers.ipynb #f16e04d4
 __getattr__ = moved(__name__,
     now=dict(run_model='running', evaluating='running', devices_of='running'))
