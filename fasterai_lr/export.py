@@ -149,7 +149,7 @@ def _freeze_alike(model, base, names):
         new.requires_grad_(old.weight.requires_grad)
         if old.bias is not None: new.bias.requires_grad_(old.bias.requires_grad)
 
-# %% ../nbs/24_export.ipynb #3f93bf7b
+# %% ../nbs/24_export.ipynb #788d00ee
 def _as_wanted(value, like):
     "Return `value` in the dtype of `like`, and on its device unless that is meta"
     if not isinstance(value, Tensor): return value
@@ -172,7 +172,7 @@ def _take(model, state):
         setattr(model.get_submodule(parent), attr, model.get_parameter(original))
     _check_complete(model)
 
-# %% ../nbs/24_export.ipynb #ea722f76
+# %% ../nbs/24_export.ipynb #1585ea45
 def rebuild(
     model:nn.Module, # left untouched; dense, or decomposed in any way
     saved:dict, # from `read_low_rank`; a model on the meta device takes its tensors, without a copy
@@ -200,7 +200,7 @@ def load_low_rank(
     path = as_file(path, '.pth')
     return compiled_like(model, rebuild(model, read_low_rank(path), f"file: {str(path)!r}"))
 
-# %% ../nbs/24_export.ipynb #52f61b5d
+# %% ../nbs/24_export.ipynb #ffc7c4b7
 def changed_layers(
     model:nn.Module, # decomposed or not
     other:nn.Module # a copy of it that is decomposed differently
@@ -212,7 +212,7 @@ def changed_layers(
         if repr(new) != repr(model.get_submodule(name)): changed[name] = new # class, scheme and sizes
     return changed
 
-# %% ../nbs/24_export.ipynb #ffc7c4b7
+# %% ../nbs/24_export.ipynb #9b21c15a
 def _check_onnx():
     "Raise an `ImportError` that names the packages that are not installed"
     missing = [package for package in ('onnx', 'onnxscript', 'onnxruntime') if not find_spec(package)]
@@ -237,7 +237,7 @@ def _checked_rows(sample):
     raise ValueError(f"sample: its tensors have {sorted(sizes)} rows; "
                      "give one or more tensors with the same number of rows")
 
-# %% ../nbs/24_export.ipynb #ac230338
+# %% ../nbs/24_export.ipynb #ebaae0cf
 def _cpu_tensors(tree):
     "Return the tensors in nested lists, tuples and dicts, on the CPU"
     return [o.detach().cpu() for o in tree_leaves(tree) if isinstance(o, Tensor)]
@@ -272,7 +272,7 @@ def _check_file(file, model, sample, n):
         raise RuntimeError(f"file: for {rows} rows the outputs of the ONNX model differ by {diff:.2g} "
                            "from those of the model, more than 1e-4; nothing was written")
 
-# %% ../nbs/24_export.ipynb #58fc04df
+# %% ../nbs/24_export.ipynb #9f81ce89
 def _as_maximum(model):
     "Replace global max pools in `model` by a maximum, which every version of torch can export"
     for m in model.modules():

@@ -369,7 +369,7 @@ def check_loaded(found:list): # from `find_layers`
     for f in found:
         if _why_broken(f.layer): raise ValueError(f"model: {f.label} {f.reason}")
 
-# %% ../nbs/02_layers.ipynb #e7f9f6fa
+# %% ../nbs/02_layers.ipynb #902b7ae4
 _sharded = {'DTensor', 'FSDPModule', 'FullyShardedDataParallel'} # by name: to import them takes long
 
 def _is_sharded(o): return not _sharded.isdisjoint(c.__name__ for c in type(o).__mro__)
@@ -388,20 +388,20 @@ def check_whole(
             raise RuntimeError(f"model: its {label} is sharded over the processes, as a "
                                f"{type(o).__name__}; {instead}")
 
-# %% ../nbs/02_layers.ipynb #14bd7a75
+# %% ../nbs/02_layers.ipynb #f4ce43a9
 def svd_work(layer:nn.Module)->float:
     "Estimate the relative work of decomposing a layer: that of an SVD of a square weight of its size"
     if isinstance(layer.weight, UninitializedParameter): return 1. # it is not decomposed
     return layer.weight.numel()**1.5
 
-# %% ../nbs/02_layers.ipynb #57359a85
+# %% ../nbs/02_layers.ipynb #f6ea2cf8
 def did_you_mean(name:str, known)->str: # `known`: all valid names
     "Return a hint for an error message: the known name most similar to `name`, or '' if none is similar"
     near = difflib.get_close_matches(str(name), known, n=1)
     if not near: return ''
     return f"; did you mean {near[0]!r}?"
 
-# %% ../nbs/02_layers.ipynb #4e5578e4
+# %% ../nbs/02_layers.ipynb #53ec7f09
 def moved(
     module:str, # old module of the names
     now:dict, # {name: its new module in the package}
@@ -414,7 +414,7 @@ def moved(
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     return find
 
-# %% ../nbs/02_layers.ipynb #076d49f6
+# %% ../nbs/02_layers.ipynb #62bd66c3
 def matches(found:Found, pattern:str)->bool: # exact name or glob
     "Tell whether one of the layer's names is `pattern` or matches it"
     return any(n == pattern or fnmatch.fnmatchcase(n, pattern) for n in found.names)
@@ -446,7 +446,7 @@ def select(found:list, # from `find_layers`
     dropped = _matching(found, check_patterns(found, exclude or [], 'exclude'))
     return [f for f in kept if f not in dropped]
 
-# %% ../nbs/02_layers.ipynb #8af17e02
+# %% ../nbs/02_layers.ipynb #ec67f045
 def _switch(module, attr, off):
     "Set `attr` of `module` to zero if `off`, else restore it"
     attrs,kept = vars(module),f'_dense_{attr}'
@@ -465,7 +465,7 @@ def _sync_fast_path(model):
         if isinstance(m, nn.TransformerEncoder):
             _switch(m, 'use_nested_tensor', any(map(_has_factored, m.layers)))
 
-# %% ../nbs/02_layers.ipynb #9500c277
+# %% ../nbs/02_layers.ipynb #b5bc7a47
 def _by_id(model, new):
     "Return the modules of `new`, {name: module}, by the id of the module of `model` that each replaces"
     new_of = {id(model.get_submodule(name)): module for name,module in new.items()}
@@ -498,7 +498,7 @@ def replace_layers_(model:nn.Module, # changed in place
     _sync_fast_path(model)
     return model
 
-# %% ../nbs/02_layers.ipynb #8d3c04e3
+# %% ../nbs/02_layers.ipynb #20fecc06
 def _computed_tensors(model):
     "List the tensors with a history in modules and in the owners of their hooks: torch refuses to copy these"
     owners = list(model.modules())
@@ -515,7 +515,7 @@ def replace_layers(model:nn.Module, # left untouched
     for t in _computed_tensors(model): memo[id(t)] = t.detach().clone()
     return replace_layers_(copy.deepcopy(model, memo), new)
 
-# %% ../nbs/02_layers.ipynb #27880af8
+# %% ../nbs/02_layers.ipynb #68e23343
 def recompose(model:nn.Module # left untouched
              )->nn.Module:
     "Return a copy of `model` with every factored layer replaced by a dense one"
@@ -526,6 +526,6 @@ def recompose(model:nn.Module # left untouched
     vars(res).pop('low_rank_plan', None)
     return compiled_like(model, res)
 
-# %% ../nbs/02_layers.ipynb #f16e04d4
+# %% ../nbs/02_layers.ipynb #c66e9f71
 __getattr__ = moved(__name__,
     now=dict(run_model='running', evaluating='running', devices_of='running'))
