@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .layers import Geometry, factored_layers, find_layers, layer_types, recompose, uncompiled
+from .layers import (
+    Geometry, check_whole, factored_layers, find_layers, layer_types, recompose, uncompiled)
 from .running import Batches, trace
 from .schemes import schemes as known_schemes
 from .cost import macs_per_layer
@@ -84,6 +85,7 @@ def too_loose(
 
 def dense_model(model:nn.Module)->nn.Module: # `model` itself if nothing in it is factored
     "The dense version of `model`; budgets are fractions of it"
+    check_whole(model)
     model = uncompiled(model)
     return recompose(model) if factored_layers(model) else model
 

@@ -22,7 +22,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from .linalg import full_precision, lower_gram, symmetric
-from .layers import Geometry, conv_types, find_layers, linear_types, moved, svd_work, uncompiled
+from .layers import (
+    Geometry, check_whole, conv_types, find_layers, linear_types, moved, svd_work, uncompiled)
 from .running import (
     Batches, blaming_data, differentiable, evaluating, frozen, hooked, in_backward, n_items,
     run_model, trace, undisturbed, unfused)
@@ -398,6 +399,7 @@ def gather_moments(
 
 # %% ../nbs/11_calibrate.ipynb #941c7b29
 def _calibrate(model, data, settings):
+    check_whole(model)
     settings.check_functions()
     batches = Batches.of(data, model)
     by_layer,items,classes = gather_moments(model, batches, settings)

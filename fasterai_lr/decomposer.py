@@ -21,8 +21,8 @@ from fastcore.meta import delegates
 from torch import nn
 
 from .layers import (
-    FactoredLayer, Geometry, check_loaded, check_patterns, compiled_like, conv_types, find_layers,
-    layer_types, linear_types, matches, moved, replace_layers_, select, svd_work,
+    FactoredLayer, Geometry, check_loaded, check_patterns, check_whole, compiled_like, conv_types,
+    find_layers, layer_types, linear_types, matches, moved, replace_layers_, select, svd_work,
     transposed_types, uncompiled)
 from .rank import check_rank
 from .running import Batches, check_callable
@@ -151,6 +151,7 @@ def _refuse_pairs(rank):
 
 def _selected(types, model, rank, selection):
     "Find the layers of the `types`, and the selected ones among them; check names and layers"
+    check_whole(model)
     found = find_layers(model, types)
     if isinstance(rank, dict): check_patterns(found, rank, 'rank')
     chosen = select(found, selection.layers, selection.exclude)

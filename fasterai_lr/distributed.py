@@ -15,15 +15,13 @@ from torch import nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .layers import moved
+from .layers import check_whole, moved
 from .running import Batches, Inputs, undisturbed
 from .metric import Moments
 from .calibrate import Calibration, enough_items, gather_moments, give_gradients, warn_if_too_few
 from .settings import Settings, takes_settings
 
 # %% ../nbs/18_distributed.ipynb #1e5072d9
-_sharded = ('FullyShardedDataParallel', 'DTensor')
-
 def _own_options(ddp):
     "Describe the options of `ddp` that cannot be carried over to new parameters"
     res = []
@@ -37,10 +35,7 @@ def check_wrapper(
     model:nn.Module # with its wrapper, if it has one
 ):
     "Raise a `RuntimeError` if layers cannot be replaced because of how `model` is distributed"
-    for o in chain(model.modules(), model.parameters()):
-        if type(o).__name__ in _sharded:
-            raise RuntimeError("model: its parameters are sharded over the processes "
-                               "(FSDP or tensor parallel); decompose it before it is sharded")
+    check_whole(model)
     if isinstance(model, DistributedDataParallel) and (own := _own_options(model)):
         raise RuntimeError(f"model: a DistributedDataParallel with {own} of its own "
                            "cannot take new parameters; decompose the model before it is wrapped")

@@ -18,7 +18,7 @@ import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .layers import compiled_like, factored_layers, replace_layers, uncompiled
+from .layers import check_whole, compiled_like, factored_layers, replace_layers, uncompiled
 from .running import devices_of, evaluating, run_model
 from .cost import size_on_disk
 from .budget import dense_model
@@ -70,6 +70,8 @@ def save_low_rank(
     opt=None # the state of an optimizer, to save with the model
    )->Path: # the file
     "Write the plan and the weights of `model`"
+    check_whole(model, 'gather its weights with `get_model_state_dict` and `full_state_dict=True`, '
+                       'load them into a whole model, and save that')
     path,model = as_file(path, '.pth'),uncompiled(model)
     state = model.state_dict()
     for key,value in state.items(): state[key] = plain(value, f'model: {key!r}')
@@ -147,23 +149,47 @@ def _freeze_alike(model, base, names):
         new.requires_grad_(old.weight.requires_grad)
         if old.bias is not None: new.bias.requires_grad_(old.bias.requires_grad)
 
+# %% ../nbs/24_export.ipynb #788d00ee
+def _as_wanted(value, like):
+    "Return `value` in the dtype of `like`, and on its device unless that is meta"
+    if not isinstance(value, Tensor): return value
+    return value.to(None if like.is_meta else like.device, like.dtype)
+
+def _check_complete(model):
+    "Raise a `ValueError` for a parameter or a buffer of `model` that is still on the meta device"
+    for name,t in (*model.named_parameters(), *model.named_buffers()):
+        if not t.is_meta: continue
+        raise ValueError(f"model: {name!r} is on the meta device, and no state dict holds it; make the model "
+                         "on a real device, or use `Plan.skeleton` and fill it yourself")
+
+def _take(model, state):
+    "Make the tensors in `state` those of `model`; tied parameters stay tied"
+    first,here = {},model.state_dict()
+    tied = {name: first.setdefault(p, name) for name,p in model.named_parameters(remove_duplicate=False)}
+    model.load_state_dict({key: _as_wanted(value, here[key]) for key,value in state.items()}, assign=True)
+    for name,original in tied.items():
+        parent,_,attr = name.rpartition('.')
+        setattr(model.get_submodule(parent), attr, model.get_parameter(original))
+    _check_complete(model)
+
 # %% ../nbs/24_export.ipynb #1585ea45
 def rebuild(
     model:nn.Module, # left untouched; dense, or decomposed in any way
-    saved:dict, # from `read_low_rank`
+    saved:dict, # from `read_low_rank`; a model on the meta device takes its tensors, without a copy
     label='file' # name of the file in errors
    )->nn.Module:
     "Return a copy of `model` with the saved structure and weights"
     plan = Plan.of(saved['plan'])
     base = dense_model(model)
-    devices = [device for device in devices_of(base) if device.type == 'cuda']
-    with torch.random.fork_rng(devices): # new layers draw random weights first
+    devices = devices_of(base)
+    with torch.random.fork_rng([d for d in devices if d.type == 'cuda']): # new layers draw random weights
         try:
             res = plan.skeleton(base)
             _check_alike(res.state_dict(), saved['model'])
         except ValueError as e: raise ValueError(f"{label} is of another model: {e}") from None
     _freeze_alike(res, base, plan.choices)
-    res.load_state_dict(saved['model'])
+    if torch.device('meta') in devices: _take(res, saved['model'])
+    else: res.load_state_dict(saved['model'])
     return res
 
 def load_low_rank(

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['linear_types', 'conv_types', 'transposed_types', 'layer_types', 'Geometry', 'ChannelShuffle', 'product',
            'FactoredLayer', 'memory_format', 'fill', 'FactoredTranspose', 'factored_layers', 'Found', 'check_module',
-           'uncompiled', 'compiled_like', 'inner_model', 'find_layers', 'check_loaded', 'svd_work', 'did_you_mean',
-           'moved', 'matches', 'check_patterns', 'select', 'replace_layers_', 'replace_layers', 'recompose']
+           'uncompiled', 'compiled_like', 'inner_model', 'find_layers', 'check_loaded', 'check_whole', 'svd_work',
+           'did_you_mean', 'moved', 'matches', 'check_patterns', 'select', 'replace_layers_', 'replace_layers',
+           'recompose']
 
 # %% ../nbs/02_layers.ipynb #cb2d4141
 import copy, difflib, fnmatch
@@ -319,13 +320,13 @@ def _is_one_of(module, types):
     if isinstance(module, types): return True
     return _is_quantized(module) and type(module).__name__ in [t.__name__ for t in types]
 
-def _why_broken(layer):
+def _why_broken(layer, shapes=False): # `shapes`: are its shapes enough?
     "Return the reason why `layer` has no weights to decompose, `None` if it has"
     name = type(layer).__name__
     if _is_quantized(layer): return f'is quantised ({name}); decompose before quantising'
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
         return f'is an uninitialised {name}; run one batch through the model first'
-    if any(p.is_meta for p in layer.parameters()):
+    if not shapes and any(p.is_meta for p in layer.parameters()):
         return 'is on the meta device and has no weights; load them first (`to_empty`, `load_state_dict`)'
 
 # %% ../nbs/02_layers.ipynb #054946fe
@@ -349,7 +350,8 @@ def inner_model(model:nn.Module)->nn.Module:
     return uncompiled(model)
 
 def find_layers(model:nn.Module,
-                types:tuple # exact classes
+                types:tuple, # exact classes
+                shapes:bool=False # are shapes enough? If so, layers on the meta device are replaceable
                )->list: # of `Found`, in the order of the model
     "Find the layers of the given types, each once, with the reason if it cannot be replaced"
     check_module(model)
@@ -357,7 +359,8 @@ def find_layers(model:nn.Module,
     factors = {factor for chain in factored_layers(model).values() for factor in chain}
     for name,m in model.named_modules(remove_duplicate=False):
         if m in factors or not _is_one_of(m, types): continue
-        if m not in found: found[m] = Found(m, [], _why_broken(m) or _why_not(m, types, users))
+        if m not in found:
+            found[m] = Found(m, [], _why_broken(m, shapes) or _why_not(m, types, users))
         found[m].names.append(name)
     return list(found.values())
 
@@ -365,6 +368,25 @@ def check_loaded(found:list): # from `find_layers`
     "Raise a `ValueError` for a layer that has no weights to decompose"
     for f in found:
         if _why_broken(f.layer): raise ValueError(f"model: {f.label} {f.reason}")
+
+# %% ../nbs/02_layers.ipynb #902b7ae4
+_sharded = {'DTensor', 'FSDPModule', 'FullyShardedDataParallel'} # by name: to import them takes long
+
+def _is_sharded(o): return not _sharded.isdisjoint(c.__name__ for c in type(o).__mro__)
+
+def check_whole(
+    model:nn.Module,
+    instead:str='decompose the whole model, or make it with `Plan.skeleton`, then `fully_shard` it'
+   ):
+    "Raise a `RuntimeError` if `model` is sharded over processes; the error says what to do `instead`"
+    check_module(model)
+    parts = dict(parameter=model.named_parameters, buffer=model.named_buffers, module=model.named_modules)
+    for kind,named in parts.items():
+        for name,o in named():
+            if not _is_sharded(o): continue
+            label = f'{kind} {name!r}' if name else 'root'
+            raise RuntimeError(f"model: its {label} is sharded over the processes, as a "
+                               f"{type(o).__name__}; {instead}")
 
 # %% ../nbs/02_layers.ipynb #f4ce43a9
 def svd_work(layer:nn.Module)->float:
@@ -497,6 +519,7 @@ def replace_layers(model:nn.Module, # left untouched
 def recompose(model:nn.Module # left untouched
              )->nn.Module:
     "Return a copy of `model` with every factored layer replaced by a dense one"
+    check_whole(model)
     inner = uncompiled(model)
     dense = {n: m.recompose() for n,m in factored_layers(inner).items()}
     res = replace_layers(inner, dense)

@@ -34,7 +34,7 @@ from .progress import Progress
 from .decomposer import (
     as_decomposers, check_what, factorize, needs_data, warn_if_unchanged)
 from .distributed import in_all, on_first_rank, shared_calibration
-from .layers import FactoredLayer, compiled_like, inner_model, replace_layers
+from .layers import FactoredLayer, check_whole, compiled_like, inner_model, replace_layers
 from .optimizer import swap_layers
 from .budget import Budget, dense_model, half_saved, too_loose
 from .plan import Plan, check_without_data
@@ -284,6 +284,7 @@ def decompose_learner(
     "Replace the layers of `learn.model` by their factors"
     check_names(kwargs, decompose_learner)
     model = inner_model(learn.model)
+    check_whole(model)
     reset_model(model)
     what,data,kwargs = in_all(partial(_arguments, learn, what, data, kwargs), learn.model)
     kwargs['progress'] = progress_of(learn, mbar)

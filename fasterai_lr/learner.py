@@ -22,6 +22,7 @@ from fastai.learner import Learner
 from fastai.torch_core import distrib_barrier, rank_distrib
 from .distributed import check_wrapper
 from .layers import inner_model, replace_layers
+from .running import devices_of
 from .settings import Settings, check_names
 from .budget import dense_model
 from .decomposer import factorize
@@ -173,8 +174,11 @@ def load_low_rank(self:Learner,
     label = f"file: {str(file)!r}"
     distrib_barrier()
     check_wrapper(self.model)
-    saved = read_low_rank(file)
     model = inner_model(self.model)
+    if any(device.type == 'meta' for device in devices_of(model)):
+        raise ValueError("model: it is on the meta device and has no weights; give the learner a real one, "
+                         "such as `load_low_rank(learn.model, file)` returns")
+    saved = read_low_rank(file)
     rebuilt = rebuild(model, saved, label)
     new = changed_layers(model, rebuilt)
     opt = saved.get('opt') if with_opt else None

@@ -306,10 +306,13 @@ def _check_choice(label, layer, scheme, rank):
 class Plan(PlanFile):
     "The choice of a scheme and a rank for each layer"
 
-    def check(self, model:nn.Module):
+    def check(self,
+        model:nn.Module,
+        shapes:bool=False # are shapes enough? If so, `model` may be on the meta device
+       ):
         "Raise a `ValueError` if the plan does not match `model`"
         found = {}
-        for f in find_layers(dense_model(model), layer_types):
+        for f in find_layers(dense_model(model), layer_types, shapes):
             found |= dict.fromkeys(f.names, f)
         for name,choice in self.choices.items():
             if name not in found:
@@ -343,10 +346,10 @@ def check_without_data(
     if given: raise TypeError(f"{', '.join(given)}: only used with data; give data too")
 
 # %% ../nbs/15_plan.ipynb #9455df3d
-def _dense_for(plan, model):
+def _dense_for(plan, model, shapes=False): # `shapes`: as for `Plan.check`
     "Return the dense version of `model`; check and settle the plan"
     dense = dense_model(model)
-    plan.check(dense)
+    plan.check(dense, shapes)
     plan.settle()
     return dense
 
@@ -364,7 +367,7 @@ def fresh_layer(layer:nn.Module, scheme:str, rank)->nn.Module:
 @torch.inference_mode(False) # or the new parameters could not be trained
 def skeleton(self:Plan, model:nn.Module)->nn.Module: # `model` is left untouched
     "Copy `model` with the structure of the plan and new factors, to load a state dict into"
-    dense = _dense_for(self, model)
+    dense = _dense_for(self, model, shapes=True)
     _renew(self, dense)
     new = {}
     for name,choice in self.choices.items():

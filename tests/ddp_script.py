@@ -6,6 +6,8 @@ import gc, sys, warnings, weakref
 import torch
 from torch import nn, distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader as TorchLoader, IterableDataset
 from fastai.basics import *
@@ -17,10 +19,14 @@ from fastai.distributed import *
 from fasterai_lr.calibrate import calibrate
 from fasterai_lr.running import Inputs
 from fasterai_lr.callback import DecomposeCallback
-from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer
+from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose, project_
 from fasterai_lr.distributed import shared_calibration
+from fasterai_lr.export import load_low_rank, read_low_rank, save_low_rank
+from fasterai_lr.layers import factored_layers, recompose
 from fasterai_lr.learner import *
 from fasterai_lr.budget import Budget
+from fasterai_lr.plan import Plan
+from fasterai_lr.planner import make_plan
 from fasterai_lr.rank import Energy
 import fasterai_lr.learned as module, fasterai_lr.distributed as distributed
 from helpers import n_factored
@@ -253,19 +259,115 @@ def run_wrong_name(path):
         with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2, cbs=DecomposeCallback(1, FC_Decomposer(rank={'body': 2})))
     except ValueError as e: return dict(error=str(e), lrs=learn.recorder.lrs)
 
+class Words(nn.Module):
+    "Tied weights, a BatchNorm, and a buffer of its own"
+    def __init__(self):
+        super().__init__()
+        self.emb,self.a,self.norm,self.b,self.head = nn.Embedding(20, 24),nn.Linear(24, 48),nn.BatchNorm1d(48),nn.Linear(48, 24),nn.Linear(24, 20, bias=False)
+        self.head.weight = self.emb.weight
+        self.register_buffer('scale', torch.full((24,), .5))
+    def forward(self, x): return self.head(self.b(self.norm(self.a(self.emb(x).mean(1)*self.scale)).relu()))
+
+def words():
+    "Tokens and targets"
+    g = torch.Generator().manual_seed(1)
+    return torch.randint(20, (64,5), generator=g),torch.randint(20, (64,), generator=g)
+
+def small_words():
+    "The same decomposed model in each process, in evaluation mode: the statistics of a BatchNorm would differ between the halves of a batch"
+    torch.manual_seed(0)
+    return decompose(Words().eval(), Budget(macs=.6), words()[0])
+
+def train_words(model, share=slice(None)):
+    "The losses in a few steps on `share` of the items"
+    (x,y),opt,res = words(),torch.optim.Adam(model.parameters(), 1e-2),[]
+    for _ in range(4):
+        loss = F.cross_entropy(model(x[share]), y[share])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        res.append(loss.detach().clone())
+    return torch.stack(res)
+
+def words_in_one_process():
+    "What `run_fsdp` and `run_skeleton` have to come to"
+    model = small_words()
+    return dict(losses=train_words(model), state=state(model))
+
+def sharded(model, units=False):
+    "Shard `model` over the two processes, with `units` each of its factored layers by itself"
+    mesh = dist.init_device_mesh('cpu', (2,))
+    if units:
+        for layer in factored_layers(model).values(): fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+whole = StateDictOptions(full_state_dict=True)
+
+def train_sharded(model):
+    "Train on this process's half of each batch; the mean losses, the whole state, and which parameters were sharded"
+    kinds = {type(p).__name__ for p in model.parameters()}
+    losses = train_words(model, slice(32*dist.get_rank(), 32*dist.get_rank() + 32))
+    dist.all_reduce(losses)
+    return dict(losses=losses/2, state=get_model_state_dict(model, options=whole), kinds=kinds, tied=model.head.weight is model.emb.weight)
+
+def run_fsdp(path):
+    "A decomposed model, sharded as a whole and layer by layer; what is gathered, in a whole model; a file of that"
+    res = {units: train_sharded(sharded(small_words(), units)) for units in (False, True)}
+    model = small_words()
+    model.load_state_dict(res[True]['state'])
+    file = save_low_rank(model, path/f'{dist.get_rank()}')
+    torch.manual_seed(1)
+    return dict(res=res, loaded=state(model), saved=state(load_low_rank(Words(), file)))
+
+def run_skeleton(path):
+    "A model made on the meta device: loaded and then sharded; or sharded, given memory and loaded, from each process's own state dict or from the first one's"
+    file = save_low_rank(small_words(), path/f'{dist.get_rank()}')
+    with torch.device('meta'): shell = Words().eval()
+    saved = read_low_rank(file)
+    plan = Plan.of(saved['plan'])
+    def filled(first):
+        model = plan.skeleton(shell)
+        devices = {t.device.type for t in model.state_dict().values()}
+        sharded(model, units=True).to_empty(device='cpu')
+        given = dict(saved['model']) if not first or dist.get_rank() == 0 else {}     # torch puts its shards into what it is given
+        set_model_state_dict(model, given, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=first))
+        return train_sharded(model) | dict(devices=devices)
+    return dict(loaded=train_sharded(sharded(load_low_rank(shell, file))), own=filled(False), first=filled(True))
+
+class Untouched(list):
+    "Data that nobody may look at"
+    def __iter__(self): raise AssertionError('it was read')
+    __getitem__ = __len__ = __iter__
+
+def run_sharded(path):
+    "Everything that would replace or read the weights of a sharded model: {state: {what: its error}}"
+    plan,data = Plan.of(small_words().low_rank_plan),Untouched()
+    def learned(model): mk_learn(model=model, splitter=trainable_params).decompose(what)
+    calls = dict(
+        decomposers=lambda m: decompose(m, what), fitted=lambda m: decompose(m, what, data), budget=lambda m: decompose(m, Budget(macs=.5), data),
+        nothing=lambda m: decompose(m, data=data), plan=lambda m: decompose(m, plan), apply=lambda m: plan.apply(m, data), skeleton=plan.skeleton,
+        check=plan.check, linear=FC_Decomposer(.5).decompose, conv=ConvDecomposer().decompose, conv_data=lambda m: ConvDecomposer().decompose(m, data=data),
+        calibrate=lambda m: calibrate(m, data), make_plan=lambda m: make_plan(m, data, Budget(macs=.5)), project=lambda m: project_(m, 2), recompose=recompose,
+        learner=learned, load=lambda m: load_low_rank(m, file), save=lambda m: save_low_rank(m, path/'no'))
+    file = save_low_rank(small_words(), path/f'{dist.get_rank()}')
+    def errors(model):
+        res = {}
+        for name,f in calls.items():
+            try: f(model)
+            except RuntimeError as e: res[name] = str(e)
+        return res
+    dense,small = sharded(Words().eval()),sharded(small_words())
+    res = dict(dense=errors(dense), small=errors(small))
+    dense(words()[0])               # the root's parameters stay whole until a backward pass, so they are no `DTensor`
+    return res | dict(run=errors(dense), names=list(calls), files=[f.name for f in path.iterdir()])
+
 def run_refused(path):
     "Wrappers that cannot take new parameters, and sharded ones"
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.device_mesh import init_device_mesh
     def hooked():
         ddp = DDP(linear_net())
         ddp.register_comm_hook(None, fp16_compress_hook)
         return ddp
-    def sharded():
-        model = linear_net()
-        fully_shard(model, mesh=init_device_mesh('cpu', (2,)))
-        return model
-    makers,res = dict(hook=hooked, group=lambda: DDP(linear_net(), process_group=dist.new_group([0,1])), sharded=sharded),{}
+    makers,res = dict(hook=hooked, group=lambda: DDP(linear_net(), process_group=dist.new_group([0,1])), sharded=lambda: sharded(linear_net())),{}
     for name,f in makers.items():
         learn = mk_learn(model=f(), loader=partial(DistributedDL, device='cpu'), splitter=lambda m: [list(m.parameters())])
         try: learn.fit(2, 1e-2, cbs=DecomposeCallback(1, what))

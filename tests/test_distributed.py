@@ -16,7 +16,7 @@ here,scripts = Path(__file__).resolve().parent,Path(sys.executable).parent
 launchers = dict(accelerate=['accelerate', 'launch', '--multi_gpu', '--num_machines=1', '--num_processes=2', '--mixed_precision=no', '--dynamo_backend=no', '--main_process_port'],
                  bf16=['accelerate', 'launch', '--multi_gpu', '--num_machines=1', '--num_processes=2', '--mixed_precision=bf16', '--dynamo_backend=no', '--main_process_port'],
                  torchrun=['torchrun', '--nnodes=1', '--nproc-per-node=2', '--master-port'])
-fast = ['ctx', 'equal', 'budget', 'moments', 'guard', 'frozen', 'diverged', 'before', 'saved', 'plain', 'root', 'error', 'wrong_name', 'refused']
+fast = ['ctx', 'equal', 'budget', 'moments', 'guard', 'frozen', 'diverged', 'before', 'saved', 'plain', 'root', 'error', 'wrong_name', 'refused', 'fsdp', 'skeleton', 'sharded']
 
 def free_port():
     with socket.socket() as s:
@@ -158,6 +158,39 @@ def test_what_cannot_be_wrapped_again_is_refused(runs):
         assert all(lrs == [] for _,lrs in o.values())
         texts = {k: t for k,(t,_) in o.items()}
         assert 'communication hook' in texts['hook'] and 'process group' in texts['group'] and 'sharded' in texts['sharded']
+
+def equal_training(o, one):
+    "The losses and weights of one process with whole batches, all parameters sharded, and tied weights tied"
+    assert o['kinds'] == {'DTensor'} and o['tied']
+    # float32, means of two halves, as in `test_equals_one_process_with_the_whole_batch`
+    assert_close(o['losses'], one['losses'], rtol=1e-5, atol=0)
+    assert o['losses'][-1] < o['losses'][0] - .05
+    assert list(o['state']) == list(one['state'])
+    for k,v in one['state'].items(): assert_close(o['state'][k], v, rtol=0, atol=2e-5)
+
+def test_a_decomposed_model_is_sharded(runs):
+    one = ddp_script.words_in_one_process()
+    for o in runs['fsdp']:
+        for units in (False, True): equal_training(o['res'][units], one)
+        assert identical(o['loaded'], o['res'][True]['state']) and identical(o['saved'], o['loaded'])
+    assert identical(*(o['loaded'] for o in runs['fsdp']))
+
+def test_a_skeleton_on_the_meta_device_is_sharded(runs):
+    one = ddp_script.words_in_one_process()
+    for o in runs['skeleton']:
+        assert list(o) == ['loaded', 'own', 'first'] and o['own']['devices'] == o['first']['devices'] == {'meta'}
+        for way in o.values(): equal_training(way, one)
+
+def test_a_sharded_model_is_refused(runs):
+    for o in runs['sharded']:
+        for state in ('dense', 'small', 'run'):
+            assert list(o[state]) == o['names']
+            save = o[state].pop('save')
+            assert len(set(o[state].values())) == 1 and 'get_model_state_dict' in save
+            why = o[state].popitem()[1]
+            assert ("its parameter 'emb.weight' is sharded" if state != 'run' else "its root is sharded") in why
+            assert 'decompose the whole model, or make it with `Plan.skeleton`, then `fully_shard` it' in why
+        assert sorted(o['files']) == ['0.pth', '1.pth']
 
 @pytest.mark.slow
 @pytest.mark.parametrize('launcher', ['torchrun', 'bf16'])

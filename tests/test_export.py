@@ -19,6 +19,7 @@ from fasterai_lr.all import Budget, ConvDecomposer, FC_Decomposer, decompose, fa
 from fasterai_lr.callback import DecomposeCallback
 from fasterai_lr.export import export_onnx, load_low_rank, read_low_rank, save_low_rank
 from fasterai_lr.layers import recompose, replace_layers
+from fasterai_lr.plan import Plan, Record
 
 torch.set_num_threads(1)
 small = FC_Decomposer(rank={'0': 2, '3': 3})
@@ -59,6 +60,60 @@ def test_dtype_device_and_frozen_layers_are_those_of_the_model(tmp_path):
     assert {p.dtype for p in new.parameters()} == {torch.float64}
     assert {n: p.requires_grad for n,p in new.named_parameters() if n.startswith(('0.', '3.'))} == {
         '0.0.weight': False, '0.1.weight': False, '0.1.bias': True, '3.0.weight': True, '3.1.weight': True, '3.1.bias': True}
+
+def on_meta(make):
+    with torch.device('meta'): return make()
+
+def all_meta(model): return all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+@pytest.mark.parametrize('method', list(schemes))
+def test_a_skeleton_on_the_meta_device(method, tmp_path):
+    "Of a dense and of a decomposed model; filled by torch's two ways, and by a file"
+    model,shell = low(method),on_meta(conv_net)
+    plan,state = Plan.of(model.low_rank_plan),model.state_dict()
+    for given in (shell, low('svd').to('meta')):
+        new = plan.skeleton(given)
+        assert all_meta(new) and repr(new) == repr(model) and new.low_rank_plan['layers'] == model.low_rank_plan['layers']
+    assert all_meta(shell) and not factored_layers(shell)
+    emptied = plan.skeleton(shell).to_empty(device='cpu')
+    emptied.load_state_dict(state)
+    new.load_state_dict(state, assign=True)
+    for other in (emptied, new, load_low_rank(shell, save_low_rank(model, tmp_path/'m'))): assert torch.equal(out(other, batch()), out(model, batch()))
+    with pytest.raises(ValueError, match='is on the meta device'): plan.apply(shell)
+
+def test_a_skeleton_allocates_nothing():
+    "Its dense layer would take 4 TB, its factors 32 MB"
+    shell = on_meta(lambda: nn.Sequential(nn.Linear(10**6, 10**6)))
+    plan = Plan({'0': Record('Linear')}).set('0', 'svd', 4)
+    assert all_meta(plan.skeleton(shell)) and sum(p.numel() for p in plan.skeleton(shell).parameters()) == 9*10**6
+
+class Tied(nn.Module):
+    "Two layers with one weight, and a buffer that files leave out"
+    def __init__(self, persistent=True):
+        super().__init__()
+        self.a,self.b,self.c = nn.Linear(8, 8),nn.Linear(8, 8, bias=False),nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+        self.register_buffer('scale', torch.full((8,), 2.), persistent=persistent)
+    def forward(self, x): return self.c(self.b(self.a(x)*self.scale))
+
+def test_what_a_model_on_the_meta_device_gets_from_a_file(tmp_path):
+    torch.manual_seed(0)
+    model,x = decompose(Tied(), FC_Decomposer(2)).eval(),torch.randn(3, 8)
+    file,shell = save_low_rank(model, tmp_path/'m'),on_meta(Tied).train()
+    shell.c.weight.requires_grad_(False)
+    new = load_low_rank(shell.double(), file)
+    assert new.b.weight is new.a.weight and new.training and all_meta(shell)
+    assert {t.dtype for t in new.state_dict().values()} == {torch.float64} and {t.device.type for t in new.state_dict().values()} == {'cpu'}
+    assert [n for n,p in new.named_parameters() if not p.requires_grad] == ['c.0.weight', 'c.1.weight']
+    assert_close(out(new, x.double()).float(), out(model, x))
+
+def test_a_model_of_which_a_part_is_on_the_meta_device(tmp_path):
+    torch.manual_seed(0)
+    model,x,mixed = decompose(Tied(False), FC_Decomposer(2)),torch.randn(3, 8),on_meta(lambda: Tied(False))
+    file = save_low_rank(model, tmp_path/'m')
+    with pytest.raises(ValueError, match="model: 'scale' is on the meta device, and no state dict holds it"): load_low_rank(mixed, file)
+    mixed.scale = torch.full((8,), 2.)
+    assert torch.equal(out(load_low_rank(mixed, file), x), out(model, x)) and mixed.a.weight.is_meta
 
 def test_roots_shared_layers_and_layers_without_a_record(tmp_path):
     root = FC_Decomposer(.25).decompose(nn.Linear(8, 8))
@@ -257,6 +312,13 @@ def test_other_optimizers(opt_func, tmp_path):
     after = train_on(learn)
     for other in (learn, mk_learn(opt_func, path=tmp_path)):
         assert same(train_on(other.load_low_rank(file)), after)
+
+def test_a_learner_on_the_meta_device(tmp_path):
+    learn = mk_learn(path=tmp_path)
+    learn.decompose(small)
+    learn.save_low_rank('m')
+    other = mk_learn(path=tmp_path, model=on_meta(linear_net))
+    with pytest.raises(ValueError, match='^model: it is on the meta device and has no weights'): other.load_low_rank('m')
 
 def test_objects_of_the_same_learner_stay(tmp_path):
     learn = mk_learn(path=tmp_path)
