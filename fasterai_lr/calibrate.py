@@ -11,12 +11,13 @@ __all__ = ['at_least_float32', 'patches', 'draw', 'output_rows', 'n_positions', 
 import copy, warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil, prod
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
@@ -29,6 +30,7 @@ from .running import (
     run_model, trace, undisturbed, unfused)
 from .loss import classification
 from .metric import Moments, add_diagonal, diagonal_of, make_metric
+from .store import MomentStore, group_within, moments_outline
 from .settings import Settings, takes_settings
 
 # %% ../nbs/11_calibrate.ipynb #0b7773c7
@@ -185,12 +187,14 @@ def _above_zero(G): # `[groups, n, n]`, or the diagonal
 # %% ../nbs/11_calibrate.ipynb #44cf64ff
 class _LayerMoments:
     "The moments of one layer, added up call by call"
-    def __init__(self, layer, settings, gen):
-        self.layer,self.gen = layer,gen
-        self.most = settings.most//2
-        self.inputs = InputMoments(layer, settings.max_size)
+    def __init__(self, layer, settings, gen, wanted): # `wanted`: 'inputs', 'grads', both or none
+        self.layer,self.gen,self.wanted = layer,gen,wanted
+        self.most,self.max_size = settings.most//2,settings.max_size
+        self.inputs = InputMoments(layer, self.max_size)
         self.grads = Gram() if self.inputs.few else Squares()
+        self.positions = 0
         self.going_back = False # are we in the backward pass of the loss?
+        self.reached = False # does a gradient reach the layer?
 
     def called(self, x, out):
         if not out.numel(): return # for instance an expert that gets no items
@@ -199,25 +203,39 @@ class _LayerMoments:
             with torch.enable_grad():
                 out = seen.requires_grad_().clone() # in-place operations raise an error for a leaf
         if in_backward(): return out # checkpointing runs it again; it was counted before
-        with torch.no_grad():
-            idx = draw(n_positions(self.layer, out), self.most, self.gen)
-            self.inputs.add(self.layer, x.detach(), out.detach(), idx)
+        n = n_positions(self.layer, out)
+        idx = draw(n, self.most, self.gen)
+        self.positions += n if idx is None else len(idx)
+        if 'inputs' in self.wanted:
+            with torch.no_grad(): self.inputs.add(self.layer, x.detach(), out.detach(), idx)
         if out.requires_grad: out.register_hook(self.add_gradient) # false in inference mode
         return out
 
     def add_gradient(self, g):
         if not self.going_back: return # a gradient that the model itself computes
+        self.reached = True
+        if 'grads' not in self.wanted: return
         rows = output_rows(self.layer, g.detach())
         if self.inputs.few: rows = Centred(rows)
         self.grads.add(rows, rows)
 
-    def moments(self, samples)->Moments:
-        W,rows,patches = flat_blocks(self.layer),self.inputs.rows,self.inputs.patches
-        grads = _above_zero(self.grads.sum/samples) if self.grads.n else None
-        res = Moments(grads, input_mean=patches.row_mean, positions=patches.n)
-        if rows is patches: res.inputs,res.output_mean = rows.mean,times(W, rows.row_mean)
-        else: res.outputs,res.output_mean = rows.mean,rows.row_mean
-        return res
+# %% ../nbs/11_calibrate.ipynb #589cae20
+@patch
+def moments(self:_LayerMoments, samples)->Moments:
+    "Return the wanted moments; the others have only shapes"
+    res = moments_outline(self.layer, self.max_size)
+    res.positions = self.positions
+    if not self.reached: res.grads = None
+    elif 'grads' in self.wanted: res.grads = _above_zero(self.grads.sum/samples)
+    if 'inputs' in self.wanted: self._fill_inputs(res)
+    return res
+
+@patch
+def _fill_inputs(self:_LayerMoments, m):
+    W,rows,patches = flat_blocks(self.layer),self.inputs.rows,self.inputs.patches
+    m.input_mean = patches.row_mean
+    if rows is patches: m.inputs,m.output_mean = rows.mean,times(W, rows.row_mean)
+    else: m.outputs,m.output_mean = rows.mean,rows.row_mean
 
 # %% ../nbs/11_calibrate.ipynb #70c4efb2
 _calibrated = linear_types + conv_types # the layers whose moments we gather
@@ -244,7 +262,8 @@ def check_weights(model:nn.Module):
 
 def _all_finite(*values):
     "Tell whether all tensors in `values` are finite"
-    return all(torch.isfinite(t).all() for t in values if isinstance(t, Tensor))
+    tensors = [t for t in values if isinstance(t, Tensor) and not t.is_meta]
+    return all(torch.isfinite(t).all() for t in tensors)
 
 def _check_finite(by_layer, batches): # `by_layer`: {layer name: `Moments`}
     "Raise a `ValueError` if a moment is not finite; it names the data, the model or the loss as the cause"
@@ -272,22 +291,34 @@ def _lost_without(m, W)->float:
     return float((m.grads*outputs).sum())
 
 # %% ../nbs/11_calibrate.ipynb #4a9f9543
+def _weights_of_outputs(model, by_layer, without)->dict: # {layer name: weight of each output}
+    "Weigh the outputs of the layers `without` gradients, on the scale of the median layer"
+    lost,own = [],{}
+    for name,m in by_layer.items():
+        value = _lost_without(m, flat_blocks(model.get_submodule(name)))
+        if name in without: own[name] = value
+        else: lost.append(value)
+    typical = median(lost) if lost else 1.
+    return {name: typical/max(value, 1e-300) for name,value in own.items()}
+
+def _alike(layer, weight, settings):
+    "Return the moment of gradients of a layer whose outputs all have this `weight`"
+    groups,o,*_ = Geometry.of(layer).block_shape
+    diagonal = layer.weight.new_full((groups, o), weight, dtype=torch.float64)
+    return torch.diag_embed(diagonal) if o <= settings.max_size else diagonal
+
 def give_gradients(
     model:nn.Module,
-    by_layer:dict, # {layer name: `Moments`}; missing gradients are filled in
+    store:MomentStore, # missing gradients are filled in
     settings:Settings
    )->frozenset: # the names of these layers
     "Give equal weight to all outputs of layers without gradients, on the scale of the median layer"
-    weights = {name: flat_blocks(model.get_submodule(name)) for name,m in by_layer.items() if m.grads is None}
-    if not weights: return frozenset()
-    lost = [_lost_without(m, flat_blocks(model.get_submodule(name)))
-            for name,m in by_layer.items() if name not in weights]
-    typical = median(lost) if lost else 1.
-    for name,W in weights.items():
-        scale = typical/max(_lost_without(by_layer[name], W), 1e-300)
-        alike = W.new_full(W.shape[:2], scale)
-        by_layer[name].grads = torch.diag_embed(alike) if W.shape[1] <= settings.max_size else alike
-    return frozenset(weights)
+    without = frozenset(name for name,m in store.outlines.items() if m.grads is None)
+    if not without: return without
+    for name,weight in _weights_of_outputs(model, store, without).items():
+        layer = model.get_submodule(name)
+        store.missing[name] = partial(_alike, layer, weight, settings)
+    return without
 
 # %% ../nbs/11_calibrate.ipynb #18bf4549
 def _width(m): # a `Moments`
@@ -296,13 +327,13 @@ def _width(m): # a `Moments`
     return moment.shape[-1] if moment.dim() == 3 else 1
 
 def enough_items(
-    moments:dict, # {layer name: `Moments`}
+    by_layer:dict, # {layer name: `Moments`, maybe on the meta device}
     items:int, # number of items that they come from
     classes:float=1 # number of classes, divided by the number of positions that it classifies in an item
    )->int:
     "Return how many items would give every moment full rank: at least 25 for each class, up to 2,000"
     enough = min(ceil(25*classes), 2000)
-    for m in moments.values():
+    for m in by_layer.values():
         if m.positions < items: continue # some items do not reach the layer
         enough = max(enough, ceil(_width(m)*items/m.positions))
     return enough
@@ -322,16 +353,25 @@ class Calibration(Mapping):
     "The `Moments` of a model's layers by name, with the data and the settings that they come from"
     model:nn.Module
     batches:Batches
-    moments:dict # {layer name: `Moments`}; a layer that the data does not reach is absent
+    moments:MomentStore # a layer that the data does not reach is absent
     settings:Settings
     n_items:int # number of items that they come from
     enough:int # number of items that is enough, see `enough_items`
     no_gradient:frozenset = frozenset() # names of the layers that no gradient reaches
 
     def __getitem__(self, name): return self.moments[name]
+    def __contains__(self, name): return name in self.moments # without gathering
     def __iter__(self): return iter(self.moments)
     def __len__(self): return len(self.moments)
     def __repr__(self): return f'Calibration of {len(self)} layers with {self.n_items:,} items'
+
+    def grads(self, name:str)->Tensor:
+        "Return the moment of the gradients of the layer `name`"
+        return self.moments.grads(name)
+
+    def in_order(self, names):
+        "Say in which order you will ask for moments: if few fit into memory, this saves passes over the data"
+        self.moments.order = [name for name in names if name in self]
 
     @cached_property
     def uses(self)->dict: # {layer name: `Use`}
@@ -346,67 +386,106 @@ class Calibration(Mapping):
         centre = geom.bias or self.uses[name].norm is not None
         return make_metric(geom, self.moments[name], blocks, self.settings.metric, centre)
 
-    def why_not(self, found)->str|None: # `found`: a `Found`
-        "Return the reason why this data cannot decompose the layer; `None` if it can"
-        if found.reason: return found.reason
-        if Geometry.of(found.layer).transposed: return 'no metric is known for a transposed convolution'
-        if found.name not in self.uses: return 'no data reaches it'
+# %% ../nbs/11_calibrate.ipynb #83b0147e
+@patch
+def why_not(self:Calibration, found)->str|None: # `found`: a `Found`
+    "Return the reason why this data cannot decompose the layer; `None` if it can"
+    if found.reason: return found.reason
+    if Geometry.of(found.layer).transposed: return 'no metric is known for a transposed convolution'
+    if found.name not in self.uses: return 'no data reaches it'
 
-    def note(self, name:str)->str: # empty if there is nothing to say
-        "Return a note if the metric of the layer `name` is only a rough estimate"
-        if name in self.no_gradient and self.settings.metric == 'fisher': return _without_gradient
-        whole = self.moments[name].grads.dim() == 3
-        return '' if whole else 'too many outputs for a full moment: weighted by its diagonal'
+@patch
+def note(self:Calibration, name:str)->str: # empty if there is nothing to say
+    "Return a note if the metric of the layer `name` is only a rough estimate"
+    if name in self.no_gradient and self.settings.metric == 'fisher': return _without_gradient
+    n_outputs = Geometry.of(self.model.get_submodule(name)).block_shape[1]
+    whole = n_outputs <= self.settings.max_size
+    return '' if whole else 'too many outputs for a full moment: weighted by its diagonal'
 
 # %% ../nbs/11_calibrate.ipynb #43b7fbf9
-def _run_back(model, batch, settings, scale, gen, sums):
+def _layers_of(model)->dict: # {name: layer}
+    "Return the layers whose moments can be gathered"
+    found = find_layers(model, _calibrated)
+    return {f.name: f.layer for f in found if not f.reason}
+
+def _scale_of(model)->float:
+    "Return the factor of the gradients"
+    half = any(p.dtype == torch.float16 for p in model.parameters())
+    return 256. if half else 1.
+
+def _run_back(model, batch, settings, gen, sums):
     "Run the model on a batch, then the backward pass; return the model's output"
     with blaming_data(batch), differentiable(): out = run_model(model, batch)
     scalar = settings.loss(out, gen)
     for m in sums.values(): m.going_back = True
-    if scalar.requires_grad: scalar.backward(torch.full_like(scalar, scale))
+    if scalar.requires_grad: scalar.backward(torch.full_like(scalar, _scale_of(model)))
     for m in sums.values(): m.going_back = False
     return out
 
-def gather_moments(
-    model:nn.Module,
-    batches:Batches,
-    settings:Settings
-   )->tuple: # ({layer name: `Moments`}, number of items, classes as for `enough_items`)
-    "Go through `batches` and add up the moments of all layers; see `calibrate`"
-    check_weights(model)
-    gen = torch.Generator().manual_seed(settings.seed)
-    found = [f for f in find_layers(model, _calibrated) if not f.reason]
-    layers = {f.name: f.layer for f in found}
-    sums = {name: _LayerMoments(layer, settings, gen) for name,layer in layers.items()}
+def _run_over(model, batches, settings, gen, sums)->tuple: # items, classes as for `enough_items`
+    "Go through `batches` forwards and backwards, and add to `sums`"
+    layers = {name: m.layer for name,m in sums.items()}
     def called(name, layer, x, out): return sums[name].called(x, out)
-    half = any(p.dtype == torch.float16 for p in model.parameters())
-    scale = 256. if half else 1. # factor of the gradients
+    n_wanted = sum(bool(m.wanted) for m in sums.values())
+    of = '' if n_wanted == len(sums) else f' of {n_wanted} layers'
     items = classes = 0
     with unfused(), frozen(model), evaluating(model), undisturbed():
         with torch.enable_grad(), hooked(layers, called):
-            for batch in settings.progressing(batches, 'statistics, batch'):
-                out,n = _run_back(model, batch, settings, scale, gen, sums),n_items(batch)
+            for batch in settings.progressing(batches, f'statistics{of}, batch'):
+                out,n = _run_back(model, batch, settings, gen, sums),n_items(batch)
                 classes = classes or settings.loss.n_classes(out, n)
                 items += n
-    samples = items*scale**2
-    seen = [name for name in sums if sums[name].inputs.patches.n]
-    work = [svd_work(layers[name]) for name in seen]
+    return items,classes
+
+# %% ../nbs/11_calibrate.ipynb #b9a5f120
+def gather_moments(
+    model:nn.Module,
+    batches:Batches,
+    settings:Settings,
+    names=None, # of the layers to measure; `None`: all
+    only_grads:bool=False # without the moments of inputs and outputs?
+   )->tuple: # ({layer name: `Moments`}, number of items, classes as for `enough_items`)
+    "Go through `batches` and add up the moments of layers; the others have only shapes; see `calibrate`"
+    check_weights(model)
+    gen = torch.Generator().manual_seed(settings.seed)
+    parts = ['grads'] if only_grads else ['inputs', 'grads']
+    sums = {}
+    for name,layer in _layers_of(model).items():
+        wanted = parts if names is None or name in names else []
+        sums[name] = _LayerMoments(layer, settings, gen, wanted)
+    items,classes = _run_over(model, batches, settings, gen, sums)
+    samples = items*_scale_of(model)**2
+    seen = [name for name in sums if sums[name].positions]
+    work = [svd_work(sums[name].layer) for name in seen]
     steps = settings.progressing(seen, 'statistics, layer', work)
-    by_layer = {name: sums[name].moments(samples) for name in steps}
+    by_layer = {name: sums.pop(name).moments(samples) for name in steps} # one is freed as the other is made
     _check_finite(by_layer, batches)
     return by_layer,items,classes
 
 # %% ../nbs/11_calibrate.ipynb #941c7b29
+@dataclass
+class _Again:
+    "Gathers moments that were let go, or never held"
+    model:nn.Module
+    batches:Batches
+    settings:Settings
+
+    def __call__(self, names, only_grads)->dict: # {layer name: `Moments`}
+        by_layer,_,_ = gather_moments(self.model, self.batches, self.settings, names, only_grads)
+        return by_layer
+
 def _calibrate(model, data, settings):
     check_whole(model)
     settings.check_functions()
     batches = Batches.of(data, model)
-    by_layer,items,classes = gather_moments(model, batches, settings)
-    enough = enough_items(by_layer, items, classes)
+    outlines = {n: moments_outline(layer, settings.max_size) for n,layer in _layers_of(model).items()}
+    first = group_within(outlines, settings.moments_room)
+    by_layer,items,classes = gather_moments(model, batches, settings, first)
+    moments = MomentStore(by_layer, settings.moments_room, _Again(model, batches, settings))
+    enough = enough_items(moments.outlines, items, classes)
     warn_if_too_few(items, enough)
-    no_gradient = give_gradients(model, by_layer, settings)
-    return Calibration(model, batches, by_layer, settings, items, enough, no_gradient)
+    no_gradient = give_gradients(model, moments, settings)
+    return Calibration(model, batches, moments, settings, items, enough, no_gradient)
 
 @takes_settings(but=['loss'])
 def calibrate(

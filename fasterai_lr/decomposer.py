@@ -241,6 +241,7 @@ def _by_decomposers(decomposers, model, selection, data, settings):
 def _fitted_to(calibration, decomposers, selection):
     "Decompose in the metric of the calibration and fit to its data"
     model,settings = calibration.model,calibration.settings
+    calibration.in_order(calibration)
     planned,alone = {},{}
     records,losses = {},[]
     for found,record,solver in choices(decomposers, model, selection, Settings(), records, calibration):

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .layers import check_whole, moved
 from .running import Batches, Inputs, undisturbed
 from .metric import Moments
+from .store import MomentStore
 from .calibrate import Calibration, enough_items, gather_moments, give_gradients, warn_if_too_few
 from .settings import Settings, takes_settings
 
@@ -153,7 +154,8 @@ def shared_calibration(
     batches = Batches.of(data, model)
     moments,items,classes = in_all(lambda: _gathered_here(model, batches, settings), ddp)
     moments,total = _added(moments, items, ddp.device)
-    enough = enough_items(moments, total, classes)
+    moments = MomentStore(moments)
+    enough = enough_items(moments.outlines, total, classes)
     if dist.get_rank() == 0: warn_if_too_few(total, enough)
     no_gradient = give_gradients(model, moments, settings)
     return Calibration(model, batches, moments, settings, total, enough, no_gradient)

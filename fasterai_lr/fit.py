@@ -404,7 +404,7 @@ class _Fit:
         best,moments = _fitted(W, stats, centre)
         best = best.reshape(geom.block_shape)
         if name in self.choices:
-            moments.grads = calibration[name].grads
+            moments.grads = calibration.grads(name)
             metric = make_metric(geom, moments, best, calibration.settings.metric, centre)
             layer = _factored(layer, name, best, metric, self.choices[name])
         else:
@@ -424,6 +424,7 @@ def _fit_layers(calibration, choices)->_Fit:
     "Fit all layers, one by one"
     fitting = _Fit(calibration, choices)
     order = _to_fit(fitting.uses, choices)
+    calibration.in_order([name for name in order if name in choices])
     sequential = calibration.settings.sequential
     if sequential: turns = _Turns(calibration, order)
     for name in _progressing(calibration, list(order)):

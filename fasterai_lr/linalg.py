@@ -114,7 +114,13 @@ def symmetric(
     L:Tensor # `[...,m,m]`; only its lower triangle is read
 )->Tensor: # `[...,m,m]`
     "Mirror the lower triangle of `L` to the other side"
-    return L.tril() + L.tril(-1).mT
+    S = L.tril()
+    for start in range(0, L.shape[-1], _PART_ROWS): # in parts: another copy of all would take memory and time
+        end = start+_PART_ROWS
+        corner = S[...,start:end,start:end]
+        corner += corner.tril(-1).mT
+        S[...,start:end,end:] = S[...,end:,start:end].mT
+    return S
 
 # %% ../nbs/00_linalg.ipynb #64978985
 class Eigen:

@@ -424,6 +424,7 @@ def _renew(plan, model, measured_in=None)->list: # names of layers; `measured_in
 # %% ../nbs/15_plan.ipynb #93bf14af
 def _measure_errors(plan, calibration, names):
     "Record the errors of the layers `names` in the metric of the calibration"
+    calibration.in_order(names)
     for name in names:
         if name not in calibration.uses: continue
         scheme,rank = plan.choices[name]

@@ -212,6 +212,7 @@ def _options(planner)->Options:
     calibration = planner.calibration
     found = [f for f in planner.found if not planner.why_not(f)]
     work = [svd_work(f.layer) for f in found]
+    calibration.in_order([f.name for f in found])
     res = Options(planner.totals)
     for f in calibration.settings.progressing(found, 'choosing ranks, layer', work):
         res[f.name] = layer_options(calibration, f.name, planner.uses[f.name])
@@ -336,6 +337,7 @@ def _timed_options(planner)->Options:
     known = {}
     res = Options(planner.totals | dict(latency=inside['']))
     names = list(planner.uses)
+    calibration.in_order(names)
     for name in calibration.settings.progressing(names, 'timing layer'):
         layer = planner.model.get_submodule(name)
         use = planner.uses[name]

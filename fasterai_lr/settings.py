@@ -105,7 +105,7 @@ def _unknown(argument, f):
                       f"its name; give it again, as {argument}=…")
 
 # %% ../nbs/10_settings.ipynb #a74b57b8
-_least = dict(most=1, room=0, max_size=1, distill_steps=0, seed=0)
+_least = dict(most=1, room=0, moments_room=0, max_size=1, distill_steps=0, seed=0)
 
 class _Checked:
     "The checks of `Settings`"
@@ -140,6 +140,7 @@ class Settings(_Checked):
     sequential:bool=True # fit each layer to the outputs of the factored layers before it?
     most:int=16384 # maximum number of positions per batch and layer in the fit; half as many for moments
     room:int=2**30 # bytes for outputs that the fit keeps instead of computing them again
+    moments_room:int=2**32 # bytes for moments that are held instead of gathering them again
     max_size:int=8192 # maximum number of rows of a moment
     distill_steps:int=0 # steps of self-distillation after the fit, see `distill`
     augment:object=None # augmentation of the inputs in these steps, see `distill`

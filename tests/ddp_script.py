@@ -179,7 +179,7 @@ def run_moments(path):
     res,rng = {},torch.get_rng_state()
     for name,(model,data) in cases.items():
         kw = dict(loss=squares, max_size=4 if name == 'wide' else 8192)
-        res[name] = shared_calibration(DDP(model), model, data, **kw).moments,calibrate(model, data, **kw).moments
+        res[name] = dict(shared_calibration(DDP(model), model, data, **kw)),dict(calibrate(model, data, **kw))
     shared_calibration(DDP(gated), gated, TorchLoader(x, 16, shuffle=True), loss=squares)
     undisturbed,errors = torch.equal(rng, torch.get_rng_state()),[]
     for i in range(2):
