@@ -206,8 +206,9 @@ class _Turns:
         with evaluation(self.dense, model):
             with of_dense.turn(self.dense, later[1:]), of_model.turn(model, later):
                 try: return self._compare(model, name)
-                except Exception:
-                    if not of_dense.used and not of_model.used: raise
+                except Exception as e:
+                    is_leak = isinstance(e, Leak)
+                    if not (is_leak or of_dense.used or of_model.used): raise
                     for memory in self.memories: memory.switch_off()
                     return self._compare(model, name)
 

@@ -7,7 +7,7 @@ __all__ = ['calling', 'Flow', 'needed', 'Leak', 'Memory']
 
 # %% ../nbs/12b_memory.ipynb #3b863c38
 import random
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from math import inf
@@ -121,6 +121,8 @@ class _Value:
         return [(self.frame, self.parents), *self.changes]
 
 # %% ../nbs/12b_memory.ipynb #56d13ea2
+_of_device = [getattr(Tensor, name).__get__ for name in ('device', 'is_cpu', 'is_cuda', 'is_meta')]
+
 class _Steps(TorchFunctionMode):
     "Passes each function call that takes tensors to `see`, after the call"
     def __init__(self):
@@ -145,7 +147,7 @@ class _Steps(TorchFunctionMode):
         before = [changes_of(t) for t in given]
         out = func(*args, **kwargs)
         made = tensors_in(out)
-        is_shape = func.__name__ == '__get__' and not made # or another attribute
+        is_shape = func.__name__ == '__get__' and not made and func not in _of_device
         changed = [changes_of(t) != was for t,was in zip(given, before)]
         if not is_shape: self.see(given, changed, made)
         return out
@@ -159,6 +161,7 @@ class _Values(_Steps):
         self.all,self.known = [],WeakTensorKeyDictionary()
         self.stored = {} # {address: the last value there}
         self.changing = set() # keys of calls whose outputs are later changed in place
+        self.reads = [] # (value, key of the call) where code reads a number or the device of a value
 
     def of(self, t)->_Value:
         "Return the value of a tensor; a new tensor may be a view of a known one"
@@ -180,6 +183,7 @@ class _Values(_Steps):
             if not is_changed: continue
             value.changes.append((self.stack.keys[-1], values))
             self.changing.update(value.returned)
+        if not made and not any(changed): self.reads += [(v, self.stack.keys[-1]) for v in values]
         for t in made:
             if t not in self.known: self.add(t, self.stack.keys[-1], values)
 
@@ -247,6 +251,7 @@ def needed(
    )->set: # of keys of calls
     "Find the finished calls whose outputs the run needs after `time`"
     todo = [v for v in flow.values.all if v.made < time <= v.last]
+    todo += [v for v,key in flow.values.reads if v.made < time and not _finished(flow, key, time)]
     seen,keys = set(todo),set()
     while todo:
         value = todo.pop()
@@ -262,19 +267,24 @@ def needed(
 class Leak(Exception): "Code used an output that was not kept"
 
 class _Guard(TorchFunctionMode):
-    "Raises a `Leak` if a function makes numbers from a tensor without numbers"
+    "Raises a `Leak` if a function makes numbers from a tensor without numbers, or the other way round"
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = tensors_in((args, kwargs))
-        if not any(t.is_meta for t in given): return func(*args, **kwargs)
+        had_numbers = not any(t.is_meta for t in given)
         real = [t for t in given if not t.is_meta]
         before = [changes_of(t) for t in real]
         out = func(*args, **kwargs)
+        made = tensors_in(out)
+        if had_numbers:
+            if any(t.is_meta for t in made): raise Leak
+            return out
         if before != [changes_of(t) for t in real]: raise Leak
-        if not all(t.is_meta for t in tensors_in(out)): raise Leak
+        if not all(t.is_meta for t in made): raise Leak
         return out
 
-def _without_numbers(t): return torch.empty_like(t, device='meta')
+def _without_numbers(t):
+    with torch._C.DisableTorchFunction(): return torch.empty_like(t, device='meta') # unseen by `_Guard`
 
 # %% ../nbs/12b_memory.ipynb #f4708ccf
 class _Kept:
@@ -358,7 +368,7 @@ class Memory:
         run = _Run(self, self.store.kept.get(batch, {}), additions, reached)
         self.run = run if self.on else None
         try:
-            with _Guard(): yield
+            with _Guard() if self.on else nullcontext(): yield
             if self.on: self.flow.values.changing |= self.store.keep(batch, run.old, run.new)
         finally: self.run = None
 

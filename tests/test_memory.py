@@ -214,6 +214,36 @@ class Masks(Net):
             x = nn.functional.dropout(layer(x), training=self.training)*mask + x.type_as(mask.float())
         return self.head(x.flatten(1))
 
+class Table(nn.Module):
+    "Moves its table to the device of its argument, which it reads no numbers of; as torchvision's anchors"
+    def __init__(self):
+        super().__init__()
+        self.table = torch.arange(8.)
+
+    def forward(self, x):
+        self.table = self.table.to(x.device)
+        return self.table[:x.shape[1]]
+
+class Anchors(Blocks):
+    def __init__(self):
+        super().__init__()
+        self.anchors = Table()
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers: y,x = x,layer(x)
+        return self.head(x) + self.anchors(y).sum()
+
+class Mask(Net):
+    "Reads the device and a number of an early output in each run, as Hugging Face's models do to make their masks"
+    def forward(self, x):
+        x = self.first(x)
+        y = self.layers[0](x)
+        mask = torch.ones(x.shape[1]).to(y.device)
+        if (y > 50).all(): mask = mask/2
+        for layer in self.layers[1:]: x = x + layer(x).tanh()*mask
+        return self.head(x)
+
 class Parallel(Net):
     "Two branches that meet late"
     def forward(self, x):
@@ -232,7 +262,7 @@ class Attention(Net):
         for layer in self.layers: x = layer(x)
         return self.head(x[:,0])
 
-kinds = Net,Blocks,Unassigned,InView,Stored,Attribute,Cached,Twice,Trees,OwnOutputs,Checkpointed,CheckpointedAnew,Compiled,Dense,Branches,Masks,Parallel,Attention
+kinds = Net,Blocks,Unassigned,InView,Stored,Attribute,Cached,Twice,Trees,OwnOutputs,Checkpointed,CheckpointedAnew,Compiled,Dense,Branches,Masks,Mask,Anchors,Parallel,Attention
 
 data = [torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (40, 40, 33, 40, 7)]
 
