@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import (FactoredLayer, Geometry, factored_layers, moved, replace_layers,
+from .layers import (FactoredLayer, Geometry, factored_layers, fill, moved, replace_layers,
                                 replace_layers_, svd_work)
 from .running import (Additions, Batches, evaluated, evaluation, hooked, n_items, run_model,
                                  trace, undisturbed)
@@ -25,6 +25,7 @@ from .loss import as_loss, classification
 from .metric import Moments, covariance, lacking, make_metric, ridge
 from .calibrate import (Centred, Gram, InputMoments, Squares, draw, flat_blocks, n_positions,
                                    output_rows, times, unbiased)
+from .relu import Rows, RowsOf, best_through_relu, followed_by_relu
 from .schemes import check_scheme, schemes
 from .distill import distill
 
@@ -115,6 +116,7 @@ class Stats:
     z:Tensor # mean of the rows whose moment is `xx`
     x:Tensor # mean of the patches, `[groups, d]`
     y:Tensor # mean of the target output, `[groups, o]`
+    rows:Rows|None = None # what the ReLU after the layer gets, if one follows
 
     @classmethod
     def of(cls, m:Moments, W:Tensor): # `[groups, o, d]`
@@ -147,12 +149,30 @@ def _lost(want, out, total, scale):
     whole = (want.sum - total)*inverse
     return whole - own
 
+# %% ../nbs/13_fit.ipynb #412571d5
+def _at_relu(layer, norm, out): # `out`: rows of the layer's output in the dense network
+    "Return what a ReLU after the layer or its BatchNorm gets, and what of it comes from the biases alone"
+    zero = out.new_zeros(out.shape[1:])
+    def like(v): return v.detach().view(zero.shape).to(zero)
+    scale = _scale(norm, out)
+    rest = zero if layer.bias is None else like(layer.bias)
+    if norm is not None: rest = scale*(rest - like(norm.running_mean))
+    if norm is not None and norm.bias is not None: rest = rest + like(norm.bias)
+    return scale*out + rest,rest
+
+def _rows_of(pair, calls, room)->RowsOf|None: # `None` if patches are too large for a moment
+    "Make the place for the rows of a `_Pair`"
+    if not pair.inputs.small: return
+    like = flat_blocks(pair.layer)[None,...,0]
+    return RowsOf(pair.layer, _scale(pair.norm, like), calls, room)
+
 # %% ../nbs/13_fit.ipynb #854d21c5
 class _Pair:
     "Pairs the calls of a layer with those in the dense network, and adds up the moments of both"
     def __init__(self, model, name, use, settings):
         self.layer = model.get_submodule(name)
         self.norm = use.norm and model.get_submodule(use.norm)
+        self.rows = None # a `RowsOf` if a ReLU follows
         self.inputs,self.yx = InputMoments(self.layer, settings.max_size),Gram()
         self.same = True # is the layer called as in the dense network?
 
@@ -171,6 +191,7 @@ class _Pair:
             rows = Centred(torch.ones_like(want.out[...,:1]))
         if want.sum is None:
             self.yx.add(Centred(want.out), rows)
+            if self.rows: self.rows.add(rows, *_at_relu(self.layer, self.norm, want.out))
         else:
             self.waits = want,rows,_copied(self.layer, out, want.idx)
 
@@ -180,11 +201,20 @@ class _Pair:
         if a.shape != want.shape: return
         self.waits = None
         total = _sum_rows(self.layer, a, b, want.idx)
-        lost = _lost(want, out, total, _scale(self.norm, out))
-        self.yx.add(Centred(want.out + lost), rows)
+        scale = _scale(self.norm, out)
+        self.yx.add(Centred(want.out + _lost(want, out, total, scale)), rows)
+        if self.rows: self.rows.add(rows, want.sum, total - scale*out)
 
     def end(self):
         if self.waits or next(self.calls, None): self.same = False
+
+# %% ../nbs/13_fit.ipynb #7b6c50c5
+def _stats_of(pair)->Stats|None: # `None` if the layer is not called as in the dense network
+    "Return the statistics that a `_Pair` has gathered"
+    if not pair.same: return
+    stats = Stats.wanted(pair.inputs, pair.yx)
+    if pair.rows: stats.rows = pair.rows.all()
+    return stats
 
 # %% ../nbs/13_fit.ipynb #1b7e223b
 class _Turns:
@@ -195,7 +225,8 @@ class _Turns:
         self.batches = calibration.batches
         self.settings = calibration.settings
         flow = Flow.of(self.dense, self.batches.longest)
-        room = self.settings.room//2
+        self.relus = followed_by_relu(self.dense, order, self.batches.longest)
+        room = self.settings.room*3//8
         self.memories = Memory(flow, room),Memory(flow, room)
 
     def stats(self, model, name)->Stats|None: # `None` if the layer is not called as in the dense network
@@ -207,8 +238,7 @@ class _Turns:
             with of_dense.turn(self.dense, later[1:]), of_model.turn(model, later):
                 try: return self._compare(model, name)
                 except Exception as e:
-                    is_leak = isinstance(e, Leak)
-                    if not (is_leak or of_dense.used or of_model.used): raise
+                    if not (isinstance(e, Leak) or of_dense.used or of_model.used): raise
                     for memory in self.memories: memory.switch_off()
                     return self._compare(model, name)
 
@@ -217,6 +247,7 @@ class _Turns:
         of_dense,of_model = self.memories
         recorder = _Recorder(self.dense.get_submodule(name), self.settings)
         pair = _Pair(model, name, use, self.settings)
+        if name in self.relus: pair.rows = _rows_of(pair, len(self.batches), self.settings.room//4)
         in_dense = _Watch(self.dense, name, use, recorder, of_dense)
         in_model = _Watch(model, name, use, pair, of_model)
         for i,batch in enumerate(self.batches):
@@ -225,7 +256,7 @@ class _Turns:
             pair.start(recorder.calls)
             in_model.run(i, batch)
             pair.end()
-        if pair.same: return Stats.wanted(pair.inputs, pair.yx)
+        return _stats_of(pair)
 
 # %% ../nbs/13_fit.ipynb #e4bcb4f5
 def _regress(start, s, centre): # `start` `[groups, o, n]`, `s`: `Stats`
@@ -392,24 +423,31 @@ class _Fit:
         self.model = replace_layers(dense, {})
         self.modules = {} # {name: fitted module}
 
+    def _fitted_layer(self, name, stats, centre):
+        "Return a new layer for the layer `name`, factored if it was chosen; its bias is still the old one"
+        calibration = self.calibration
+        layer = self.model.get_submodule(name)
+        geom = Geometry.of(layer)
+        best,moments = _fitted(flat_blocks(layer), stats, centre)
+        best = best.reshape(geom.block_shape)
+        if name not in self.choices:
+            return fill(geom.dense(), geom.from_blocks(best), layer.bias, layer.weight)
+        moments.grads = calibration.grads(name)
+        metric = make_metric(geom, moments, best, calibration.settings.metric, centre)
+        return _factored(layer, name, best, metric, self.choices[name])
+
     def fit_layer(self, name, stats): # `stats`: `None` for the moments of the calibration
         "Fit the layer `name`, and factor it if it was chosen"
-        calibration = self.calibration
         layer = self.model.get_submodule(name)
         use = self.uses[name]
         norm = None if use.norm is None else self.model.get_submodule(use.norm)
-        geom = Geometry.of(layer)
-        W = flat_blocks(layer)
-        if stats is None: stats = Stats.of(calibration[name], W)
-        centre = geom.bias or norm is not None
-        best,moments = _fitted(W, stats, centre)
-        best = best.reshape(geom.block_shape)
-        if name in self.choices:
-            moments.grads = calibration.grads(name)
-            metric = make_metric(geom, moments, best, calibration.settings.metric, centre)
-            layer = _factored(layer, name, best, metric, self.choices[name])
-        else:
-            layer.weight.copy_(geom.from_blocks(best))
+        if stats is None: stats = Stats.of(self.calibration[name], flat_blocks(layer))
+        grads = None if stats.rows is None else self.calibration.grads(name)
+        centre = layer.bias is not None or norm is not None
+        def fitted_to(stats): return self._fitted_layer(name, stats, centre)
+        new,stats = best_through_relu(fitted_to, stats, grads, centre)
+        if name in self.choices: layer = new
+        else: layer.weight.copy_(new.weight)
         if _correct_mean(layer, norm, stats): self.modules[use.norm] = norm
         self.model = replace_layers_(self.model, {name: layer})
         self.modules[name] = layer
@@ -425,7 +463,7 @@ def _fit_layers(calibration, choices)->_Fit:
     "Fit all layers, one by one"
     fitting = _Fit(calibration, choices)
     order = _to_fit(fitting.uses, choices)
-    calibration.in_order([name for name in order if name in choices])
+    calibration.in_order(order)
     sequential = calibration.settings.sequential
     if sequential: turns = _Turns(calibration, order)
     for name in _progressing(calibration, list(order)):

@@ -14,6 +14,7 @@ from fasterai_lr.loss import classification, regression
 from fasterai_lr.decomposer import ConvDecomposer, FC_Decomposer, decompose
 from fasterai_lr.distill import distill, flip_and_crop
 from fasterai_lr.fit import loss_increase
+from fasterai_lr.relu import followed_by_relu
 from fasterai_lr.running import trace
 from fasterai_lr.layers import FactoredLayer, factored_layers
 from helpers import fitted, miss, same, state_of
@@ -159,13 +160,50 @@ def test_layers_that_stay_dense_are_fitted_too(trained):
 
 def test_the_means_of_outputs_are_right_with_and_without_a_bias():
     for bias in (True, False):
-        net = with_statistics(plain_net(bias), images)
+        net = plain_net(bias)
+        for i in (2, 7): net[i] = nn.SiLU() # before a ReLU, the mean need not be right
+        net = with_statistics(net, images)
         layers = {'0': ('spatial', 3), '5': ('svd', 4)}
         res = fitted(net, layers, images, most=10**6)
         for norm in (1, 6): # at the output of the BatchNorm that follows, mean by channel
             a,b = (m[:norm+1](images).mean((0, 2, 3)).detach() for m in (net, res))
             assert (a - b).abs().max() < 2e-4*net[:norm+1](images).std() # float32 sums of 6,144 positions
         assert [hasattr(m, 'bias') and m.bias is not None for m in res if isinstance(m, (nn.Conv2d, nn.Linear, FactoredLayer))] == [bias]*4
+
+# --- through a ReLU
+
+@pytest.mark.parametrize('how', ['+', 'x +', '+=', 'add_', 'torch.add'])
+def test_a_relu_is_found_behind_norms_and_sums(how):
+    names = ['0', '2.conv1', '2.conv2', '3.conv1', '3.conv2', '6']
+    net = with_statistics(res_net(how), images)
+    uses = trace(net, names, (images[:2],))
+    assert followed_by_relu(net, uses, (images[:2],)) == set(names[:-1])
+    assert not followed_by_relu(ViT(), trace(ViT(), ['embed', 'blocks.0.up'], (tokens[:2],)), (tokens[:2],))
+
+@pytest.mark.parametrize('seen', [
+    lambda y: y.relu() + y, lambda y: (y.relu(), y), lambda y: y.relu() + y.mean(), lambda y: y.relu() + float(y.sum()),
+    lambda y: (2*y).relu(), lambda y: y.detach().relu_() + 1, lambda y: y[:,:2].relu(), lambda y: torch.zeros_like(y).copy_(y).relu(),
+    lambda y: torch.from_numpy(y.detach().numpy()*1).relu()])
+def test_a_layer_that_something_else_sees_is_left_out(seen):
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.a = nn.Linear(4, 4)
+        def forward(self, x): return seen(self.a(x))
+    net,x = Net(),torch.randn(3, 4)
+    assert not followed_by_relu(net, trace(net, ['a'], (x,)), (x,))
+
+def test_a_relu_in_place_is_one_and_what_comes_after_it_does_not_matter():
+    class Net(nn.Module):
+        def __init__(self, relu): super().__init__(); self.a,self.relu = nn.Linear(4, 4),relu
+        def forward(self, x): y = self.relu(self.a(x)); return y + y.exp(),y.shape
+    for relu in (F.relu_, torch.relu_, torch.Tensor.relu_, nn.ReLU(inplace=True), nn.ReLU(), torch.relu):
+        net,x = Net(relu),torch.randn(3, 4)
+        assert followed_by_relu(net, trace(net, ['a'], (x,)), (x,)) == {'a'}
+
+def test_the_fit_through_the_relu_loses_less(trained, monkeypatch):
+    net,x,(other,_) = trained
+    through = fitted(net, low, x)
+    monkeypatch.setattr('fasterai_lr.fit.followed_by_relu', lambda *args: set())
+    assert divergence(through, net, other) < .97*divergence(fitted(net, low, x), net, other) # 0.9 here
 
 # --- leaves no trace
 
@@ -233,16 +271,16 @@ def test_each_layer_has_its_own_turn_and_each_module_few_runs(depth):
     passed.clear()
     fitted(net, {'0': ('svd', 2)}, known)
     assert bars == [depth]
-    # two to trace, and for each of two batches once in either network: what follows a layer is not run in its turn. The dense network's last turn goes on to its end
-    assert [passed[i] for i in range(depth)] == [2 + 2*2]*(depth-1) + [2 + 2]
+    # three to trace, and for each of two batches once in either network: what follows a layer is not run in its turn. The dense network's last turn goes on to its end
+    assert [passed[i] for i in range(depth)] == [3 + 2*2]*(depth-1) + [3 + 2]
 
 def test_a_turn_ends_where_it_has_seen_enough():
     net,passed = spied(4)
     known = calibrate(net, torch.randn(20, 6), room=0)
     passed.clear()
     fitted(net, {'0': ('svd', 1)}, known)
-    # two to trace; without room, layer i is passed in each turn of a later layer in both networks, and in its own turn by the dense network, which goes on to the next layer
-    assert [passed[i] for i in range(4)] == [2 + 2*(3-i) + 1 for i in range(4)]
+    # three to trace; without room, layer i is passed in each turn of a later layer in both networks, and in its own turn by the dense network, which goes on to the next layer
+    assert [passed[i] for i in range(4)] == [3 + 2*(3-i) + 1 for i in range(4)]
 
 def bytes_alive():
     "What the tensors take that Python knows of"

@@ -233,7 +233,7 @@ def test_every_line_of_the_page_names_its_tests():
 
 # Titles in sentence case
 
-names_in_titles = {*'Gram Learner Tucker PyTorch Python ResNet Imagenette BatchNorm'.split()}
+names_in_titles = {*'Gram ReLU Learner Tucker PyTorch Python ResNet Imagenette BatchNorm'.split()}
 
 def headings(text):
     "The headings of markdown"
