@@ -13,6 +13,7 @@ from math import inf
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -108,6 +109,8 @@ class _Recorder:
         call.sum = _sum_rows(self.layer, a, b, call.idx)
 
 # %% ../nbs/13_fit.ipynb #d2f80f07
+_as_one = 50 # positions of an image or a sentence that say as much as one independent sample
+
 @dataclass
 class Stats:
     "Moments `[groups, n, n]` and means that a layer is fitted to"
@@ -116,22 +119,26 @@ class Stats:
     z:Tensor # mean of the rows whose moment is `xx`
     x:Tensor # mean of the patches, `[groups, d]`
     y:Tensor # mean of the target output, `[groups, o]`
+    samples:float|None = None # number of independent ones; `None`: the values are exact
     rows:Rows|None = None # what the ReLU after the layer gets, if one follows
 
     @classmethod
     def of(cls, m:Moments, W:Tensor): # `[groups, o, d]`
         "Return the statistics for which the layer's weight `W` is the best one"
         x,y = m.input_mean,m.output_mean
-        if m.inputs is None: return cls(m.outputs, m.outputs, y, x, y)
+        if m.inputs is None:
+            return cls(m.outputs, m.outputs, y, x, y)
         yx = W@m.inputs if m.inputs.dim() == 3 else None
         return cls(m.inputs, yx, x, x, y)
 
     @classmethod
-    def wanted(cls, inputs:InputMoments, yx:Gram):
+    def wanted(cls, inputs:InputMoments, yx:Gram, items:int):
         "Return the statistics from moments of a layer's inputs, and products `yx` of targets and inputs"
         rows = inputs.rows
         products = yx.mean if inputs.second.n else None
-        return cls(rows.mean, products, rows.row_mean, inputs.patches.row_mean, yx.row_mean)
+        x,y = inputs.patches.row_mean,yx.row_mean
+        samples = max(items, rows.n/_as_one)
+        return cls(rows.mean, products, rows.row_mean, x, y, samples)
 
 # %% ../nbs/13_fit.ipynb #f10969c5
 def _scale(norm, rows):
@@ -156,15 +163,16 @@ def _at_relu(layer, norm, out): # `out`: rows of the layer's output in the dense
     def like(v): return v.detach().view(zero.shape).to(zero)
     scale = _scale(norm, out)
     rest = zero if layer.bias is None else like(layer.bias)
-    if norm is not None: rest = scale*(rest - like(norm.running_mean))
-    if norm is not None and norm.bias is not None: rest = rest + like(norm.bias)
+    if norm is not None:
+        rest = scale*(rest - like(norm.running_mean))
+        if norm.bias is not None: rest = rest + like(norm.bias)
     return scale*out + rest,rest
 
-def _rows_of(pair, calls, room)->RowsOf|None: # `None` if patches are too large for a moment
+def _rows_of(pair, calls)->RowsOf|None: # `None` if patches are too large for a moment
     "Make the place for the rows of a `_Pair`"
     if not pair.inputs.small: return
     like = flat_blocks(pair.layer)[None,...,0]
-    return RowsOf(pair.layer, _scale(pair.norm, like), calls, room)
+    return RowsOf(pair.layer, _scale(pair.norm, like), calls)
 
 # %% ../nbs/13_fit.ipynb #854d21c5
 class _Pair:
@@ -173,7 +181,8 @@ class _Pair:
         self.layer = model.get_submodule(name)
         self.norm = use.norm and model.get_submodule(use.norm)
         self.rows = None # a `RowsOf` if a ReLU follows
-        self.inputs,self.yx = InputMoments(self.layer, settings.max_size),Gram()
+        self.inputs = InputMoments(self.layer, settings.max_size)
+        self.yx = Gram()
         self.same = True # is the layer called as in the dense network?
 
     def start(self, calls):
@@ -188,35 +197,42 @@ class _Pair:
         if not out.numel(): return
         rows = self.inputs.add(self.layer, x, out, want.idx)
         if rows is None: # we need only the mean of the target
-            rows = Centred(torch.ones_like(want.out[...,:1]))
+            ones = torch.ones_like(want.out[...,:1])
+            rows = Centred(ones)
         if want.sum is None:
             self.yx.add(Centred(want.out), rows)
-            if self.rows: self.rows.add(rows, *_at_relu(self.layer, self.norm, want.out))
+            if self.rows:
+                total,rest = _at_relu(self.layer, self.norm, want.out)
+                self.rows.add(rows, total, rest)
         else:
             self.waits = want,rows,_copied(self.layer, out, want.idx)
-
-    def added(self, a, b):
-        if self.waits is None: return
-        want,rows,out = self.waits
-        if a.shape != want.shape: return
-        self.waits = None
-        total = _sum_rows(self.layer, a, b, want.idx)
-        scale = _scale(self.norm, out)
-        self.yx.add(Centred(want.out + _lost(want, out, total, scale)), rows)
-        if self.rows: self.rows.add(rows, want.sum, total - scale*out)
 
     def end(self):
         if self.waits or next(self.calls, None): self.same = False
 
-# %% ../nbs/13_fit.ipynb #7b6c50c5
-def _stats_of(pair)->Stats|None: # `None` if the layer is not called as in the dense network
+# %% ../nbs/13_fit.ipynb #b032ffa5
+@patch
+def added(self:_Pair, a, b):
+    "See the sum of the output of the last call and another tensor"
+    if self.waits is None: return
+    want,rows,out = self.waits
+    if a.shape != want.shape: return
+    self.waits = None
+    total = _sum_rows(self.layer, a, b, want.idx)
+    scale = _scale(self.norm, out)
+    lost = _lost(want, out, total, scale)
+    self.yx.add(Centred(want.out + lost), rows)
+    if self.rows: self.rows.add(rows, want.sum, total - scale*out)
+
+# %% ../nbs/13_fit.ipynb #4f79b3e6
+def _stats_of(pair, items)->Stats|None: # `None` if the layer is not called as in the dense network
     "Return the statistics that a `_Pair` has gathered"
     if not pair.same: return
-    stats = Stats.wanted(pair.inputs, pair.yx)
+    stats = Stats.wanted(pair.inputs, pair.yx, items)
     if pair.rows: stats.rows = pair.rows.all()
     return stats
 
-# %% ../nbs/13_fit.ipynb #1b7e223b
+# %% ../nbs/13_fit.ipynb #7424e0d5
 class _Turns:
     "Runs the dense network and the fitted one side by side, layer by layer"
     def __init__(self, calibration, order): # `order`: {layer name: `Use`}, of the layers to fit
@@ -224,9 +240,10 @@ class _Turns:
         self.order = order
         self.batches = calibration.batches
         self.settings = calibration.settings
+        self.n_items = calibration.n_items
         flow = Flow.of(self.dense, self.batches.longest)
         self.relus = followed_by_relu(self.dense, order, self.batches.longest)
-        room = self.settings.room*3//8
+        room = self.settings.room//2
         self.memories = Memory(flow, room),Memory(flow, room)
 
     def stats(self, model, name)->Stats|None: # `None` if the layer is not called as in the dense network
@@ -242,32 +259,36 @@ class _Turns:
                     for memory in self.memories: memory.switch_off()
                     return self._compare(model, name)
 
-    def _compare(self, model, name):
-        use = self.order[name]
-        of_dense,of_model = self.memories
-        recorder = _Recorder(self.dense.get_submodule(name), self.settings)
-        pair = _Pair(model, name, use, self.settings)
-        if name in self.relus: pair.rows = _rows_of(pair, len(self.batches), self.settings.room//4)
-        in_dense = _Watch(self.dense, name, use, recorder, of_dense)
-        in_model = _Watch(model, name, use, pair, of_model)
-        for i,batch in enumerate(self.batches):
-            recorder.start()
-            in_dense.run(i, batch)
-            pair.start(recorder.calls)
-            in_model.run(i, batch)
-            pair.end()
-        return _stats_of(pair)
+# %% ../nbs/13_fit.ipynb #8cc10c1e
+@patch
+def _compare(self:_Turns, model, name):
+    use = self.order[name]
+    of_dense,of_model = self.memories
+    recorder = _Recorder(self.dense.get_submodule(name), self.settings)
+    pair = _Pair(model, name, use, self.settings)
+    if name in self.relus:
+        pair.rows = _rows_of(pair, len(self.batches))
+    in_dense = _Watch(self.dense, name, use, recorder, of_dense)
+    in_model = _Watch(model, name, use, pair, of_model)
+    for i,batch in enumerate(self.batches):
+        recorder.start()
+        in_dense.run(i, batch)
+        pair.start(recorder.calls)
+        in_model.run(i, batch)
+        pair.end()
+    return _stats_of(pair, self.n_items)
 
-# %% ../nbs/13_fit.ipynb #e4bcb4f5
+# %% ../nbs/13_fit.ipynb #a3c90b5c
 def _regress(start, s, centre): # `start` `[groups, o, n]`, `s`: `Stats`
     "Return the matrix near `start` that best maps the current input to the target; `centre`: less the means"
     xx,yx = s.xx,s.yx
     R = 0.
     if centre:
         xx = covariance(s.xx, s.z)
-        yx = s.yx - s.y[...,None]*s.z[...,None,:]
+        of_means = s.y[...,None]*s.z[...,None,:]
+        yx = s.yx - of_means
         R = lacking(s.z)
-    R = R + ridge(xx)
+    R = R + ridge(xx, s.samples)
     regular = xx + torch.diag_embed(R)
     L = torch.linalg.cholesky(regular)
     pulled = yx + start*R[:,None]
@@ -279,27 +300,33 @@ def _fitted(W, s, centre): # `W` `[groups, o, d]`
     if s.yx is None: return W,moments
     if s.xx.shape[-1] == W.shape[-1]: # patches
         return _regress(W, s, centre),moments
-    unchanged = torch.eye(W.shape[1]).to(W).expand_as(s.xx)
+    identity = torch.eye(W.shape[1])
+    identity = identity.to(W)
+    unchanged = identity.expand_as(s.xx)
     M = _regress(unchanged, s, centre)
-    moments = Moments(outputs=M@s.xx@M.mT, output_mean=times(M, s.z), input_mean=s.x)
+    outputs = M@s.xx@M.mT
+    mean = times(M, s.z)
+    moments = Moments(outputs=outputs, output_mean=mean, input_mean=s.x)
     return M@W,moments
 
-# %% ../nbs/13_fit.ipynb #6ef0a8f1
+# %% ../nbs/13_fit.ipynb #05bda1cc
 def _factored(layer, name, best, metric, choice): # `best`: the weight in blocks; `choice`: (scheme, rank)
     "Return the factored layer that replaces `layer`"
     scheme,rank = choice
     geom = Geometry.of(layer)
-    solver = schemes[scheme](geom, name).solver(geom.from_blocks(best), metric)
+    weight = geom.from_blocks(best)
+    solver = schemes[scheme](geom, name).solver(weight, metric)
     why = solver.misfit(rank)
     if why: raise ValueError(f"choices: layer {name!r}: {why}")
     return solver.build(rank, layer, solver.refined(rank))
 
-# %% ../nbs/13_fit.ipynb #a871bff5
+# %% ../nbs/13_fit.ipynb #71c39646
 def _norms_of(model)->dict: # {name: module}
     "The BatchNorms of `model` that keep statistics"
     norms = {}
     for name,m in model.named_modules():
-        if isinstance(m, _BatchNorm) and m.running_mean is not None: norms[name] = m
+        is_norm = isinstance(m, _BatchNorm)
+        if is_norm and m.running_mean is not None: norms[name] = m
     return norms
 
 def _normalised(norm, x):
@@ -326,7 +353,7 @@ def _norm_statistics(model, batches, in_training)->dict: # {name: (mean, varianc
         found[name] = mean,variance.clamp_min(0.)
     return found
 
-# %% ../nbs/13_fit.ipynb #bb047259
+# %% ../nbs/13_fit.ipynb #86380d9e
 def _renormalise(dense, model, batches)->dict: # {name: module}, those that changed
     "Correct the statistics of every BatchNorm of `model` by their change from `dense`"
     was = _norm_statistics(dense, batches, True)
@@ -343,7 +370,7 @@ def _renormalise(dense, model, batches)->dict: # {name: module}, those that chan
         changed[name] = new
     return changed
 
-# %% ../nbs/13_fit.ipynb #08277913
+# %% ../nbs/13_fit.ipynb #c6508fdb
 def _set_statistics(norm, mean, var):
     "Give `norm` new running statistics, and the weight and bias that keep its outputs in evaluation"
     old_std = (norm.running_var.double() + norm.eps).sqrt()
@@ -372,7 +399,7 @@ def _follow_statistics(dense, model, batches)->dict: # {name: module}, those tha
         changed[name] = new
     return changed
 
-# %% ../nbs/13_fit.ipynb #e27d7ad7
+# %% ../nbs/13_fit.ipynb #8a997918
 @dataclass
 class Change:
     "The changes that a decomposition makes to a model"
@@ -387,7 +414,7 @@ class Change:
         self.model.low_rank_plan = self.plan.plain()
         return self.model
 
-# %% ../nbs/13_fit.ipynb #629c7388
+# %% ../nbs/13_fit.ipynb #c6533338
 def _to_fit(uses, choices)->dict: # {name: `Use`}
     "Return the layers to fit, from the input to the output"
     names = []
@@ -396,7 +423,7 @@ def _to_fit(uses, choices)->dict: # {name: `Use`}
         if names or name in choices or use.calls > 1: names.append(name)
     return {n: uses[n] for n in names}
 
-# %% ../nbs/13_fit.ipynb #8aabbecf
+# %% ../nbs/13_fit.ipynb #f72f147d
 def _correct_mean(layer, norm, stats)->bool: # does the BatchNorm `norm` change?
     "Correct the mean of the output, with the bias or with the BatchNorm's running mean"
     output = times(flat_blocks(layer), stats.x)
@@ -410,7 +437,7 @@ def _correct_mean(layer, norm, stats)->bool: # does the BatchNorm `norm` change?
     norm.running_mean -= missing.to(norm.running_mean)
     return True
 
-# %% ../nbs/13_fit.ipynb #a338d01a
+# %% ../nbs/13_fit.ipynb #cef91a2d
 class _Fit:
     "Fits the layers of a copy of the calibrated model, one by one"
     def __init__(self, calibration, choices):
@@ -452,7 +479,7 @@ class _Fit:
         self.model = replace_layers_(self.model, {name: layer})
         self.modules[name] = layer
 
-# %% ../nbs/13_fit.ipynb #feefe489
+# %% ../nbs/13_fit.ipynb #966596fd
 def _progressing(calibration, names):
     "Iterate over the layers `names` and show the progress"
     layers = map(calibration.model.get_submodule, names)
@@ -470,9 +497,10 @@ def _fit_layers(calibration, choices)->_Fit:
         stats = None
         if sequential: stats = turns.stats(fitting.model, name)
         if stats or name in choices: fitting.fit_layer(name, stats)
+        del stats # its rows may be large
     return fitting
 
-# %% ../nbs/13_fit.ipynb #9a9c47bd
+# %% ../nbs/13_fit.ipynb #e36d9350
 def _with_tensors(model)->dict: # {name: module}
     "Return the modules of `model` that hold parameters or buffers; a factored layer counts as one"
     factored = factored_layers(model)
@@ -506,7 +534,7 @@ def fit(
         modules = _with_tensors(model)
     return Change(dense, modules, model=model)
 
-# %% ../nbs/13_fit.ipynb #a5a9434f
+# %% ../nbs/13_fit.ipynb #76dabb36
 @undisturbed()
 def loss_increase(
     dense:nn.Module, # its predictions are the labels
@@ -525,7 +553,7 @@ def loss_increase(
         samples += n_items(batch)
     return total/samples
 
-# %% ../nbs/13_fit.ipynb #2eb44405
+# %% ../nbs/13_fit.ipynb #54e7b92a
 __getattr__ = moved(__name__,
     now=dict(flip_and_crop='distill', mix='distill', flip_crop_and_mix='distill'),
     gone=dict(output_loss='the method `distance` of a Loss'))

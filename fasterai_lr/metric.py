@@ -46,9 +46,14 @@ def _mean_diagonal(M):
     d = diagonal_of(M).mean(-1, keepdim=True)
     return torch.where(d > 0, d, 1.)
 
-def ridge(M:Tensor)->Tensor: # `[groups, n]`, for `M` `[groups, n, n]` or its diagonal
-    "The damping of a moment of inputs, to add to its diagonal"
-    return 1e-3*diagonal_of(M) + 1e-5*_mean_diagonal(M)
+def ridge(
+    M:Tensor, # moment `[groups, n, n]` of inputs, or its diagonal
+    samples:float|None=None # number of samples of a regression on these inputs; `None`: enough
+   )->Tensor: # `[groups, n]`
+    "The damping to add to the diagonal of `M`; a regression on few samples needs more"
+    strength = 1e-3
+    if samples: strength = max(strength, .1*M.shape[-1]/samples)
+    return strength*diagonal_of(M) + 1e-5*_mean_diagonal(M)
 
 # %% ../nbs/09_metric.ipynb #c845ab1e
 def covariance(

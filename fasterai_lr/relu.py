@@ -44,7 +44,8 @@ class _Takers(TorchFunctionMode):
         out = func(*args, **kwargs)
         if isinstance(out, _no_numbers): return out
         made = [self.value(t) for t in tensors_in(out)]
-        for value in given: self.by_value[value].append((func, *made))
+        for value in given:
+            self.by_value[value].append((func, *made))
         return out
 
 # %% ../nbs/12c_relu.ipynb #587d4d31
@@ -71,7 +72,8 @@ def followed_by_relu(
     takers,starts = _Takers(),{}
     def see(name, layer, x, out): starts[name] = takers.value(out)
     layers = {name: model.get_submodule(name) for name,use in uses.items() if use.calls == 1}
-    with blaming_data(batch), hooked(layers, see), takers: visible = tensors_in(evaluated(model, batch))
+    with blaming_data(batch), hooked(layers, see), takers:
+        visible = tensors_in(evaluated(model, batch))
     visible = set(map(takers.value, visible))
     found = set()
     for name,start in starts.items():
@@ -102,7 +104,8 @@ class Rows:
         return self.scale*(y + mean.to(y)) + self.rest
 
     def _in_units_of_the_layer(self, error):
-        seen = self.scale.abs() > 1e-2*self.scale.abs().max()
+        size = self.scale.abs()
+        seen = size > 1e-2*size.max()
         return error*torch.where(seen, 1/self.scale, 0.)
 
     def change(self, now):
@@ -113,30 +116,36 @@ class Rows:
 
     def products(self, change): # `[groups, o, d]` and `[groups, o]`
         "Return the mean product of a `change` and the input, and the mean change"
-        yx = torch.einsum('ngo,ngd->god', change, self.x)/len(self.x)
-        return yx.double(),change.mean(0).double()
+        yx = torch.einsum('ngo,ngd->god', change, self.x)
+        mean = change.mean(0)
+        return yx.double()/len(self.x),mean.double()
 
     def cost(self, now, grads): # `grads`: moment of the gradients, or its diagonal
         "Return the estimated cost of the error after the ReLU"
-        error = self._in_units_of_the_layer(now.relu() - self.wanted.relu())
-        if grads.dim() == 2: return float((error.square()*grads.to(error)).sum())/len(error)
+        wrong = now.relu() - self.wanted.relu()
+        error = self._in_units_of_the_layer(wrong)
+        if grads.dim() == 2:
+            total = (error.square()*grads.to(error)).sum()
+            return float(total)/len(error)
         products = torch.einsum('ngo,ngp->gop', error, error)
-        return float((products*grads.to(error)).sum())/len(error)
+        total = (products*grads.to(error)).sum()
+        return float(total)/len(error)
 
 # %% ../nbs/12c_relu.ipynb #9c0cd961
 _positions = 2**15 # of all calls together
+_bytes = 2**28
 
 class RowsOf:
-    "Gathers the `Rows` of one layer, call by call; if there is no room for enough of them, it takes none"
+    "Gathers the `Rows` of one layer, call by call; if enough of them would be too large, it takes none"
     def __init__(self,
         layer, # a linear layer or a convolution
         scale, # `[groups, o]` or `[1]`
-        calls:int, # how many are expected
-        room:int): # bytes
+        calls:int): # how many are expected
         groups,o,*patch = Geometry.of(layer).block_shape
         self.least = 8*prod(patch) # fewer would say too little about the weight
-        bytes_each = layer.weight.element_size()*groups*(prod(patch) + 2*o)
-        self.most = min(_positions, room//bytes_each)
+        numbers = groups*(prod(patch) + 2*o)
+        bytes_each = numbers*layer.weight.element_size()
+        self.most = min(_positions, _bytes//bytes_each)
         if self.most < self.least: self.most = 0
         self.per_call = -(-self.most//calls)
         self.scale,self.n,self.held = scale,0,None
@@ -144,13 +153,17 @@ class RowsOf:
 
     def add(self, rows, wanted, rest): # `rows`: `Centred`
         "Add a call: the input, what the ReLU gets in the dense network, and now without the layer's part"
-        n = min(len(wanted), self.per_call, self.most - self.n)
+        left = self.most - self.n
+        n = min(len(wanted), self.per_call, left)
         if n <= 0: return
-        idx = torch.randperm(len(wanted), generator=self.gen)[:n].to(wanted.device)
+        order = torch.randperm(len(wanted), generator=self.gen)
+        idx = order[:n].to(wanted.device)
         x = rows.rows[idx] + rows.near.to(rows.rows)
         new = x,wanted[idx],rest.expand_as(wanted)[idx]
-        if self.held is None: self.held = [t.new_empty(self.most, *t.shape[1:]) for t in new]
-        for held,t in zip(self.held, new): held[self.n:self.n+n] = t
+        if self.held is None:
+            self.held = [t.new_empty(self.most, *t.shape[1:]) for t in new]
+        for held,t in zip(self.held, new):
+            held[self.n:self.n+n] = t
         self.n += n
 
     def all(self)->Rows|None: # `None` if there are too few
@@ -178,9 +191,11 @@ def best_through_relu(
         mean = centre*(stats.y - times(W, stats.x))
         now = rows.now(W, mean)
         cost = rows.cost(now, grads)
-        if cost < least: least,best = cost,(layer, stats)
+        if cost < least:
+            least,best = cost,(layer, stats)
         if not left: break
         yx,y = rows.products(rows.change(now))
-        stats = replace(first, yx=first.yx + yx, y=first.y + y)
+        yx,y = first.yx + yx,first.y + y
+        stats = replace(first, yx=yx, y=y)
         layer = fitted_to(stats)
     return best
