@@ -376,7 +376,7 @@ def _is_sharded(o): return not _sharded.isdisjoint(c.__name__ for c in type(o)._
 
 def check_whole(
     model:nn.Module,
-    instead:str='decompose the whole model, or make it with `Plan.skeleton`, then `fully_shard` it'
+    instead:str='decompose it, or make it with Plan.skeleton, before fully_shard' # what to do
    ):
     "Raise a `RuntimeError` if `model` is sharded over processes; the error says what to do `instead`"
     check_module(model)

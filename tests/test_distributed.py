@@ -189,7 +189,7 @@ def test_a_sharded_model_is_refused(runs):
             assert len(set(o[state].values())) == 1 and 'get_model_state_dict' in save
             why = o[state].popitem()[1]
             assert ("its parameter 'emb.weight' is sharded" if state != 'run' else "its root is sharded") in why
-            assert 'decompose the whole model, or make it with `Plan.skeleton`, then `fully_shard` it' in why
+            assert 'decompose it, or make it with Plan.skeleton, before fully_shard' in why
         assert sorted(o['files']) == ['0.pth', '1.pth']
 
 @pytest.mark.slow
