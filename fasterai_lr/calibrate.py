@@ -413,12 +413,12 @@ def _scale_of(model)->float:
     half = any(p.dtype == torch.float16 for p in model.parameters())
     return 256. if half else 1.
 
-def _run_back(model, batch, settings, gen, sums):
+def _run_back(model, batch, settings, scale, gen, sums):
     "Run the model on a batch, then the backward pass; return the model's output"
     with blaming_data(batch), differentiable(): out = run_model(model, batch)
     scalar = settings.loss(out, gen)
     for m in sums.values(): m.going_back = True
-    if scalar.requires_grad: scalar.backward(torch.full_like(scalar, _scale_of(model)))
+    if scalar.requires_grad: scalar.backward(torch.full_like(scalar, scale))
     for m in sums.values(): m.going_back = False
     return out
 
@@ -428,11 +428,12 @@ def _run_over(model, batches, settings, gen, sums)->tuple: # items, classes as f
     def called(name, layer, x, out): return sums[name].called(x, out)
     n_wanted = sum(bool(m.wanted) for m in sums.values())
     of = '' if n_wanted == len(sums) else f' of {n_wanted} layers'
+    scale = _scale_of(model)
     items = classes = 0
     with unfused(), frozen(model), evaluating(model), undisturbed():
         with torch.enable_grad(), hooked(layers, called):
             for batch in settings.progressing(batches, f'statistics{of}, batch'):
-                out,n = _run_back(model, batch, settings, gen, sums),n_items(batch)
+                out,n = _run_back(model, batch, settings, scale, gen, sums),n_items(batch)
                 classes = classes or settings.loss.n_classes(out, n)
                 items += n
     return items,classes
@@ -463,16 +464,10 @@ def gather_moments(
     return by_layer,items,classes
 
 # %% ../nbs/11_calibrate.ipynb #941c7b29
-@dataclass
-class _Again:
-    "Gathers moments that were let go, or never held"
-    model:nn.Module
-    batches:Batches
-    settings:Settings
-
-    def __call__(self, names, only_grads)->dict: # {layer name: `Moments`}
-        by_layer,_,_ = gather_moments(self.model, self.batches, self.settings, names, only_grads)
-        return by_layer
+def _gather_again(model, batches, settings, names, only_grads)->dict: # {layer name: `Moments`}
+    "Gather moments that were let go, or never held"
+    by_layer,_,_ = gather_moments(model, batches, settings, names, only_grads)
+    return by_layer
 
 def _calibrate(model, data, settings):
     check_whole(model)
@@ -481,7 +476,8 @@ def _calibrate(model, data, settings):
     outlines = {n: moments_outline(layer, settings.max_size) for n,layer in _layers_of(model).items()}
     first = group_within(outlines, settings.moments_room)
     by_layer,items,classes = gather_moments(model, batches, settings, first)
-    moments = MomentStore(by_layer, settings.moments_room, _Again(model, batches, settings))
+    gather = partial(_gather_again, model, batches, settings)
+    moments = MomentStore(by_layer, settings.moments_room, gather)
     enough = enough_items(moments.outlines, items, classes)
     warn_if_too_few(items, enough)
     no_gradient = give_gradients(model, moments, settings)

@@ -354,18 +354,23 @@ def _norm_statistics(model, batches, in_training)->dict: # {name: (mean, varianc
     return found
 
 # %% ../nbs/13_fit.ipynb #86380d9e
+def _statistics_moved(dense, model, batches, in_training):
+    "Yield each BatchNorm's name, and its input's change of mean, factor of variance, and variance in `dense`"
+    was = _norm_statistics(dense, batches, in_training)
+    for name,(mean,var) in _norm_statistics(model, batches, in_training).items():
+        old_mean,old_var = was[name]
+        ratio = torch.where(old_var > 0, var/old_var, 1.)
+        yield name,mean - old_mean,ratio,old_var
+
 def _renormalise(dense, model, batches)->dict: # {name: module}, those that changed
     "Correct the statistics of every BatchNorm of `model` by their change from `dense`"
-    was = _norm_statistics(dense, batches, True)
     changed = {}
-    for name,(mean,var) in _norm_statistics(model, batches, True).items():
-        old_mean,old_var = was[name]
-        if torch.equal(mean, old_mean) and torch.equal(var, old_var): continue
+    for name,shift,ratio,_ in _statistics_moved(dense, model, batches, True):
+        if not shift.any() and (ratio == 1).all(): continue
         old = dense.get_submodule(name)
         new = model.get_submodule(name)
-        ratio = torch.where(old_var > 0, var/old_var, 1.)
         ratio = ratio.clamp(.1, 10.)
-        new.running_mean.copy_(old.running_mean + mean - old_mean)
+        new.running_mean.copy_(old.running_mean + shift)
         new.running_var.copy_(old.running_var*ratio)
         changed[name] = new
     return changed
@@ -384,18 +389,14 @@ def _set_statistics(norm, mean, var):
 
 def _follow_statistics(dense, model, batches)->dict: # {name: module}, those that changed
     "Give every BatchNorm of `model` the running statistics of its inputs now"
-    was = _norm_statistics(dense, batches, False)
     changed = {}
-    for name,(mean,var) in _norm_statistics(model, batches, False).items():
+    for name,shift,ratio,old_var in _statistics_moved(dense, model, batches, False):
         old = dense.get_submodule(name)
         new = model.get_submodule(name)
-        old_mean,old_var = was[name]
-        moved = mean - old_mean
-        ratio = torch.where(old_var > 0, var/old_var, 1.)
         differs = (ratio - 1).abs() > 1e-3 # smaller differences are rounding
-        differs |= moved.square() > 1e-6*old_var
+        differs |= shift.square() > 1e-6*old_var
         if new.weight is None or not differs.any(): continue
-        _set_statistics(new, old.running_mean + moved, old.running_var*ratio)
+        _set_statistics(new, old.running_mean + shift, old.running_var*ratio)
         changed[name] = new
     return changed
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .layers import Geometry
-from .running import blaming_data, changes_of, evaluated, hooked, tensors_in
+from .running import add_functions, blaming_data, changes_of, evaluated, hooked, tensors_in
 from .calibrate import flat_blocks, times
 
 # %% ../nbs/12c_relu.ipynb #a1135640
@@ -50,7 +50,6 @@ class _Takers(TorchFunctionMode):
 
 # %% ../nbs/12c_relu.ipynb #587d4d31
 _relus = F.relu,F.relu_,torch.relu,torch.relu_,Tensor.relu,Tensor.relu_
-_adds = 'add','add_','__add__','__iadd__','__radd__'
 
 def _steps_to_relu(by_value, value, visible):
     "Follow a value; return the functions between it and a ReLU, or `None` if there is more than that"
@@ -61,7 +60,7 @@ def _steps_to_relu(by_value, value, visible):
         if functions and functions.issubset(_relus): return steps
         if len(takers) != 1 or len(takers[0]) != 2: return
         func,value = takers[0]
-        steps.append('norm' if func is F.batch_norm else func.__name__)
+        steps.append(func)
 
 def followed_by_relu(
     model:nn.Module,
@@ -84,10 +83,10 @@ def followed_by_relu(
 def _expected(use, steps):
     "Tell whether `steps` are the BatchNorm and the addition of `use`, and nothing else"
     if use.norm is not None:
-        if steps[:1] != ['norm']: return False
+        if steps[:1] != [F.batch_norm]: return False
         steps = steps[1:]
     if use.add is None: return not steps
-    return len(steps) == 1 and steps[0] in _adds
+    return len(steps) == 1 and steps[0] in add_functions
 
 # %% ../nbs/12c_relu.ipynb #9d4d0454
 @dataclass
@@ -133,7 +132,7 @@ class Rows:
 
 # %% ../nbs/12c_relu.ipynb #9c0cd961
 _positions = 2**15 # of all calls together
-_bytes = 2**28
+_bytes = 2**28 # so that the rows of wide layers do not fill the memory
 
 class RowsOf:
     "Gathers the `Rows` of one layer, call by call; if enough of them would be too large, it takes none"

@@ -58,7 +58,7 @@ def group_within(
         group.append(name)
     return group
 
-# %% ../nbs/10b_store.ipynb #02e4bebb
+# %% ../nbs/10b_store.ipynb #fd8113c1
 def _is_whole(m): return m.input_mean is not None
 
 def _without_values(t): return t if t is None else torch.empty_like(t, device='meta')
@@ -87,7 +87,7 @@ class MomentStore(Mapping):
         "Return the moment of a layer's gradients"
         return self._get(name, True).grads
 
-# %% ../nbs/10b_store.ipynb #7a031bd7
+# %% ../nbs/10b_store.ipynb #79261adb
 @patch
 def _get(self:MomentStore, name, only_grads):
     m = self.held.get(name)

@@ -301,7 +301,10 @@ of_fastai = {
     'shortcuts that tensors carry along': body,
     'a decoder that reads what hooks have stored': lambda: fv.DynamicUnet(nn.Sequential(*list(body().children())[:-3]), 2, (32, 32))}
 
-@pytest.mark.parametrize('name', [*list(of_fastai)[:1], pytest.param(list(of_fastai)[1], marks=pytest.mark.slow)])
+slow = pytest.mark.slow # takes 40 seconds
+
+@pytest.mark.parametrize('name', [
+    'shortcuts that tensors carry along', pytest.param('a decoder that reads what hooks have stored', marks=slow)])
 def test_networks_of_fastai(name):
     torch.manual_seed(0)
     images = list(torch.randn(10, 3, 32, 32).split(4))
