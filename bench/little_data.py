@@ -1,7 +1,7 @@
 """What the sequential fit brings when data is little: a ResNet-20, a vision transformer and a text encoder.
 
     python bench/little_data.py resnet20 vit text --weights WEIGHTS --encoder FOLDER
-    PYTHONPATH=../before python bench/little_data.py resnet20 vit text ... --version before
+    PYTHONPATH=../before python bench/little_data.py resnet20 --weights WEIGHTS --version before
 
 WEIGHTS is a state dict with the keys of `bench/cifar.py`'s `ResNet20`; the vision transformer is that of
 `bench/transformer.py` after `--epochs` epochs; FOLDER holds a pretrained text encoder and its tokenizer, as Hugging
