@@ -123,10 +123,11 @@ def measure(case, draw, settings):
 
 # All of them
 
-def versions(beside):
-    "{name: (folder of the package, settings)}"
+def versions(case, beside):
+    "{name: (folder of the package, settings)} for a case"
     res = {'now': (here.parent, {})}
-    if beside: res |= {'before': (beside, {}), 'before, one layer a pass': (beside, dict(passes=1000))}
+    if beside: res |= {'before': (beside, {})}
+    if beside and case.startswith('resnet56'): res |= {'before, one layer a pass': (beside, dict(passes=60))}
     return res
 
 def run(case, draw, folder, settings):
@@ -156,7 +157,7 @@ def main():
     for draw in range(args.draws):
         for case in cases:
             if case.split()[0] not in args.names: continue
-            for version,(folder,settings) in versions(args.beside).items():
+            for version,(folder,settings) in versions(case, args.beside).items():
                 if (case, draw, version) in done: continue
                 rows.append(dict(case=case, draw=draw, version=version, **run(case, draw, folder, settings)))
                 print(rows[-1], flush=True)

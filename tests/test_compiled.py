@@ -48,6 +48,7 @@ def test_plans_and_files_know_the_names_inside(tmp_path):
         loaded = load_low_rank(model, tmp_path/'small')
         assert is_compiled(loaded) == is_compiled(model) and alike(inner_model(loaded), small._orig_mod)
 
+@pytest.mark.slow
 def test_a_budget_of_time_is_measured_compiled():
     "What is timed at the end is compiled; the dense model is too"
     counting = Counting()
@@ -56,7 +57,7 @@ def test_a_budget_of_time_is_measured_compiled():
     small = decompose(net, Budget(latency=.7), x)
     assert counting.n >= 2 and is_compiled(small) and factored_layers(small._orig_mod)
 
-@pytest.mark.parametrize('what', [None, Budget(macs=.4), Budget(max_drop=.05)], ids=str)
+@pytest.mark.parametrize('what', [None, Budget(macs=.4), pytest.param(Budget(max_drop=.05), marks=pytest.mark.slow)], ids=str)
 def test_in_a_learner(what, tmp_path):
     "A Learner of a compiled model decomposes the model inside, in a fit and outside, and goes on with a compiled one"
     results = []

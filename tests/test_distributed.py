@@ -16,6 +16,8 @@ here,scripts = Path(__file__).resolve().parent,Path(sys.executable).parent
 launchers = dict(accelerate=['accelerate', 'launch', '--multi_gpu', '--num_machines=1', '--num_processes=2', '--mixed_precision=no', '--dynamo_backend=no', '--main_process_port'],
                  bf16=['accelerate', 'launch', '--multi_gpu', '--num_machines=1', '--num_processes=2', '--mixed_precision=bf16', '--dynamo_backend=no', '--main_process_port'],
                  torchrun=['torchrun', '--nnodes=1', '--nproc-per-node=2', '--master-port'])
+pytestmark = pytest.mark.slow # torch starts twice, and everything is fitted in two processes
+
 fast = ['ctx', 'equal', 'budget', 'moments', 'guard', 'frozen', 'diverged', 'before', 'saved', 'plain', 'root', 'error', 'wrong_name', 'refused', 'fsdp', 'skeleton', 'sharded']
 
 def free_port():
@@ -192,7 +194,6 @@ def test_a_sharded_model_is_refused(runs):
             assert 'decompose it, or make it with Plan.skeleton, before fully_shard' in why
         assert sorted(o['files']) == ['0.pth', '1.pth']
 
-@pytest.mark.slow
 @pytest.mark.parametrize('launcher', ['torchrun', 'bf16'])
 def test_other_launchers(launcher, tmp_path):
     "torchrun, and accelerate with its own autocast"

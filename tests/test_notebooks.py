@@ -14,9 +14,12 @@ def notebooks(root):
     return sorted(p for p in paths if not any(o[0] in '_.' for o in p.parts))
 
 def case(path):
-    "A pytest case, marked by what the notebook's first cell says: `- slow: true`, or `- data: NAME` of what it loads with `untar_data`"
-    said = nb_frontmatter(read_nb(root/path))
-    marks = [pytest.mark.slow]*str2bool(said.get('slow', False)) + [pytest.mark.data]*('data' in said)
+    "A pytest case, marked by what the notebook's first cell says: `- data: NAME` of what it loads with `untar_data`, or `- slow: true`; a page that exports no module is slow, too"
+    notebook = read_nb(root/path)
+    said = nb_frontmatter(notebook)
+    is_page = not any(o.source.startswith('#| default_exp') for o in notebook.cells)
+    slow = is_page or str2bool(said.get('slow', False))
+    marks = [pytest.mark.data] if 'data' in said else [pytest.mark.slow]*slow
     return pytest.param(path, id=path.as_posix(), marks=marks)
 
 def copy_project(to):

@@ -78,7 +78,11 @@ def test_a_function_finds_them():
 
 def learner(kind, *cbs, **kw): return quiet(digit_learner(Wrapped(kind), range(600), range(600, 900), cbs=[Unpack(), *cbs], **kw))
 
-@pytest.mark.parametrize('kind, distill', [*((kinds[k], 0.) for k in kinds), *((kinds[k], 1.) for k in ('dataclass', 'dict', 'nested'))])
+some = 'dataclass','dict','nested'
+
+@pytest.mark.parametrize('kind, distill', [
+    *((kinds[k], 1.) for k in some),
+    *(pytest.param(kind, 0., marks=[pytest.mark.slow]*(k not in some)) for k,kind in kinds.items())])
 def test_in_a_fit(kind, distill):
     "The same fit as that of the model that returns the scores alone, to the last bit"
     wrapped,plain = learner(kind),quiet(digit_learner(digit_cnn(), range(600), range(600, 900)))
