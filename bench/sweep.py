@@ -108,7 +108,7 @@ def megabytes(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 
 def measure(case, draw, settings):
     "Measure one case in this process: {what: value}"
-    from fasterai_lr import Budget, decompose
+    from fasterai_lr.all import Budget, decompose
     torch.set_num_threads(2)
     torch.manual_seed(draw)
     model,x,budget = cases[case](draw)
