@@ -30,11 +30,12 @@ from fasterai_lr.budget import Budget
 from fasterai_lr.calibrate import calibrate
 from fasterai_lr.decomposer import decompose
 from fasterai_lr.loss import classification, regression
+from fasterai_lr.running import run_model
 
 results = Path(__file__).resolve().parent/'results'/'little_data.csv'
 
 @torch.no_grad()
-def outputs(model, batches): return torch.cat([model(b) if torch.is_tensor(b) else model(**b) for b in batches])
+def outputs(model, batches): return torch.cat([run_model(model, batch) for batch in batches])
 
 class Images:
     "An image network, and how much of its accuracy a smaller one keeps"
@@ -86,7 +87,8 @@ class Text:
         from transformers import AutoModel, AutoTokenizer
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model,self.budget = Encoder(AutoModel.from_pretrained(folder)).eval(),Budget(macs=share)
-        held,self.train = sentences()[:600],sentences()[600:]
+        found = sentences()
+        held,self.train = found[:600],found[600:]
         self.test = self.tokens(sorted(held, key=len), 50)
         self.dense = F.normalize(outputs(self.model, self.test), dim=1)
 
@@ -127,7 +129,8 @@ def main():
         network = networks[name](args)
         for n in network.sizes:
             for draw in range(args.draws):
-                fits = {'none': False, args.version: True} if args.version == 'now' else {args.version: True}
+                fits = {args.version: True} # is the sequential fit on?
+                if args.version == 'now': fits['none'] = False
                 fits = {fit: on for fit,on in fits.items() if (name, n, draw, fit) not in done}
                 if not fits: continue
                 known = calibrate(network.model, network.data(n, draw), network.loss, seed=draw, progress=False)

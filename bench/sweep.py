@@ -126,8 +126,9 @@ def measure(case, draw, settings):
 def versions(case, beside):
     "{name: (folder of the package, settings)} for a case"
     res = {'now': (here.parent, {})}
-    if beside: res |= {'before': (beside, {})}
-    if beside and case.startswith('resnet56'): res |= {'before, one layer a pass': (beside, dict(passes=60))}
+    if not beside: return res
+    res['before'] = beside,{}
+    if case.startswith('resnet56'): res['before, one layer a pass'] = beside,dict(passes=60)
     return res
 
 def run(case, draw, folder, settings):

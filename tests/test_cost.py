@@ -1,7 +1,7 @@
 "Cost: parameters, MACs against formulas, latency, and that measuring leaves no trace"
 import copy, os, re, subprocess, sys, time, warnings
 import numpy as np, pytest, torch
-from torch import nn
+from torch import library, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -399,7 +399,7 @@ def told(model, sample):
 
 def own(name, f):
     "`f` as an operator of a library of its own"
-    return torch.library.custom_op(f'fasterai_lr_test::{name}', f, mutates_args=())
+    return library.custom_op(f'fasterai_lr_test::{name}', f, mutates_args=())
 
 def two(x:torch.Tensor, y:torch.Tensor)->torch.Tensor: return x@y
 def one(x:torch.Tensor, scale:torch.Tensor)->torch.Tensor: return x*scale

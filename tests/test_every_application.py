@@ -81,7 +81,7 @@ ways = dict(fit_one_cycle=lambda name, path: in_a_fit(name, path, True, one_cycl
             fine_tune=lambda name, path: in_a_fit(name, path, False, fine_tune), # by the loss
             outside=outside)
 
-@pytest.mark.parametrize('way', ['fit_one_cycle', *(pytest.param(o, marks=pytest.mark.slow) for o in ('fine_tune', 'outside'))])
+@pytest.mark.parametrize('way', [pytest.param(way, marks=[pytest.mark.slow]*(way != 'fit_one_cycle')) for way in ways])
 @pytest.mark.parametrize('name', kinds)
 def test_what_is_recorded_is_what_validate_says(name, way, tmp_path):
     "To the last digit: that of the number in a fit, that of the line outside"

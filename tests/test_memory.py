@@ -301,10 +301,9 @@ of_fastai = {
     'shortcuts that tensors carry along': body,
     'a decoder that reads what hooks have stored': lambda: fv.DynamicUnet(nn.Sequential(*list(body().children())[:-3]), 2, (32, 32))}
 
-slow = pytest.mark.slow # takes 40 seconds
+def marks_of(name): return [pytest.mark.slow]*name.startswith('a decoder') # it takes 40 seconds
 
-@pytest.mark.parametrize('name', [
-    'shortcuts that tensors carry along', pytest.param('a decoder that reads what hooks have stored', marks=slow)])
+@pytest.mark.parametrize('name', [pytest.param(name, marks=marks_of(name)) for name in of_fastai])
 def test_networks_of_fastai(name):
     torch.manual_seed(0)
     images = list(torch.randn(10, 3, 32, 32).split(4))

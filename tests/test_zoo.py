@@ -26,8 +26,8 @@ from helpers import n_params
 
 torch.set_num_threads(1)
 zoo = sorted(models.list_models(module=models)), models.list_models(module=models.segmentation), models.list_models(module=models.detection)
-sample = ['googlenet', 'mnasnet0_5', 'mobilenet_v2', 'mobilenet_v3_small', 'regnet_y_400mf', 'resnet18', 'shufflenet_v2_x0_5', 'squeezenet1_1', 'efficientnet_b0',
-          'densenet121', 'swin_t', 'vit_b_32', 'convnext_tiny', 'lraspp_mobilenet_v3_large', 'fasterrcnn_mobilenet_v3_large_320_fpn', 'ssdlite320_mobilenet_v3_large']
+sample = ['mnasnet0_5', 'mobilenet_v2', 'mobilenet_v3_small', 'resnet18', 'shufflenet_v2_x0_5', 'squeezenet1_1', 'efficientnet_b0',
+          'densenet121', 'swin_t', 'vit_b_32', 'lraspp_mobilenet_v3_large', 'fasterrcnn_mobilenet_v3_large_320_fpn', 'ssdlite320_mobilenet_v3_large']
 decomposers = dict(fc=FC_Decomposer, **{m: partial(ConvDecomposer, m) for m in schemes})
 huge = 250e6
 
