@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['at_least_float32', 'patches', 'draw', 'output_rows', 'n_positions', 'unbiased', 'times', 'flat_blocks', 'Centred',
-           'Gram', 'Squares', 'InputMoments', 'check_weights', 'give_gradients', 'enough_items', 'warn_if_too_few',
-           'Calibration', 'gather_moments', 'calibrate', 'calibrated', 'settings_for']
+           'Gram', 'Squares', 'InputMoments', 'Coherence', 'check_weights', 'give_gradients', 'enough_items',
+           'warn_if_too_few', 'Calibration', 'gather_moments', 'calibrate', 'calibrated', 'settings_for']
 
 # %% ../nbs/11_calibrate.ipynb #1469c2f6
 import copy, warnings
@@ -184,6 +184,36 @@ def _above_zero(G): # `[groups, n, n]`, or the diagonal
     "Add a tiny number to the diagonal of each block that is zero"
     return add_diagonal(G, 1e-20*(diagonal_of(G).sum(-1, keepdim=True) == 0))
 
+# %% ../nbs/11_calibrate.ipynb #bd9c9283
+class Coherence:
+    "Adds up squared norms of the gradients of a layer's weight: of items', and of their positions' terms"
+    n_items = 16 # of each call
+
+    def __init__(self, layer, most, seed): # `most`: maximum number of positions of an item
+        self.layer,self.most = layer,most
+        self.gen = torch.Generator().manual_seed(seed)
+        self.norms = None # see `Moments`
+
+    def copied(self, x, out)->Tensor|None: # the input of a layer and its output
+        "Return a copy of the first items of `x`; `None` if each has only one position"
+        n_axes = len(Geometry.of(self.layer).axes)
+        if x.dim() <= max(2, n_axes+1) or n_positions(self.layer, out[:1]) == 1: return None
+        return x[:self.n_items].detach().clone() # the model may change `x` in place
+
+    def add(self, items, g): # inputs from `copied`, and the gradient at the output
+        for x,own in zip(items.split(1), g.split(1)):
+            norms = self._of_item(x, own).double()
+            self.norms = norms if self.norms is None else self.norms + norms
+
+    def _of_item(self, x, g): # `[2]`
+        n = n_positions(self.layer, g)
+        idx = torch.randperm(n, generator=self.gen)[:self.most] if n > self.most else None
+        rows,grads = patches(self.layer, x, idx),output_rows(self.layer, g, idx)
+        whole = torch.einsum('pgo,pgi->goi', grads, rows).square().sum()
+        terms = (rows.square().sum(-1)*grads.square().sum(-1)).sum()
+        if idx is not None: whole = terms + (whole - terms)*(n-1)/(self.most-1) # more pairs than were drawn
+        return torch.stack((whole, terms))
+
 # %% ../nbs/11_calibrate.ipynb #44cf64ff
 class _LayerMoments:
     "The moments of one layer, added up call by call"
@@ -192,6 +222,7 @@ class _LayerMoments:
         self.most,self.max_size = settings.most//2,settings.max_size
         self.inputs = InputMoments(layer, self.max_size)
         self.grads = Gram() if self.inputs.few else Squares()
+        self.coherence = Coherence(layer, self.most, settings.seed)
         self.positions = 0
         self.going_back = False # are we in the backward pass of the loss?
         self.reached = False # does a gradient reach the layer?
@@ -208,13 +239,16 @@ class _LayerMoments:
         self.positions += n if idx is None else len(idx)
         if 'inputs' in self.wanted:
             with torch.no_grad(): self.inputs.add(self.layer, x.detach(), out.detach(), idx)
-        if out.requires_grad: out.register_hook(self.add_gradient) # false in inference mode
+        if out.requires_grad: # false in inference mode
+            items = self.coherence.copied(x, out) if 'grads' in self.wanted else None
+            out.register_hook(partial(self.add_gradient, items))
         return out
 
-    def add_gradient(self, g):
+    def add_gradient(self, items, g): # `items`: from `Coherence.copied`
         if not self.going_back: return # a gradient that the model itself computes
         self.reached = True
         if 'grads' not in self.wanted: return
+        if items is not None: self.coherence.add(items, g.detach())
         rows = output_rows(self.layer, g.detach())
         if self.inputs.few: rows = Centred(rows)
         self.grads.add(rows, rows)
@@ -226,7 +260,8 @@ def moments(self:_LayerMoments, samples)->Moments:
     res = moments_outline(self.layer, self.max_size)
     res.positions = self.positions
     if not self.reached: res.grads = None
-    elif 'grads' in self.wanted: res.grads = _above_zero(self.grads.sum/samples)
+    elif 'grads' in self.wanted:
+        res.grads,res.norms = _above_zero(self.grads.sum/samples),self.coherence.norms
     if 'inputs' in self.wanted: self._fill_inputs(res)
     return res
 
@@ -288,7 +323,7 @@ def _lost_without(m, W)->float:
     else: outputs = (W*m.inputs[:,None])@W.mT
     if m.grads is None: return float(diagonal_of(outputs).sum())
     if m.grads.dim() == 2: outputs = diagonal_of(outputs)
-    return float((m.grads*outputs).sum())
+    return m.coherence*float((m.grads*outputs).sum())
 
 # %% ../nbs/11_calibrate.ipynb #4a9f9543
 def _weights_of_outputs(model, by_layer, without)->dict: # {layer name: weight of each output}

@@ -28,6 +28,14 @@ class Moments:
     inputs:Tensor|None = None # of patches, mean over positions; `None` if `outputs` replaces it
     input_mean:Tensor|None = None
     positions:int = 0 # number of positions in the means
+    norms:Tensor|None = None # squared norms of items' gradients of the weight, and of their terms, `[2]`
+
+    @property
+    def coherence(self)->float:
+        "The factor by which errors at the positions of an item add up; 1 if they are independent"
+        if self.norms is None: return 1.
+        whole,terms = self.norms.tolist()
+        return (whole/terms)**.5 if terms > 0 else 1.
 
 def diagonal_of(M:Tensor)->Tensor: # `[groups, n]`
     "Return the diagonal of a moment, which may be only a diagonal already"
@@ -100,9 +108,9 @@ class _Price:
             if centre: A = _about(A, moments.input_mean)
             A = add_diagonal(A, ridge(A))
         if kind == 'activation': G = add_diagonal(torch.zeros_like(G), 1.)
+        else: G = moments.coherence*G
         self.A = A
         self.G = add_diagonal(.99*G, .01*_mean_diagonal(G))
-
 
     @cached_property
     def total(self):

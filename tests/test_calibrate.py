@@ -73,12 +73,12 @@ def brute_patches(layer, x):
 
 def gram(rows): return torch.einsum('pgi,pgj->gij', rows, rows)
 
-@settings(max_examples=120, deadline=None, derandomize=True)
 def outputs_of(m, layer):
     "The moment of outputs that follows from that of patches"
     W = Geometry.of(layer).to_blocks(layer.weight.detach()).double().flatten(2)
     return W@m.inputs@W.mT
 
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(cases())
 def test_moments_are_those_of_all_patches_outputs_and_gradients(case):
     layer,x = case.layer(),case.input()
@@ -96,6 +96,37 @@ def test_moments_are_those_of_all_patches_outputs_and_gradients(case):
     assert apart(m.output_mean, out.mean(0)) <= 1e-11
     assert apart(m.grads, gram(g)/len(x)) <= 1e-12
     assert m.positions == len(rows) and m.inputs.dtype == torch.float64
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(cases())
+def test_norms_are_those_of_the_gradients_of_items(case):
+    layer,x = case.layer(),case.input()
+    net = nn.Sequential(layer, nn.Tanh())
+    norms = calibrate(net, x, half_square)['0'].norms
+    if norms is None:
+        assert x.dim() == 2 or layer(x[:1]).numel() == Geometry.of(layer).out # only one position
+        return
+    def gradient(items): return torch.autograd.grad(half_square(net(items)), layer.weight)[0]
+    whole = sum(gradient(item).square().sum() for item in x.split(1))
+    assert apart(norms[0], whole) <= 1e-11 # double precision, sums of at most a few hundred terms
+
+def coherence(x, **kw): return calibrate(nn.Sequential(nn.Linear(4, 3, dtype=x.dtype)), x, half_square, **kw)['0'].coherence
+
+def test_equal_positions_add_up_and_independent_ones_do_not():
+    alike = torch.randn(16, 1, 4, dtype=torch.float64).expand(16, 25, 4)
+    assert abs(coherence(alike) - 5) <= 1e-12 # the root of 25 positions
+    assert coherence(alike[:,0]) == 1.        # in two dimensions each row is an item
+    zeros = torch.zeros(16, 25, 4, dtype=torch.float64)
+    assert coherence(zeros) > 0 and torch.isfinite(torch.tensor(coherence(zeros)))
+    some = coherence(alike, most=20)          # ten positions stand for 25
+    assert abs(some - 5) <= 1e-12
+
+def test_an_error_costs_as_much_more_as_it_adds_up():
+    layer = nn.Linear(4, 3, dtype=torch.float64)
+    alike = torch.randn(16, 1, 4, dtype=torch.float64).expand(16, 25, 4)
+    one,many = (calibrate(nn.Sequential(layer), x, half_square)['0'] for x in (alike[:,0], alike))
+    costs = [metric_of(layer, m, 'fisher', centre=False).cost(layer.weight.detach()[None]) for m in (one, many)]
+    assert abs(costs[1]/costs[0] - 5*25) <= 1e-9 # each of 25 positions counts, and they add up
 
 @pytest.mark.parametrize('case', [Case(2, (4, 6), dict(kernel_size=3, groups=2), (3, 6, 5)), Case(0, (5, 4), {}, (6, 7))])
 def test_batches_of_different_sizes_weigh_by_their_positions(case):
