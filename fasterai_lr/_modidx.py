@@ -997,6 +997,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fasterai_lr/relu.py'),
                                   'fasterai_lr.relu._Takers.value': ('relu.html#_takers.value', 'fasterai_lr/relu.py'),
                                   'fasterai_lr.relu._expected': ('relu.html#_expected', 'fasterai_lr/relu.py'),
+                                  'fasterai_lr.relu._seen_by_relu': ('relu.html#_seen_by_relu', 'fasterai_lr/relu.py'),
                                   'fasterai_lr.relu._steps_to_relu': ('relu.html#_steps_to_relu', 'fasterai_lr/relu.py'),
                                   'fasterai_lr.relu.best_through_relu': ('relu.html#best_through_relu', 'fasterai_lr/relu.py'),
                                   'fasterai_lr.relu.followed_by_relu': ('relu.html#followed_by_relu', 'fasterai_lr/relu.py')},

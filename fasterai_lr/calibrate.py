@@ -184,14 +184,14 @@ def _above_zero(G): # `[groups, n, n]`, or the diagonal
     "Add a tiny number to the diagonal of each block that is zero"
     return add_diagonal(G, 1e-20*(diagonal_of(G).sum(-1, keepdim=True) == 0))
 
-# %% ../nbs/11_calibrate.ipynb #bd9c9283
+# %% ../nbs/11_calibrate.ipynb #59d503b2
 class Coherence:
     "Adds up squared norms of the gradients of a layer's weight: of items', and of their positions' terms"
-    n_items = 16 # of each call
+    n_items = 4 # of each call
 
-    def __init__(self, layer, most, seed): # `most`: maximum number of positions of an item
-        self.layer,self.most = layer,most
-        self.gen = torch.Generator().manual_seed(seed)
+    def __init__(self, layer, settings):
+        self.layer,self.most = layer,settings.most//2 # positions of an item
+        self.gen = torch.Generator().manual_seed(settings.seed)
         self.norms = None # see `Moments`
 
     def copied(self, x, out)->Tensor|None: # the input of a layer and its output
@@ -214,7 +214,7 @@ class Coherence:
         if idx is not None: whole = terms + (whole - terms)*(n-1)/(self.most-1) # more pairs than were drawn
         return torch.stack((whole, terms))
 
-# %% ../nbs/11_calibrate.ipynb #44cf64ff
+# %% ../nbs/11_calibrate.ipynb #1d0dc659
 class _LayerMoments:
     "The moments of one layer, added up call by call"
     def __init__(self, layer, settings, gen, wanted): # `wanted`: 'inputs', 'grads', both or none
@@ -222,7 +222,7 @@ class _LayerMoments:
         self.most,self.max_size = settings.most//2,settings.max_size
         self.inputs = InputMoments(layer, self.max_size)
         self.grads = Gram() if self.inputs.few else Squares()
-        self.coherence = Coherence(layer, self.most, settings.seed)
+        self.coherence = Coherence(layer, settings)
         self.positions = 0
         self.going_back = False # are we in the backward pass of the loss?
         self.reached = False # does a gradient reach the layer?
@@ -253,7 +253,7 @@ class _LayerMoments:
         if self.inputs.few: rows = Centred(rows)
         self.grads.add(rows, rows)
 
-# %% ../nbs/11_calibrate.ipynb #589cae20
+# %% ../nbs/11_calibrate.ipynb #c4a28c3e
 @patch
 def moments(self:_LayerMoments, samples)->Moments:
     "Return the wanted moments; the others have only shapes"
@@ -272,7 +272,7 @@ def _fill_inputs(self:_LayerMoments, m):
     if rows is patches: m.inputs,m.output_mean = rows.mean,times(W, rows.row_mean)
     else: m.outputs,m.output_mean = rows.mean,rows.row_mean
 
-# %% ../nbs/11_calibrate.ipynb #70c4efb2
+# %% ../nbs/11_calibrate.ipynb #bd9c9283
 _calibrated = linear_types + conv_types # the layers whose moments we gather
 
 def _check_autograd(model):
@@ -313,7 +313,7 @@ def _check_finite(by_layer, batches): # `by_layer`: {layer name: `Moments`}
         if _all_finite(m.grads): continue
         raise ValueError(f"loss: its gradient is NaN or infinite at layer {name!r}")
 
-# %% ../nbs/11_calibrate.ipynb #8091ee0d
+# %% ../nbs/11_calibrate.ipynb #44cf64ff
 _without_gradient = 'no gradient reaches it: measured by its outputs, on the scale of the median layer'
 
 def _lost_without(m, W)->float:
@@ -325,7 +325,7 @@ def _lost_without(m, W)->float:
     if m.grads.dim() == 2: outputs = diagonal_of(outputs)
     return m.coherence*float((m.grads*outputs).sum())
 
-# %% ../nbs/11_calibrate.ipynb #4a9f9543
+# %% ../nbs/11_calibrate.ipynb #11586202
 def _weights_of_outputs(model, by_layer, without)->dict: # {layer name: weight of each output}
     "Weigh the outputs of the layers `without` gradients, on the scale of the median layer"
     lost,own = [],{}
@@ -355,7 +355,7 @@ def give_gradients(
         store.missing[name] = partial(_alike, layer, weight, settings)
     return without
 
-# %% ../nbs/11_calibrate.ipynb #18bf4549
+# %% ../nbs/11_calibrate.ipynb #70c4efb2
 def _width(m): # a `Moments`
     "Count the rows of the moment of a layer's inputs, or of its outputs if that is used instead"
     moment = m.outputs if m.inputs is None else m.inputs
@@ -382,7 +382,7 @@ def warn_if_too_few(
     warnings.warn(f"data: {items} items are too few to measure the layers well, and accuracy may suffer; "
                   f"{enough:,} are enough")
 
-# %% ../nbs/11_calibrate.ipynb #080b3c9c
+# %% ../nbs/11_calibrate.ipynb #8091ee0d
 @dataclass(eq=False, repr=False)
 class Calibration(Mapping):
     "The `Moments` of a model's layers by name, with the data and the settings that they come from"
@@ -421,7 +421,7 @@ class Calibration(Mapping):
         centre = geom.bias or self.uses[name].norm is not None
         return make_metric(geom, self.moments[name], blocks, self.settings.metric, centre)
 
-# %% ../nbs/11_calibrate.ipynb #83b0147e
+# %% ../nbs/11_calibrate.ipynb #c69e4bf8
 @patch
 def why_not(self:Calibration, found)->str|None: # `found`: a `Found`
     "Return the reason why this data cannot decompose the layer; `None` if it can"
@@ -437,7 +437,7 @@ def note(self:Calibration, name:str)->str: # empty if there is nothing to say
     whole = n_outputs <= self.settings.max_size
     return '' if whole else 'too many outputs for a full moment: weighted by its diagonal'
 
-# %% ../nbs/11_calibrate.ipynb #43b7fbf9
+# %% ../nbs/11_calibrate.ipynb #18bf4549
 def _layers_of(model)->dict: # {name: layer}
     "Return the layers whose moments can be gathered"
     found = find_layers(model, _calibrated)
@@ -473,7 +473,7 @@ def _run_over(model, batches, settings, gen, sums)->tuple: # items, classes as f
                 items += n
     return items,classes
 
-# %% ../nbs/11_calibrate.ipynb #b9a5f120
+# %% ../nbs/11_calibrate.ipynb #e79db670
 def gather_moments(
     model:nn.Module,
     batches:Batches,
@@ -498,7 +498,7 @@ def gather_moments(
     _check_finite(by_layer, batches)
     return by_layer,items,classes
 
-# %% ../nbs/11_calibrate.ipynb #941c7b29
+# %% ../nbs/11_calibrate.ipynb #080b3c9c
 def _gather_again(model, batches, settings, names, only_grads)->dict: # {layer name: `Moments`}
     "Gather moments that were let go, or never held"
     by_layer,_,_ = gather_moments(model, batches, settings, names, only_grads)
@@ -528,7 +528,7 @@ def calibrate(
     "Gather the second moments of every linear layer and convolution of `model` over `data`"
     return _calibrate(uncompiled(model), data, Settings.of(dict(kwargs, loss=loss), calibrate))
 
-# %% ../nbs/11_calibrate.ipynb #fbff7de5
+# %% ../nbs/11_calibrate.ipynb #8566bb58
 def calibrated(
     model:nn.Module,
     data, # a `Calibration`, or data for `calibrate`
@@ -565,7 +565,7 @@ def settings_for(
     base = data.settings if isinstance(data, Calibration) else None
     return Settings.of(kwargs, caller, base)
 
-# %% ../nbs/11_calibrate.ipynb #6c0f92ac
+# %% ../nbs/11_calibrate.ipynb #b5c7f143
 __getattr__ = moved(__name__,
     now=dict(regression='loss', Inputs='running', Metric='metric'),
     gone=dict(OwnLoss='Classification(axis=…) or Regression() of fasterai_lr.loss'))

@@ -9,6 +9,7 @@ __all__ = ['Stats', 'Change', 'fit', 'loss_increase']
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from math import inf
 
 import torch
@@ -66,9 +67,7 @@ class _Watch:
 
     def _see(self, show, *tensors):
         if any(t.is_meta for t in tensors): raise Leak
-        self.additions.counts = False # not the additions that `show` makes
-        show(*tensors)
-        self.additions.counts = True
+        with torch._C.DisableTorchFunction(): show(*tensors) # what `show` computes is no part of the model
         self.left -= 1
         if not self.left and not self.goes_on: raise _Stop
 
@@ -334,7 +333,7 @@ def _normalised(norm, x):
     if x.numel() < 2*x.shape[1]: return
     return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
 
-def _norm_statistics(model, batches, in_training)->dict: # {name: (mean, variance)}
+def _norm_statistics(model, batches, in_training, step)->dict: # `step`: between batches; {name: (mean, variance)}
     "Measure the input of each BatchNorm of `model`, while all normalise as in training or as in evaluation"
     sums = defaultdict(Squares)
     def see(name, norm, x, out):
@@ -345,7 +344,7 @@ def _norm_statistics(model, batches, in_training)->dict: # {name: (mean, varianc
     norms = _norms_of(model)
     if not norms: return {}
     with hooked(norms, see):
-        for batch in batches: evaluated(model, batch)
+        for batch in islice(batches, 0, None, step): evaluated(model, batch)
     found = {}
     for name,s in sums.items():
         mean = s.row_mean
@@ -354,18 +353,19 @@ def _norm_statistics(model, batches, in_training)->dict: # {name: (mean, varianc
     return found
 
 # %% ../nbs/13_fit.ipynb #86380d9e
-def _statistics_moved(dense, model, batches, in_training):
+def _statistics_moved(dense, model, batches, in_training, step=1):
     "Yield each BatchNorm's name, and its input's change of mean, factor of variance, and variance in `dense`"
-    was = _norm_statistics(dense, batches, in_training)
-    for name,(mean,var) in _norm_statistics(model, batches, in_training).items():
+    was = _norm_statistics(dense, batches, in_training, step)
+    now = _norm_statistics(model, batches, in_training, step)
+    for name,(mean,var) in now.items():
         old_mean,old_var = was[name]
         ratio = torch.where(old_var > 0, var/old_var, 1.)
         yield name,mean - old_mean,ratio,old_var
 
-def _renormalise(dense, model, batches)->dict: # {name: module}, those that changed
+def _renormalise(dense, model, calibration)->dict: # {name: module}, those that changed
     "Correct the statistics of every BatchNorm of `model` by their change from `dense`"
     changed = {}
-    for name,shift,ratio,_ in _statistics_moved(dense, model, batches, True):
+    for name,shift,ratio,_ in _statistics_moved(dense, model, calibration.batches, True):
         if not shift.any() and (ratio == 1).all(): continue
         old = dense.get_submodule(name)
         new = model.get_submodule(name)
@@ -387,10 +387,12 @@ def _set_statistics(norm, mean, var):
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(var)
 
-def _follow_statistics(dense, model, batches)->dict: # {name: module}, those that changed
+def _follow_statistics(dense, model, calibration)->dict: # {name: module}, those that changed
     "Give every BatchNorm of `model` the running statistics of its inputs now"
     changed = {}
-    for name,shift,ratio,old_var in _statistics_moved(dense, model, batches, False):
+    step = max(1, calibration.n_items//500) # about 500 items are enough: the outputs do not depend on it
+    found = _statistics_moved(dense, model, calibration.batches, False, step)
+    for name,shift,ratio,old_var in found:
         old = dense.get_submodule(name)
         new = model.get_submodule(name)
         differs = (ratio - 1).abs() > 1e-3 # smaller differences are rounding
@@ -528,7 +530,7 @@ def fit(
     fitting = _fit_layers(calibration, choices)
     model,modules = fitting.model,fitting.modules
     adapt = _follow_statistics if settings.sequential else _renormalise
-    modules |= adapt(dense, model, batches)
+    modules |= adapt(dense, model, calibration)
     if settings.distill_steps:
         model = distill(model, dense, batches, settings.distill_steps, progress=settings.progress,
                         loss=settings.loss, augment=settings.augment, seed=settings.seed)

@@ -7,7 +7,7 @@ __all__ = ['followed_by_relu', 'Rows', 'RowsOf', 'best_through_relu']
 
 # %% ../nbs/12c_relu.ipynb #d6d343e9
 from dataclasses import dataclass, replace
-from math import inf, prod
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +172,11 @@ class RowsOf:
         return Rows(x, wanted, rest, self.scale.to(x))
 
 # %% ../nbs/12c_relu.ipynb #f1c70499
-_rounds = 3
+def _seen_by_relu(layer, stats, centre):
+    "Return what the ReLU after `layer` gets, whose bias is corrected for `stats`"
+    W = flat_blocks(layer)
+    mean = centre*(stats.y - times(W, stats.x))
+    return stats.rows.now(W, mean)
 
 def best_through_relu(
     fitted_to, # a function that returns the layer fitted to statistics
@@ -180,21 +184,13 @@ def best_through_relu(
     grads, # moment of the gradients at its output; not used without `rows`
     centre # will its bias, or a BatchNorm, correct the mean of the output?
    )->tuple: # the layer, and the statistics that it was fitted to
-    "Fit a layer to the target that its ReLU lets it aim at, in a few rounds"
-    layer = fitted_to(stats)
-    best = layer,stats
-    if stats.rows is None: return best
-    first,rows,least = stats,stats.rows,inf
-    for left in reversed(range(_rounds + 1)):
-        W = flat_blocks(layer)
-        mean = centre*(stats.y - times(W, stats.x))
-        now = rows.now(W, mean)
-        cost = rows.cost(now, grads)
-        if cost < least:
-            least,best = cost,(layer, stats)
-        if not left: break
-        yx,y = rows.products(rows.change(now))
-        yx,y = first.yx + yx,first.y + y
-        stats = replace(first, yx=yx, y=y)
-        layer = fitted_to(stats)
-    return best
+    "Fit a layer, then once more to the target that its ReLU lets it aim at; return the better one"
+    layer,rows = fitted_to(stats),stats.rows
+    if rows is None: return layer,stats
+    now = _seen_by_relu(layer, stats, centre)
+    yx,y = rows.products(rows.change(now))
+    aimed = replace(stats, yx=stats.yx + yx, y=stats.y + y)
+    second = fitted_to(aimed)
+    after = _seen_by_relu(second, aimed, centre)
+    if rows.cost(after, grads) < rows.cost(now, grads): return second,aimed
+    return layer,stats

@@ -157,7 +157,12 @@ def changes_of(t:Tensor)->int:
 
 def tensors_in(batch):
     "Return the tensors in `batch`, at any depth"
-    return [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
+    if isinstance(batch, Tensor): return [batch]
+    kind = type(batch)
+    if kind is dict: batch = batch.values()
+    elif kind not in (tuple, list): # torch knows more kinds, but takes longer
+        return [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
+    return [t for part in batch for t in tensors_in(part)]
 
 def n_items(batch)->int:
     "Return the number of samples in a batch, from its first tensor"
@@ -364,11 +369,10 @@ class Additions(TorchFunctionMode):
         super().__init__()
         self.see = see
         self.n = 0 # for any shapes, so that `i` does not depend on the batch size
-        self.counts = True
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if kwargs: return func(*args, **kwargs)
-        if self.counts and func in add_functions and len(args) == 2: self._count(*args)
+        if func in add_functions and len(args) == 2: self._count(*args)
         return func(*args)
 
     def _count(self, a, b):

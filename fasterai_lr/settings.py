@@ -138,7 +138,7 @@ class Settings(_Checked):
     loss:Loss=classification # `regression`, `multilabel`, or a function from the model's output to a scalar
     schemes:tuple=('svd', 'spatial') # a `Budget` chooses from these
     sequential:bool=True # fit each layer to the outputs of the factored layers before it?
-    most:int=16384 # maximum number of positions per batch and layer in the fit; half as many for moments
+    most:int=4096 # maximum number of positions per batch and layer in the fit; half as many for moments
     room:int=2**30 # bytes for outputs that the fit keeps instead of computing them again
     moments_room:int=2**32 # bytes for moments that are held instead of gathering them again
     max_size:int=8192 # maximum number of rows of a moment
