@@ -27,7 +27,7 @@ from .layers import (
     Geometry, check_whole, conv_types, find_layers, linear_types, moved, svd_work, uncompiled)
 from .running import (
     Batches, blaming_data, differentiable, evaluating, frozen, hooked, in_backward, n_items,
-    run_model, trace, undisturbed, unfused)
+    run_model, trace, undisturbed, unfused, unseen)
 from .loss import classification
 from .metric import Moments, add_diagonal, diagonal_of, make_metric
 from .store import MomentStore, group_within, moments_outline
@@ -78,8 +78,8 @@ def output_rows(
     "Return an output of `layer` with one row for each position"
     geom = Geometry.of(layer)
     if geom.axes: out = out.movedim(-len(geom.axes)-1, -1)
+    if idx is not None: out = out[torch.unravel_index(idx.to(out.device), out.shape[:-1])]
     rows = out.reshape(-1, geom.groups, geom.out//geom.groups)
-    if idx is not None: rows = rows[idx.to(rows.device)]
     return at_least_float32(rows)
 
 def n_positions(
@@ -201,18 +201,24 @@ class Coherence:
         return x[:self.n_items].detach().clone() # the model may change `x` in place
 
     def add(self, items, g): # inputs from `copied`, and the gradient at the output
-        for x,own in zip(items.split(1), g.split(1)):
-            norms = self._of_item(x, own).double()
-            self.norms = norms if self.norms is None else self.norms + norms
+        norms = self._of_items(items, g[:len(items)]).double()
+        self.norms = norms if self.norms is None else self.norms + norms
 
-    def _of_item(self, x, g): # `[2]`
-        n = n_positions(self.layer, g)
-        idx = torch.randperm(n, generator=self.gen)[:self.most] if n > self.most else None
-        rows,grads = patches(self.layer, x, idx),output_rows(self.layer, g, idx)
-        whole = torch.einsum('pgo,pgi->goi', grads, rows).square().sum()
+    def _of_items(self, x, g): # `[2]`
+        items,n = len(x),n_positions(self.layer, g[:1])
+        idx = self._drawn(items, n) if n > self.most else None
+        rows = patches(self.layer, x, idx).unflatten(0, (items, -1))
+        grads = output_rows(self.layer, g, idx).unflatten(0, (items, -1))
+        whole = torch.einsum('npgo,npgi->ngoi', grads, rows).square().sum()
         terms = (rows.square().sum(-1)*grads.square().sum(-1)).sum()
         if idx is not None: whole = terms + (whole - terms)*(n-1)/(self.most-1) # more pairs than were drawn
         return torch.stack((whole, terms))
+
+    def _drawn(self, items, n):
+        "Draw the same positions of each item"
+        idx = torch.randperm(n, generator=self.gen)[:self.most]
+        firsts = n*torch.arange(items)
+        return (firsts[:,None] + idx).flatten()
 
 # %% ../nbs/11_calibrate.ipynb #1d0dc659
 class _LayerMoments:
@@ -460,7 +466,8 @@ def _run_back(model, batch, settings, scale, gen, sums):
 def _run_over(model, batches, settings, gen, sums)->tuple: # items, classes as for `enough_items`
     "Go through `batches` forwards and backwards, and add to `sums`"
     layers = {name: m.layer for name,m in sums.items()}
-    def called(name, layer, x, out): return sums[name].called(x, out)
+    def called(name, layer, x, out):
+        with unseen(): return sums[name].called(x, out)
     n_wanted = sum(bool(m.wanted) for m in sums.values())
     of = '' if n_wanted == len(sums) else f' of {n_wanted} layers'
     scale = _scale_of(model)

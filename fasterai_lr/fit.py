@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .layers import (FactoredLayer, Geometry, factored_layers, fill, moved, replace_layers,
                                 replace_layers_, svd_work)
 from .running import (Additions, Batches, evaluated, evaluation, hooked, n_items, run_model,
-                                 trace, undisturbed)
+                                 trace, undisturbed, unseen)
 from .memory import Flow, Leak, Memory
 from .loss import as_loss, classification
 from .metric import Moments, covariance, lacking, make_metric, ridge
@@ -67,7 +67,7 @@ class _Watch:
 
     def _see(self, show, *tensors):
         if any(t.is_meta for t in tensors): raise Leak
-        with torch._C.DisableTorchFunction(): show(*tensors) # what `show` computes is no part of the model
+        with unseen(): show(*tensors) # what `show` computes is no part of the model
         self.left -= 1
         if not self.left and not self.goes_on: raise _Stop
 
@@ -333,8 +333,8 @@ def _normalised(norm, x):
     if x.numel() < 2*x.shape[1]: return
     return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
 
-def _norm_statistics(model, batches, in_training, step)->dict: # `step`: between batches; {name: (mean, variance)}
-    "Measure the input of each BatchNorm of `model`, while all normalise as in training or as in evaluation"
+def _norm_statistics(model, batches, in_training, step)->dict: # {name: (mean, variance)}
+    "Measure the inputs of all BatchNorms on every `step`-th batch; they normalise as in training or not"
     sums = defaultdict(Squares)
     def see(name, norm, x, out):
         by_channel = x.transpose(0, 1).flatten(1)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .running import blaming_data, changes_of, evaluated, tensors_in
+from .running import blaming_data, changes_of, evaluated, tensors_in, unseen
 
 # %% ../nbs/12b_memory.ipynb #8e2f6e65
 @contextmanager
@@ -284,13 +284,14 @@ class _Guard(TorchFunctionMode):
         return out
 
 def _without_numbers(t):
-    with torch._C.DisableTorchFunction(): return torch.empty_like(t, device='meta') # unseen by `_Guard`
+    with unseen(): return torch.empty_like(t, device='meta')
 
 # %% ../nbs/12b_memory.ipynb #f4708ccf
 class _Kept:
     "The kept output of a call"
     def __init__(self, out, additions, is_needed, changes): # `changes`: is it later changed in place?
         self.additions = additions # number of additions inside the call
+        self.has_numbers = is_needed
         self.copies = is_needed and changes
         if not is_needed: out = tree_map_only(Tensor, _without_numbers, out)
         elif changes: out = tree_map_only(Tensor, Tensor.clone, out)
@@ -309,7 +310,8 @@ class _Kept:
     def intact(self)->bool: # false if tensors were changed in place
         return self.versions == self._changes()
 
-    def without_numbers(self): return _Kept(self.output, self.additions, False, False)
+    def without_numbers(self):
+        return _Kept(self.output, self.additions, False, False) if self.has_numbers else self
 
 def _n_bytes(kept): # `kept`: {key: `_Kept`}
     "Count the bytes of the kept tensors; shared memory counts once"

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['add_functions', 'run_model', 'devices_of', 'device_of', 'first_output', 'evaluating', 'frozen', 'undisturbed',
-           'unfused', 'differentiable', 'in_backward', 'evaluation', 'evaluated', 'hooked', 'changes_of', 'tensors_in',
-           'n_items', 'numel', 'Inputs', 'Batches', 'blaming_data', 'check_callable', 'Use', 'Additions', 'trace']
+           'unfused', 'unseen', 'differentiable', 'in_backward', 'evaluation', 'evaluated', 'hooked', 'changes_of',
+           'tensors_in', 'n_items', 'numel', 'Inputs', 'Batches', 'blaming_data', 'check_callable', 'Use', 'Additions',
+           'trace']
 
 # %% ../nbs/06_running.ipynb #9282023c
 import random, warnings
@@ -101,6 +102,10 @@ def unfused():
             warnings.filterwarnings('ignore', 'None of the inputs have requires_grad')
             yield
     finally: torch.backends.mha.set_fastpath_enabled(enabled)
+
+def unseen():
+    "Hide function calls from all modes, for instance from one that records what a model computes"
+    return torch._C.DisableTorchFunction()
 
 # %% ../nbs/06_running.ipynb #ce97254f
 class _GradientsStay(TorchFunctionMode):
