@@ -197,6 +197,15 @@ def _watching_changes(module, args, kwargs):
     if _state_of_module(module) != state or _random_state() != drawn: changed.append('state')
     if [_state(args), _state(kwargs)] != given: changed.append('arguments')
 
+# %% ../nbs/12b_memory.ipynb #4742a56b
+def _storages(tensors): return [t.untyped_storage().data_ptr() for t in tensors]
+
+def _shares_memory(out, given):
+    "Tell whether tensors of an output share memory with those in `given`, or with each other"
+    of_out = _storages(tensors_in(out))
+    of_given = _storages(tensors_in(given))
+    return len(set(of_out)) < len(of_out) or not set(of_out).isdisjoint(of_given)
+
 # %% ../nbs/12b_memory.ipynb #d58bffe9
 class Flow:
     "Records the calls of a model's modules in one run, and the uses of their outputs"
@@ -224,7 +233,7 @@ class Flow:
             with _watching_changes(self.modules[name], args, kwargs) as changed:
                 with values.watch(True), values.stack.inside(name) as key: out = forward(*args, **kwargs)
             if 'state' in changed: self.impure.update(around)
-            if changed or not _can_be_kept(out): self.impure.add(name)
+            if changed or not _can_be_kept(out) or _shares_memory(out, (args, kwargs)): self.impure.add(name)
             self.ends[key] = values.tick()
             for t in tensors_in(out): values.of(t).returned.append(key)
         return out
@@ -291,15 +300,15 @@ class _Kept:
     "The kept output of a call"
     def __init__(self, out, additions, is_needed, changes): # `changes`: is it later changed in place?
         self.additions = additions # number of additions inside the call
-        self.has_numbers = is_needed
         self.copies = is_needed and changes
         if not is_needed: out = tree_map_only(Tensor, _without_numbers, out)
         elif changes: out = tree_map_only(Tensor, Tensor.clone, out)
         self.leaves,self.spec = tree_flatten(out)
         self.tensors = tensors_in(out)
-        self.versions = self._changes()
+        self.versions = self._versions()
 
-    def _changes(self): return list(map(changes_of, self.tensors))
+    def _versions(self): # without numbers, only the shape can change
+        return [(t.shape, t.is_meta or changes_of(t)) for t in self.tensors]
 
     @property
     def output(self):
@@ -308,10 +317,11 @@ class _Kept:
 
     @property
     def intact(self)->bool: # false if tensors were changed in place
-        return self.versions == self._changes()
+        return self.versions == self._versions()
 
     def without_numbers(self):
-        return _Kept(self.output, self.additions, False, False) if self.has_numbers else self
+        if all(t.is_meta for t in self.tensors): return self
+        return _Kept(self.output, self.additions, False, False)
 
 def _n_bytes(kept): # `kept`: {key: `_Kept`}
     "Count the bytes of the kept tensors; shared memory counts once"

@@ -75,6 +75,27 @@ class InView(Blocks):
             half.mul_(.5)
         return self.head(x)
 
+class Alias(Blocks):
+    "An output is changed through another module's output, which is the same tensor"
+    kind = nn.Identity
+
+    def __init__(self):
+        super().__init__()
+        self.alias = self.kind()
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.layers:
+            x = block(x)
+            self.alias(x).mul_(.5)
+        return self.head(x)
+
+class Half(nn.Module):
+    def forward(self, x): return x[:,::2]
+
+class AliasOfAll(Alias): kind = nn.Flatten
+class AliasOfHalf(Alias): kind = Half
+
 class Stored(Blocks):
     "A later module reads what a hook of an earlier one has stored"
     def __init__(self):
@@ -262,7 +283,7 @@ class Attention(Net):
         for layer in self.layers: x = layer(x)
         return self.head(x[:,0])
 
-kinds = Net,Blocks,Unassigned,InView,Stored,Attribute,Cached,Twice,Trees,OwnOutputs,Checkpointed,CheckpointedAnew,Compiled,Dense,Branches,Masks,Mask,Anchors,Parallel,Attention
+kinds = Net,Blocks,Unassigned,InView,Alias,AliasOfAll,AliasOfHalf,Stored,Attribute,Cached,Twice,Trees,OwnOutputs,Checkpointed,CheckpointedAnew,Compiled,Dense,Branches,Masks,Mask,Anchors,Parallel,Attention
 
 data = [torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (40, 40, 33, 40, 7)]
 
