@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layers import (FactoredLayer, Geometry, factored_layers, fill, moved, replace_layers,
                                 replace_layers_, svd_work)
-from .running import (Additions, Batches, evaluated, evaluation, hooked, n_items, run_model,
+from .running import (Additions, Batches, evaluated, evaluation, hooked, n_items, numel, run_model,
                                  trace, undisturbed, unseen)
 from .memory import Flow, Leak, Memory
 from .loss import as_loss, classification
@@ -441,13 +441,18 @@ def _correct_mean(layer, norm, stats)->bool: # does the BatchNorm `norm` change?
     return True
 
 # %% ../nbs/13_fit.ipynb #cef91a2d
+def _uses_in_longest(calibration)->dict: # {layer name: `Use`}
+    "Trace the layers in the longest batch"
+    batches = calibration.batches
+    if numel(batches.longest) == numel(batches.first): return calibration.uses
+    return trace(calibration.model, calibration, batches.longest)
+
 class _Fit:
     "Fits the layers of a copy of the calibrated model, one by one"
     def __init__(self, calibration, choices):
         self.calibration,self.choices = calibration,choices
         dense = calibration.model
-        longest = calibration.batches.longest # lengths may differ
-        self.uses = trace(dense, calibration, longest)
+        self.uses = _uses_in_longest(calibration)
         missed = ', '.join(repr(n) for n in choices if n not in self.uses)
         if missed: raise ValueError(f"choices: no data reaches {missed}")
         self.model = replace_layers(dense, {})

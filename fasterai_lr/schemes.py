@@ -432,9 +432,10 @@ def _better_first(F, L, WA, A, G, side): # `side`: Cholesky factor of the mean o
     GL = einsum('op,prb->orb', G, L)
     LGL = einsum('orb,osb->rs', L, GL)
     root = cholesky(_regular(LGL))
+    outputs = einsum('osb,ord->sbrd', L, GL)
     def apply(F):
-        W = einsum('orb,ra->oab', L, F)
-        return einsum('ocd,ord->rc', einsum('oab,abcd->ocd', W, A), GL)
+        inputs = einsum('sa,abcd->sbcd', F, A)
+        return einsum('sbcd,sbrd->rc', inputs, outputs)
     def precondition(R):
         R = torch.cholesky_solve(R, root)
         return torch.cholesky_solve(R.T, side).T
@@ -478,17 +479,27 @@ class _SpatialSolver(_MatrixSolver):
 
     def costs(self, ranks):
         if self.metric is None: return super().costs(ranks)
-        products = self._inner_products().flip(0, 1)
+        products = self._inner_products(max(ranks, default=0)).flip(0, 1)
         tails = .5*products.cumsum(0).cumsum(1).diagonal().flip(0)
         return _costs_left(tails.clamp_min(0), ranks)
 
 # %% ../nbs/04_schemes.ipynb #aa1f271d
 @patch
-def _inner_products(self:_SpatialSolver):
-    "The inner products of all components of the SVD in the moment of patches, `[n, n]`"
-    left,right = self.halves(self.scheme.full()) # [g, i*h, n] and [g, n, o*rest]
+def _inner_products(self:_SpatialSolver, n):
+    "The inner products of the first `n` components of the SVD and of the rest, in the moment of patches"
+    left,right = self.halves(n) # [g, i*h, n] and [g, n, o*b]
     left = solve_triangular(self.metric.side(1).mT, left.double(), upper=True)
     right = right.double().unflatten(2, (self.scheme.o, -1))
+    weight = self.metric.Lo.mT @ self.blocks.double().flatten(2)
+    rest = weight.unflatten(2, self.moment.shape[1:3]) - einsum('gan,gnob->goab', left, right)
+    moved = einsum('goab,gabcd->gocd', rest, self.moment)
+    with_rest = (left*einsum('gnod,gocd->gcn', right, moved)).sum((0, 1))
+    products = torch.cat((self._among_components(left, right), with_rest[None]))
+    last = torch.cat((with_rest, (rest*moved).sum()[None]))
+    return torch.cat((products, last[:,None]), 1)
+
+@patch
+def _among_components(self:_SpatialSolver, left, right): # `[n, n]`
     moment = self.moment
     res = 0
     for a in range(moment.shape[2]):

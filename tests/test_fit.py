@@ -202,9 +202,10 @@ def test_a_relu_in_place_is_one_and_what_comes_after_it_does_not_matter():
 
 def test_the_fit_through_the_relu_loses_less(trained, monkeypatch):
     net,x,(other,_) = trained
-    through = fitted(net, low, x)
+    def lost(): return divergence(fitted(net, low, x, most=2**14), net, other)
+    through = lost()
     monkeypatch.setattr('fasterai_lr.fit.followed_by_relu', lambda *args: set())
-    assert divergence(through, net, other) < .97*divergence(fitted(net, low, x), net, other) # 0.9 here
+    assert through < .98*lost() # 0.965 here
 
 def test_a_fit_to_few_images_is_no_worse_than_none(trained, monkeypatch):
     net,x,(other,_) = trained
