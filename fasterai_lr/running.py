@@ -204,14 +204,18 @@ def _part(batch, start, end):
     def cut(t): return t[start:end] if t.dim() else t
     return tree_map_only(Tensor, cut, batch)
 
+_most_numbers = 2**21 # in a part of a batch; large parts take as long, and need more memory
+
 def _split(batch, bs):
-    "Split one batch into batches of at most `bs` items, except a dict whose tensors differ in length"
+    "Split one batch into parts of at most `bs` items, except a dict whose tensors differ in length"
     lengths = [len(t) for t in tensors_in(batch) if t.dim()]
     differ = len(set(lengths)) > 1
     if isinstance(batch, tuple) and differ:
         raise ValueError("data: a tuple is one batch, inputs and targets, but its tensors have "
                          f"{' and '.join(map(str, lengths))} items; give a list for several batches")
     if differ or not lengths: return [batch]
+    fit = _most_numbers*lengths[0]//max(1, numel(batch))
+    bs = max(1, min(bs, fit))
     return [_part(batch, i, i+bs) for i in range(0, max(lengths[0], 1), bs)]
 
 def _check_list(data):
@@ -290,7 +294,7 @@ class Batches:
     def __init__(self,
         data, # one batch to split (tensor, tuple (inputs, targets) or dict), a list of batches, or a loader
         device=None, # to move the batches to
-        bs:int=64): # size of the batches that a single one is split into
+        bs:int=64): # most items of the parts that a single batch is split into; large items make smaller parts
         self.data,self.device = _batches_in(data, bs),device
 
     @classmethod
