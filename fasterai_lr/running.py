@@ -294,7 +294,7 @@ class Batches:
     def __init__(self,
         data, # one batch to split (tensor, tuple (inputs, targets) or dict), a list of batches, or a loader
         device=None, # to move the batches to
-        bs:int=64): # most items of the parts that a single batch is split into; large items make smaller parts
+        bs:int=64): # most items of a part if a single batch is split; large items make smaller parts
         self.data,self.device = _batches_in(data, bs),device
 
     @classmethod
