@@ -372,6 +372,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fasterai_lr.fit': { 'fasterai_lr.fit.Change': ('fit.html#change', 'fasterai_lr/fit.py'),
                                  'fasterai_lr.fit.Change.finished': ('fit.html#change.finished', 'fasterai_lr/fit.py'),
                                  'fasterai_lr.fit.Stats': ('fit.html#stats', 'fasterai_lr/fit.py'),
+                                 'fasterai_lr.fit.Stats.factor': ('fit.html#stats.factor', 'fasterai_lr/fit.py'),
                                  'fasterai_lr.fit.Stats.of': ('fit.html#stats.of', 'fasterai_lr/fit.py'),
                                  'fasterai_lr.fit.Stats.wanted': ('fit.html#stats.wanted', 'fasterai_lr/fit.py'),
                                  'fasterai_lr.fit._Call': ('fit.html#_call', 'fasterai_lr/fit.py'),

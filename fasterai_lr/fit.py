@@ -8,7 +8,7 @@ __all__ = ['Stats', 'Change', 'fit', 'loss_increase']
 # %% ../nbs/13_fit.ipynb #ced1ca30
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from math import inf
 
@@ -120,6 +120,12 @@ class Stats:
     y:Tensor # mean of the target output, `[groups, o]`
     samples:float|None = None # number of independent ones; `None`: the values are exact
     rows:Rows|None = None # what the ReLU after the layer gets, if one follows
+    factors:list = field(default_factory=list) # Cholesky factor of the regular moment, once it is known
+
+    def factor(self, xx, ridge): # `xx` may be centred, as in all calls or in none
+        "Return the Cholesky factor of `xx` with a `ridge`; other targets for the same input share it"
+        if not self.factors: self.factors.append(torch.linalg.cholesky(xx + torch.diag_embed(ridge)))
+        return self.factors[0]
 
     @classmethod
     def of(cls, m:Moments, W:Tensor): # `[groups, o, d]`
@@ -288,10 +294,8 @@ def _regress(start, s, centre): # `start` `[groups, o, n]`, `s`: `Stats`
         yx = s.yx - of_means
         R = lacking(s.z)
     R = R + ridge(xx, s.samples)
-    regular = xx + torch.diag_embed(R)
-    L = torch.linalg.cholesky(regular)
     pulled = yx + start*R[:,None]
-    return torch.cholesky_solve(pulled.mT, L).mT
+    return torch.cholesky_solve(pulled.mT, s.factor(xx, R)).mT
 
 def _fitted(W, s, centre): # `W` `[groups, o, d]`
     "Return the best weight for the current input, and the moments for its metric"
