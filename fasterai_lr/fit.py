@@ -422,6 +422,12 @@ class Change:
         return self.model
 
 # %% ../nbs/13_fit.ipynb #c6533338
+def _uses_in_longest(calibration)->dict: # {layer name: `Use`}
+    "Trace the layers in the longest batch"
+    batches = calibration.batches
+    if numel(batches.longest) == numel(batches.first): return calibration.uses
+    return trace(calibration.model, calibration, batches.longest)
+
 def _to_fit(uses, choices)->dict: # {name: `Use`}
     "Return the layers to fit, from the input to the output"
     names = []
@@ -445,12 +451,6 @@ def _correct_mean(layer, norm, stats)->bool: # does the BatchNorm `norm` change?
     return True
 
 # %% ../nbs/13_fit.ipynb #cef91a2d
-def _uses_in_longest(calibration)->dict: # {layer name: `Use`}
-    "Trace the layers in the longest batch"
-    batches = calibration.batches
-    if numel(batches.longest) == numel(batches.first): return calibration.uses
-    return trace(calibration.model, calibration, batches.longest)
-
 class _Fit:
     "Fits the layers of a copy of the calibrated model, one by one"
     def __init__(self, calibration, choices):
