@@ -56,9 +56,13 @@ def patches(
    )->Tensor: # `[positions, groups, in/groups·prod(kernel)]`, in at least float32
     "Return the part of `x` that each output position of `layer` sees"
     geom = Geometry.of(layer)
-    rows,n_axes = _windows(layer, at_least_float32(x)),len(geom.axes)
+    x = at_least_float32(x)
+    rows = _windows(layer, x)
+    n_axes = len(geom.axes)
     if idx is None: rows = rows.flatten(0, n_axes)
-    else: rows = rows[torch.unravel_index(idx.to(rows.device), rows.shape[:1+n_axes])]
+    else:
+        idx = idx.to(rows.device)
+        rows = rows[torch.unravel_index(idx, rows.shape[:1+n_axes])]
     return rows.flatten(1).unflatten(1, (geom.groups, -1))
 
 def draw(
@@ -110,8 +114,10 @@ class Centred:
     "Rows less a point `near` their mean; several products can share them"
     def __init__(self, rows): # `[positions, groups, n]`
         near = rows.mean(0)
-        self.rows,self.near = rows - near,near.double()
-        self.mean = self.near + self.rows.mean(0).double() # float64 throughout would take ten times as long
+        self.rows = rows - near
+        self.near = near.double()
+        left = self.rows.mean(0)
+        self.mean = self.near + left.double() # float64 throughout would take ten times as long
 
 def _products(a, b):
     "Add up products of rows; fill only the lower triangle if `a` is `b` and has one block"
@@ -128,7 +134,8 @@ class Gram:
         self.products = self.rows = self.n = 0
 
     def add(self, a, b): # `b` is `a` in all calls, or in none
-        n,products = len(a.rows),_products(a.rows, b.rows)
+        n = len(a.rows)
+        products = _products(a.rows, b.rows)
         if self.n: self.products += products
         else: self.products = products.double()
         left = torch.stack((a.near, a.mean), 2)
@@ -196,29 +203,46 @@ class Coherence:
 
     def copied(self, x, out)->Tensor|None: # the input of a layer and its output
         "Return a copy of the first items of `x`; `None` if each has only one position"
-        n_axes = len(Geometry.of(self.layer).axes)
-        if x.dim() <= max(2, n_axes+1) or n_positions(self.layer, out[:1]) == 1: return None
-        return x[:self.n_items].detach().clone() # the model may change `x` in place
+        geom = Geometry.of(self.layer)
+        least = max(2, len(geom.axes) + 1)
+        if x.dim() <= least: return
+        if n_positions(self.layer, out[:1]) == 1: return
+        items = x[:self.n_items].detach()
+        return items.clone() # the model may change `x` in place
 
     def add(self, items, g): # inputs from `copied`, and the gradient at the output
-        norms = self._of_items(items, g[:len(items)]).double()
-        self.norms = norms if self.norms is None else self.norms + norms
+        g = g[:len(items)]
+        norms = self._of_items(items, g).double()
+        if self.norms is None: self.norms = norms
+        else: self.norms = self.norms + norms
 
-    def _of_items(self, x, g): # `[2]`
-        items,n = len(x),n_positions(self.layer, g[:1])
-        idx = self._drawn(items, n) if n > self.most else None
-        rows = patches(self.layer, x, idx).unflatten(0, (items, -1))
-        grads = output_rows(self.layer, g, idx).unflatten(0, (items, -1))
-        whole = torch.einsum('npgo,npgi->ngoi', grads, rows).square().sum()
-        terms = (rows.square().sum(-1)*grads.square().sum(-1)).sum()
-        if idx is not None: whole = terms + (whole - terms)*(n-1)/(self.most-1) # more pairs than were drawn
-        return torch.stack((whole, terms))
+# %% ../nbs/11_calibrate.ipynb #587eee95
+@patch
+def _of_items(self:Coherence, x, g): # `[2]`
+    n = n_positions(self.layer, g[:1])
+    idx = None
+    if n > self.most: idx = self._drawn(len(x), n)
+    by_item = len(x),-1
+    rows = patches(self.layer, x, idx)
+    rows = rows.unflatten(0, by_item)
+    grads = output_rows(self.layer, g, idx)
+    grads = grads.unflatten(0, by_item)
+    weight_grads = torch.einsum('npgo,npgi->ngoi', grads, rows)
+    whole = weight_grads.square().sum()
+    terms = rows.square().sum(-1)*grads.square().sum(-1)
+    terms = terms.sum()
+    if idx is not None: # there are more pairs than were drawn
+        more = (n-1)/(self.most-1)
+        whole = terms + more*(whole - terms)
+    return torch.stack((whole, terms))
 
-    def _drawn(self, items, n):
-        "Draw the same positions of each item"
-        idx = torch.randperm(n, generator=self.gen)[:self.most]
-        firsts = n*torch.arange(items)
-        return (firsts[:,None] + idx).flatten()
+@patch
+def _drawn(self:Coherence, items, n):
+    "Draw the same positions of each item"
+    order = torch.randperm(n, generator=self.gen)
+    firsts = n*torch.arange(items)
+    idx = firsts[:,None] + order[:self.most]
+    return idx.flatten()
 
 # %% ../nbs/11_calibrate.ipynb #1d0dc659
 class _LayerMoments:
@@ -267,7 +291,8 @@ def moments(self:_LayerMoments, samples)->Moments:
     res.positions = self.positions
     if not self.reached: res.grads = None
     elif 'grads' in self.wanted:
-        res.grads,res.norms = _above_zero(self.grads.sum/samples),self.coherence.norms
+        res.grads = _above_zero(self.grads.sum/samples)
+        res.norms = self.coherence.norms
     if 'inputs' in self.wanted: self._fill_inputs(res)
     return res
 

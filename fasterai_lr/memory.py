@@ -198,12 +198,12 @@ def _watching_changes(module, args, kwargs):
     if [_state(args), _state(kwargs)] != given: changed.append('arguments')
 
 # %% ../nbs/12b_memory.ipynb #4742a56b
-def _storages(tensors): return [t.untyped_storage().data_ptr() for t in tensors]
+def _address(t): return t.untyped_storage().data_ptr()
 
 def _shares_memory(out, given):
     "Tell whether tensors of an output share memory with those in `given`, or with each other"
-    of_out = _storages(tensors_in(out))
-    of_given = _storages(tensors_in(given))
+    of_out = list(map(_address, tensors_in(out)))
+    of_given = map(_address, tensors_in(given))
     return len(set(of_out)) < len(of_out) or not set(of_out).isdisjoint(of_given)
 
 # %% ../nbs/12b_memory.ipynb #d58bffe9

@@ -185,12 +185,16 @@ def best_through_relu(
     centre # will its bias, or a BatchNorm, correct the mean of the output?
    )->tuple: # the layer, and the statistics that it was fitted to
     "Fit a layer, then once more to the target that its ReLU lets it aim at; return the better one"
-    layer,rows = fitted_to(stats),stats.rows
+    layer = fitted_to(stats)
+    rows = stats.rows
     if rows is None: return layer,stats
     now = _seen_by_relu(layer, stats, centre)
     yx,y = rows.products(rows.change(now))
-    aimed = replace(stats, yx=stats.yx + yx, y=stats.y + y)
+    yx = stats.yx + yx
+    y = stats.y + y
+    aimed = replace(stats, yx=yx, y=y)
     second = fitted_to(aimed)
     after = _seen_by_relu(second, aimed, centre)
-    if rows.cost(after, grads) < rows.cost(now, grads): return second,aimed
+    is_better = rows.cost(after, grads) < rows.cost(now, grads)
+    if is_better: return second,aimed
     return layer,stats

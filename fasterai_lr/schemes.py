@@ -471,7 +471,8 @@ class _SpatialSolver(_MatrixSolver):
 
     def refined(self, rank):
         first,_ = self.weights(rank) # [g, r, i*h]
-        blocks = self.blocks.double().flatten(2, 3).flatten(3)
+        blocks = self.blocks.double()
+        blocks = blocks.flatten(2, 3).flatten(3)
         fits = map(_fit_patches, blocks, self.moment, self.metric.G, first)
         F,L = _balanced(*_stacked(fits))
         L = L.unflatten(1, (self.scheme.o, -1))
@@ -479,8 +480,10 @@ class _SpatialSolver(_MatrixSolver):
 
     def costs(self, ranks):
         if self.metric is None: return super().costs(ranks)
-        products = self._inner_products(max(ranks, default=0)).flip(0, 1)
-        tails = .5*products.cumsum(0).cumsum(1).diagonal().flip(0)
+        largest = max(ranks, default=0)
+        products = self._inner_products(largest)
+        sums = products.flip(0, 1).cumsum(0).cumsum(1)
+        tails = .5*sums.diagonal().flip(0)
         return _costs_left(tails.clamp_min(0), ranks)
 
 # %% ../nbs/04_schemes.ipynb #aa1f271d
@@ -488,14 +491,22 @@ class _SpatialSolver(_MatrixSolver):
 def _inner_products(self:_SpatialSolver, n):
     "The inner products of the first `n` components of the SVD and of the rest, in the moment of patches"
     left,right = self.halves(n) # [g, i*h, n] and [g, n, o*b]
-    left = solve_triangular(self.metric.side(1).mT, left.double(), upper=True)
-    right = right.double().unflatten(2, (self.scheme.o, -1))
-    weight = self.metric.Lo.mT @ self.blocks.double().flatten(2)
-    rest = weight.unflatten(2, self.moment.shape[1:3]) - einsum('gan,gnob->goab', left, right)
+    side = self.metric.side(1)
+    left = solve_triangular(side.mT, left.double(), upper=True)
+    right = right.double()
+    right = right.unflatten(2, (self.scheme.o, -1))
+    weight = self.blocks.double().flatten(2)
+    weight = self.metric.Lo.mT @ weight
+    shape = self.moment.shape[1:3]
+    kept = einsum('gan,gnob->goab', left, right)
+    rest = weight.unflatten(2, shape) - kept
     moved = einsum('goab,gabcd->gocd', rest, self.moment)
-    with_rest = (left*einsum('gnod,gocd->gcn', right, moved)).sum((0, 1))
-    products = torch.cat((self._among_components(left, right), with_rest[None]))
-    last = torch.cat((with_rest, (rest*moved).sum()[None]))
+    seen = einsum('gnod,gocd->gcn', right, moved)
+    with_rest = (left*seen).sum((0, 1))
+    of_rest = (rest*moved).sum()
+    last = torch.cat((with_rest, of_rest[None]))
+    products = self._among_components(left, right)
+    products = torch.cat((products, with_rest[None]))
     return torch.cat((products, last[:,None]), 1)
 
 @patch
