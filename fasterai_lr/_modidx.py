@@ -333,6 +333,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fasterai_lr/distributed.py'),
                                          'fasterai_lr.distributed._state_tensors': ( 'distributed.html#_state_tensors',
                                                                                      'fasterai_lr/distributed.py'),
+                                         'fasterai_lr.distributed._weight': ('distributed.html#_weight', 'fasterai_lr/distributed.py'),
                                          'fasterai_lr.distributed.check_wrapper': ( 'distributed.html#check_wrapper',
                                                                                     'fasterai_lr/distributed.py'),
                                          'fasterai_lr.distributed.in_all': ('distributed.html#in_all', 'fasterai_lr/distributed.py'),

@@ -115,6 +115,11 @@ def _outline(m): # a `Moments`
     "Return the fields of one layer's moments, with tensors replaced by their shapes"
     return {field: getattr(value, 'shape', value) for field,value in vars(m).items()}
 
+def _weight(field, here, outline, share):
+    "Return the weight of this process in the average of a field of `Moments`"
+    if field == 'norms': return 1. # they are sums
+    return share if field == 'grads' else here.positions/outline['positions']
+
 def _mean_of_all(here, outline, share, device):
     "Average one layer's `Moments` over all processes; `share`: the fraction of the items in this process"
     res = dict(outline)
@@ -122,12 +127,13 @@ def _mean_of_all(here, outline, share, device):
         if shape is None or field == 'positions': continue
         mean = torch.zeros(shape, dtype=torch.float64, device=device)
         if getattr(here, field, None) is not None:
-            weight = share if field == 'grads' else here.positions/outline['positions']
+            weight = _weight(field, here, outline, share)
             mean.add_(getattr(here, field), alpha=weight)
         dist.all_reduce(mean)
         res[field] = mean
     return Moments(**res)
 
+# %% ../nbs/18_distributed.ipynb #a55d6abe
 def _added(by_layer, samples, device): # `by_layer`: {layer name: `Moments`}
     "Add up the moments of all processes; this process's moments come from `samples` items"
     parts = _exchange((samples, {name: _outline(m) for name,m in by_layer.items()}), device)
