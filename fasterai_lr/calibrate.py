@@ -116,8 +116,8 @@ class Centred:
         near = rows.mean(0)
         self.rows = rows - near
         self.near = near.double()
-        left = self.rows.mean(0)
-        self.mean = self.near + left.double() # float64 throughout would take ten times as long
+        rest = self.rows.mean(0)
+        self.mean = self.near + rest.double() # float64 throughout would take ten times as long
 
 def _products(a, b):
     "Add up products of rows; fill only the lower triangle if `a` is `b` and has one block"

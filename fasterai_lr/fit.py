@@ -120,12 +120,7 @@ class Stats:
     y:Tensor # mean of the target output, `[groups, o]`
     samples:float|None = None # number of independent ones; `None`: the values are exact
     rows:Rows|None = None # what the ReLU after the layer gets, if one follows
-    factors:list = field(default_factory=list) # Cholesky factor of the regular moment, once it is known
-
-    def factor(self, xx, ridge): # `xx` may be centred, as in all calls or in none
-        "Return the Cholesky factor of `xx` with a `ridge`; other targets for the same input share it"
-        if not self.factors: self.factors.append(torch.linalg.cholesky(xx + torch.diag_embed(ridge)))
-        return self.factors[0]
+    known:dict = field(default_factory=dict) # {centre: result of `regular`}, shared with other targets
 
     @classmethod
     def of(cls, m:Moments, W:Tensor): # `[groups, o, d]`
@@ -284,18 +279,26 @@ def _compare(self:_Turns, model, name):
     return _stats_of(pair, self.n_items)
 
 # %% ../nbs/13_fit.ipynb #a3c90b5c
+@patch
+def regular(self:Stats, centre)->tuple: # the ridge, and the Cholesky factor; `centre`: less the mean?
+    "Factor the moment of the input with a ridge on its diagonal"
+    if centre not in self.known:
+        xx = covariance(self.xx, self.z) if centre else self.xx
+        R = ridge(xx, self.samples)
+        if centre: R = R + lacking(self.z)
+        regular = xx + torch.diag_embed(R)
+        self.known[centre] = R,torch.linalg.cholesky(regular)
+    return self.known[centre]
+
 def _regress(start, s, centre): # `start` `[groups, o, n]`, `s`: `Stats`
     "Return the matrix near `start` that best maps the current input to the target; `centre`: less the means"
-    xx,yx = s.xx,s.yx
-    R = 0.
+    R,L = s.regular(centre)
+    yx = s.yx
     if centre:
-        xx = covariance(s.xx, s.z)
         of_means = s.y[...,None]*s.z[...,None,:]
-        yx = s.yx - of_means
-        R = lacking(s.z)
-    R = R + ridge(xx, s.samples)
+        yx = yx - of_means
     pulled = yx + start*R[:,None]
-    return torch.cholesky_solve(pulled.mT, s.factor(xx, R)).mT
+    return torch.cholesky_solve(pulled.mT, L).mT
 
 def _fitted(W, s, centre): # `W` `[groups, o, d]`
     "Return the best weight for the current input, and the moments for its metric"

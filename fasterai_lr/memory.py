@@ -153,6 +153,8 @@ class _Steps(TorchFunctionMode):
         return out
 
 # %% ../nbs/12b_memory.ipynb #90094bf2
+def _address(t): return t.untyped_storage().data_ptr()
+
 class _Values(_Steps):
     "Records the tensors of a run"
     def __init__(self):
@@ -166,12 +168,12 @@ class _Values(_Steps):
     def of(self, t)->_Value:
         "Return the value of a tensor; a new tensor may be a view of a known one"
         if t in self.known: return self.known[t]
-        same = self.stored.get(t.untyped_storage().data_ptr())
+        same = self.stored.get(_address(t))
         return self.add(t, (), [same] if same else [])
 
     def add(self, t, frame, parents)->_Value:
         value = self.known[t] = _Value(frame, self.time, self.time, parents)
-        self.stored[t.untyped_storage().data_ptr()] = value
+        self.stored[_address(t)] = value
         self.all.append(value)
         return value
 
@@ -198,8 +200,6 @@ def _watching_changes(module, args, kwargs):
     if [_state(args), _state(kwargs)] != given: changed.append('arguments')
 
 # %% ../nbs/12b_memory.ipynb #4742a56b
-def _address(t): return t.untyped_storage().data_ptr()
-
 def _shares_memory(out, given):
     "Tell whether tensors of an output share memory with those in `given`, or with each other"
     of_out = list(map(_address, tensors_in(out)))
@@ -328,8 +328,7 @@ def _n_bytes(kept): # `kept`: {key: `_Kept`}
     sizes = {}
     for o in kept.values():
         for t in o.tensors:
-            storage = t.untyped_storage()
-            if not t.is_meta: sizes[storage.data_ptr()] = storage.nbytes()
+            if not t.is_meta: sizes[_address(t)] = t.untyped_storage().nbytes()
     return sum(sizes.values())
 
 # %% ../nbs/12b_memory.ipynb #742f23a4

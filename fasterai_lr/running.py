@@ -214,8 +214,8 @@ def _split(batch, bs):
         raise ValueError("data: a tuple is one batch, inputs and targets, but its tensors have "
                          f"{' and '.join(map(str, lengths))} items; give a list for several batches")
     if differ or not lengths: return [batch]
-    fit = _most_numbers*lengths[0]//max(1, numel(batch))
-    bs = max(1, min(bs, fit))
+    room = _most_numbers*lengths[0]//max(1, numel(batch))
+    bs = max(1, min(bs, room))
     return [_part(batch, i, i+bs) for i in range(0, max(lengths[0], 1), bs)]
 
 def _check_list(data):

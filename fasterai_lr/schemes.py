@@ -511,6 +511,7 @@ def _inner_products(self:_SpatialSolver, n):
 
 @patch
 def _among_components(self:_SpatialSolver, left, right): # `[n, n]`
+    "The inner products of components in the moment of patches"
     moment = self.moment
     res = 0
     for a in range(moment.shape[2]):
