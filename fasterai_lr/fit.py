@@ -6,7 +6,6 @@
 __all__ = ['Stats', 'Change', 'fit', 'loss_increase']
 
 # %% ../nbs/13_fit.ipynb #ced1ca30
-from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -25,7 +24,7 @@ from .running import (Additions, Batches, evaluated, evaluation, hooked, n_items
 from .memory import Flow, Leak, Memory
 from .loss import as_loss, classification
 from .metric import Moments, covariance, lacking, make_metric, ridge
-from .calibrate import (Centred, Gram, InputMoments, Squares, draw, flat_blocks, n_positions,
+from .calibrate import (Centred, Gram, InputMoments, at_least_float32, draw, flat_blocks, n_positions,
                                    output_rows, times, unbiased)
 from .relu import Rows, RowsOf, best_through_relu, followed_by_relu
 from .schemes import check_scheme, schemes
@@ -241,8 +240,10 @@ class _Turns:
         self.batches = calibration.batches
         self.settings = calibration.settings
         self.n_items = calibration.n_items
-        flow = Flow.of(self.dense, self.batches.longest)
-        self.relus = followed_by_relu(self.dense, order, self.batches.longest)
+        longest = self.batches.longest
+        few = self.batches.few(longest)
+        flow = Flow.of(self.dense, few)
+        self.relus = followed_by_relu(self.dense, order, few)
         room = self.settings.room//2
         self.memories = Memory(flow, room),Memory(flow, room)
 
@@ -340,22 +341,32 @@ def _normalised(norm, x):
     if x.numel() < 2*x.shape[1]: return
     return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
 
+def _by_channel(x): # `[3, channels]`
+    "Count the values of each channel, and add up these and their squares"
+    axes = 0,*range(2, x.dim())
+    found = torch.var_mean(at_least_float32(x), axes, correction=0)
+    variance,mean = torch.stack(found).double()
+    one = torch.ones_like(mean)
+    square = variance + mean.square()
+    n = x.numel()//x.shape[1]
+    return n*torch.stack((one, mean, square))
+
 def _norm_statistics(model, batches, in_training, step)->dict: # {name: (mean, variance)}
     "Measure the inputs of all BatchNorms on every `step`-th batch; they normalise as in training or not"
-    sums = defaultdict(Squares)
+    sums = {}
     def see(name, norm, x, out):
-        by_channel = x.transpose(0, 1).flatten(1)
-        rows = by_channel.T.double()
-        if len(rows): sums[name].add(rows, rows)
+        if x.numel():
+            before = sums.get(name, 0)
+            sums[name] = before + _by_channel(x)
         if in_training: return _normalised(norm, x)
     norms = _norms_of(model)
     if not norms: return {}
     with hooked(norms, see):
         for batch in islice(batches, 0, None, step): evaluated(model, batch)
     found = {}
-    for name,s in sums.items():
-        mean = s.row_mean
-        variance = s.mean - mean.square()
+    for name,(n,values,squares) in sums.items():
+        mean = values/n
+        variance = squares/n - mean.square()
         found[name] = mean,variance.clamp_min(0.)
     return found
 

@@ -379,12 +379,12 @@ def skeleton(self:Plan, model:nn.Module)->nn.Module: # `model` is left untouched
 def measured(
     dense:nn.Module,
     model:nn.Module, # a decomposed copy of it
-    data, # as `calibrate` takes it; MACs are those of the first batch
+    data, # as `calibrate` takes it; MACs are those of its first items
     settings:Settings=Settings() # for the loss, see `loss_increase`
    )->dict: # params, macs, and loss if it is known
     "Count `model` as fractions of the dense model, and measure how much higher its loss is"
     batches = Batches.of(data, dense)
-    sample = batches.first
+    sample = batches.few(batches.first)
     params = count_params(model)/max(1, count_params(dense))
     macs = count_macs(model, sample)/max(1, count_macs(dense, sample))
     loss = loss_increase(dense, model, batches, settings.loss)

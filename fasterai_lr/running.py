@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['add_functions', 'run_model', 'devices_of', 'device_of', 'first_output', 'evaluating', 'frozen', 'undisturbed',
            'unfused', 'unseen', 'differentiable', 'in_backward', 'evaluation', 'evaluated', 'hooked', 'changes_of',
-           'tensors_in', 'n_items', 'numel', 'Inputs', 'Batches', 'blaming_data', 'check_callable', 'Use', 'Additions',
-           'trace']
+           'tensors_in', 'n_items', 'numel', 'Parts', 'Inputs', 'Batches', 'blaming_data', 'check_callable', 'Use',
+           'Additions', 'trace']
 
 # %% ../nbs/06_running.ipynb #9282023c
 import random, warnings
@@ -206,6 +206,8 @@ def _part(batch, start, end):
 
 _most_numbers = 2**21 # in a part of a batch; large parts take as long, and need more memory
 
+class Parts(list): "The parts of one batch, which may be split elsewhere too"
+
 def _split(batch, bs):
     "Split one batch into parts of at most `bs` items, except a dict whose tensors differ in length"
     lengths = [len(t) for t in tensors_in(batch) if t.dim()]
@@ -216,7 +218,7 @@ def _split(batch, bs):
     if differ or not lengths: return [batch]
     room = _most_numbers*lengths[0]//max(1, numel(batch))
     bs = max(1, min(bs, room))
-    return [_part(batch, i, i+bs) for i in range(0, max(lengths[0], 1), bs)]
+    return Parts(_part(batch, i, i+bs) for i in range(0, max(lengths[0], 1), bs))
 
 def _check_list(data):
     "Raise a `ValueError` for a list that seems to be one batch: its tensors differ in their number of axes"
@@ -317,6 +319,10 @@ class Batches:
     def first(self): return next(iter(self))
     @property
     def longest(self): return max(self, key=numel)
+
+    def few(self, batch): # `batch`: one of these
+        "Return two items of a batch, or all if it may not be split: enough to follow what a model does"
+        return _part(batch, 0, 2) if isinstance(self.data, Parts) else batch
 
 # %% ../nbs/06_running.ipynb #1512478a
 def _shapes(batch):
