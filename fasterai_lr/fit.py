@@ -65,7 +65,8 @@ class _Watch:
         if self.use.add == i: self._see(self.watcher.added, a, b)
 
     def _see(self, show, *tensors):
-        if any(t.is_meta for t in tensors): raise Leak
+        lost = any(t.is_meta for t in tensors)
+        if lost: raise Leak
         with unseen(): show(*tensors) # what `show` computes is no part of the model
         self.left -= 1
         if not self.left and not self.goes_on: raise _Stop
@@ -159,7 +160,9 @@ def _lost(want, out, total, scale):
 def _at_relu(layer, norm, out): # `out`: rows of the layer's output in the dense network
     "Return what a ReLU after the layer or its BatchNorm gets, and what of it comes from the biases alone"
     zero = out.new_zeros(out.shape[1:])
-    def like(v): return v.detach().view(zero.shape).to(zero)
+    def like(v):
+        row = v.detach().view(zero.shape)
+        return row.to(zero)
     scale = _scale(norm, out)
     rest = zero if layer.bias is None else like(layer.bias)
     if norm is not None:
@@ -327,6 +330,17 @@ def _factored(layer, name, best, metric, choice): # `best`: the weight in blocks
     if why: raise ValueError(f"choices: layer {name!r}: {why}")
     return solver.build(rank, layer, solver.refined(rank))
 
+# %% ../nbs/13_fit.ipynb #4b1c9e20
+def _by_channel(x): # `[3, channels]`
+    "Count the values of each channel, and add up these and their squares"
+    axes = 0,*range(2, x.dim())
+    found = torch.var_mean(at_least_float32(x), axes, correction=0)
+    variance,mean = torch.stack(found).double()
+    one = torch.ones_like(mean)
+    square = variance + mean.square()
+    n = x.numel()//x.shape[1]
+    return n*torch.stack((one, mean, square))
+
 # %% ../nbs/13_fit.ipynb #71c39646
 def _norms_of(model)->dict: # {name: module}
     "The BatchNorms of `model` that keep statistics"
@@ -340,16 +354,6 @@ def _normalised(norm, x):
     "Normalise a batch by its own statistics; `None` if it is too small"
     if x.numel() < 2*x.shape[1]: return
     return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
-
-def _by_channel(x): # `[3, channels]`
-    "Count the values of each channel, and add up these and their squares"
-    axes = 0,*range(2, x.dim())
-    found = torch.var_mean(at_least_float32(x), axes, correction=0)
-    variance,mean = torch.stack(found).double()
-    one = torch.ones_like(mean)
-    square = variance + mean.square()
-    n = x.numel()//x.shape[1]
-    return n*torch.stack((one, mean, square))
 
 def _norm_statistics(model, batches, in_training, step)->dict: # {name: (mean, variance)}
     "Measure the inputs of all BatchNorms on every `step`-th batch; they normalise as in training or not"
