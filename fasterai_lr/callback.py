@@ -421,7 +421,7 @@ def _warn_of_missed(self:DecomposeCallback):
     missed = min(self.schedule.keys() - self._passed)
     then = ' then' if self._passed else ''
     warn(f"DecomposeCallback: at_epoch={missed} was not reached and nothing was decomposed{then}; "
-         f"this fit of {self.n_epoch} epochs ended in epoch {self.epoch}, and the first is 0")
+         f"this fit, with n_epoch={self.n_epoch}, ended in epoch {self.epoch}, and the first is 0")
 
 # %% ../nbs/22_callback.ipynb #2ec01f59
 def _outputs(o): return tree_leaves(o) if isinstance(o, (tuple, list)) else [first_output(o)]

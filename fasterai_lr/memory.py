@@ -275,25 +275,40 @@ def needed(
 # %% ../nbs/12b_memory.ipynb #edc358af
 class Leak(Exception): "Code used an output that was not kept"
 
+def _without_numbers(t):
+    with unseen(): return torch.empty_like(t, device='meta')
+
+def _checked(func, args, kwargs, real):
+    "Call a function whose results must have no numbers, and which must not change the tensors `real`"
+    before = list(map(changes_of, real))
+    out = func(*args, **kwargs)
+    if before != list(map(changes_of, real)): raise Leak
+    if not all(t.is_meta for t in tensors_in(out)): raise Leak
+    return out
+
+def _called_without_numbers(func, args, kwargs, given): # `given`: the tensors in the arguments
+    "Call a function of tensors of which some have no numbers"
+    real = [t for t in given if not t.is_meta]
+    try: return _checked(func, args, kwargs, real)
+    except RuntimeError:
+        if not real: raise
+    copies = [] # for functions that take tensors of one device only
+    def copied(t):
+        if t.is_meta: return t
+        copies.append(_without_numbers(t))
+        return copies[-1]
+    args,kwargs = tree_map_only(Tensor, copied, (args, kwargs))
+    return _checked(func, args, kwargs, copies)
+
 class _Guard(TorchFunctionMode):
     "Raises a `Leak` if a function makes numbers from a tensor without numbers, or the other way round"
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = tensors_in((args, kwargs))
-        had_numbers = not any(t.is_meta for t in given)
-        real = [t for t in given if not t.is_meta]
-        before = [changes_of(t) for t in real]
+        if any(t.is_meta for t in given): return _called_without_numbers(func, args, kwargs, given)
         out = func(*args, **kwargs)
-        made = tensors_in(out)
-        if had_numbers:
-            if any(t.is_meta for t in made): raise Leak
-            return out
-        if before != [changes_of(t) for t in real]: raise Leak
-        if not all(t.is_meta for t in made): raise Leak
+        if any(t.is_meta for t in tensors_in(out)): raise Leak
         return out
-
-def _without_numbers(t):
-    with unseen(): return torch.empty_like(t, device='meta')
 
 # %% ../nbs/12b_memory.ipynb #f4708ccf
 class _Kept:

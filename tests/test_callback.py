@@ -236,11 +236,11 @@ def test_interrupted_lr_find_does_not_switch_it_off(tmp_path):
 
 def test_never_reached_warns():
     learn,c = mk_learn(),cb(2)
-    with pytest.warns(UserWarning, match='at_epoch=2 was not reached .* fit of 2 epochs ended in epoch 1'): learn.fit(2, 1e-2, cbs=c)
+    with pytest.warns(UserWarning, match='at_epoch=2 was not reached .* n_epoch=2, ended in epoch 1'): learn.fit(2, 1e-2, cbs=c)
     assert not c.done and n_factored(learn.model) == 0
     class Early(Callback):
         def after_epoch(self): raise CancelFitException()
-    with pytest.warns(UserWarning, match='fit of 5 epochs ended in epoch 0'): learn.fit(5, 1e-2, cbs=[c, Early()])
+    with pytest.warns(UserWarning, match='n_epoch=5, ended in epoch 0'): learn.fit(5, 1e-2, cbs=[c, Early()])
     learn.fit(3, 1e-2, cbs=c)
     assert c.done
 

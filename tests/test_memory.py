@@ -283,7 +283,32 @@ class Attention(Net):
         for layer in self.layers: x = layer(x)
         return self.head(x[:,0])
 
-kinds = Net,Blocks,Unassigned,InView,Alias,AliasOfAll,AliasOfHalf,Stored,Attribute,Cached,Twice,Trees,OwnOutputs,Checkpointed,CheckpointedAnew,Compiled,Dense,Branches,Masks,Mask,Anchors,Parallel,Attention
+class ClassToken(Attention):
+    "As a vision transformer: code between the modules joins their outputs with parameters and buffers"
+    def __init__(self):
+        super().__init__()
+        self.token,self.positions = nn.Parameter(torch.randn(1, 1, 8)),nn.Parameter(torch.randn(4, 8))
+        self.weight = nn.Parameter(torch.rand(8))
+        self.register_buffer('kept', torch.tensor([True, False, True, True]))
+
+    def forward(self, x):
+        x = self.first(x)[:,None].expand(-1, 3, -1)
+        x = torch.cat((self.token.expand(len(x), -1, -1), x), dim=1) + self.positions
+        x = torch.where(self.kept[:,None], x, self.positions)[:,self.kept]
+        for layer in self.layers: x = F.linear(F.layer_norm(layer(x), (8,), self.weight), torch.diag(self.weight))
+        return self.head(x[:,0])
+
+class Written(Net):
+    "Writes early outputs into a tensor of its own, which has numbers"
+    def forward(self, x):
+        sums = torch.zeros(len(x), 8)
+        x = self.first(x)
+        for i,layer in enumerate(self.layers):
+            x = x + layer(x).tanh()
+            sums[:,i] = x.mean(1)
+        return self.head(x + sums)
+
+kinds = Net,Blocks,Unassigned,InView,Alias,AliasOfAll,AliasOfHalf,Stored,Attribute,Cached,Twice,Trees,OwnOutputs,Checkpointed,CheckpointedAnew,Compiled,Dense,Branches,Masks,Mask,Anchors,Parallel,Attention,ClassToken,Written
 
 data = [torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (40, 40, 33, 40, 7)]
 
