@@ -24,8 +24,8 @@ from .running import (Additions, Batches, evaluated, evaluation, hooked, n_items
 from .memory import Flow, Leak, Memory
 from .loss import as_loss, classification
 from .metric import Moments, covariance, lacking, make_metric, ridge
-from .calibrate import (Centred, Gram, InputMoments, at_least_float32, draw, flat_blocks, n_positions,
-                                   output_rows, times, unbiased)
+from .calibrate import (Centred, Gram, InputMoments, at_least_float32, draw, flat_blocks,
+                                   n_positions, output_rows, times, unbiased)
 from .relu import Rows, RowsOf, best_through_relu, followed_by_relu
 from .schemes import check_scheme, schemes
 from .distill import distill
