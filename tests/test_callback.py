@@ -92,7 +92,7 @@ def test_fine_tune_at_a_later_epoch(opt_func, no_warnings):
 
 def test_fine_tune_that_never_gets_there():
     learn,c = mk_learn(),cb(2)
-    with pytest.warns(UserWarning, match='at_epoch=2 was not reached .* fit of 2 epochs') as rec: learn.fine_tune(2, 1e-2, cbs=c)
+    with pytest.warns(UserWarning, match='at_epoch=2 was not reached .* n_epoch=2,') as rec: learn.fine_tune(2, 1e-2, cbs=c)
     assert sum('at_epoch' in str(r.message) for r in rec) == 1 and not c.done
 
 @pytest.mark.parametrize('freeze_epochs', [0, 1, 2])
@@ -107,15 +107,15 @@ def test_fine_tune_of_a_single_group(freeze_epochs, no_warnings):
 def test_fine_tune_of_a_single_group_that_never_gets_there(freeze_epochs):
     learn,c = mk_learn(splitter=trainable_params),cb(2)
     for _ in range(2):
-        with pytest.warns(UserWarning, match='at_epoch=2 was not reached .* fit of 2 epochs') as rec: learn.fine_tune(2, 1e-2, freeze_epochs=freeze_epochs, cbs=c)
+        with pytest.warns(UserWarning, match='at_epoch=2 was not reached .* n_epoch=2,') as rec: learn.fine_tune(2, 1e-2, freeze_epochs=freeze_epochs, cbs=c)
         assert sum('at_epoch' in str(r.message) for r in rec) == 1 and not c.done
-    with pytest.warns(UserWarning, match='at_epoch=2 was not reached .* fit of 1 epochs'): learn.fit(1, 1e-2, cbs=c)
+    with pytest.warns(UserWarning, match='at_epoch=2 was not reached .* n_epoch=1,'): learn.fit(1, 1e-2, cbs=c)
 
 def test_a_fit_inside_of_fine_tune_is_no_part_of_it():
     "Another learner's fit, in a callback, warns for itself"
     class Aside(Callback):
         def before_train(self):
-            with pytest.warns(UserWarning, match='at_epoch=5 was not reached .* fit of 1 epochs'): mk_learn().fit(1, 1e-2, cbs=cb(5))
+            with pytest.warns(UserWarning, match='at_epoch=5 was not reached .* n_epoch=1,'): mk_learn().fit(1, 1e-2, cbs=cb(5))
     mk_learn(splitter=trainable_params).fine_tune(1, 1e-2, cbs=Aside())
 
 new_head = 'at_epoch=0 decomposes the model before its head is trained. Use at_epoch=1 or later'
