@@ -290,8 +290,8 @@ def regular(self:Stats, centre)->tuple: # the ridge, and the Cholesky factor; `c
         xx = covariance(self.xx, self.z) if centre else self.xx
         R = ridge(xx, self.samples)
         if centre: R = R + lacking(self.z)
-        regular = xx + torch.diag_embed(R)
-        self.known[centre] = R,torch.linalg.cholesky(regular)
+        damped = xx + torch.diag_embed(R)
+        self.known[centre] = R,torch.linalg.cholesky(damped)
     return self.known[centre]
 
 def _regress(start, s, centre): # `start` `[groups, o, n]`, `s`: `Stats`

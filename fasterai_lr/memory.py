@@ -281,8 +281,9 @@ def _without_numbers(t):
 def _checked(func, args, kwargs, real):
     "Call a function whose results must have no numbers, and which must not change the tensors `real`"
     before = list(map(changes_of, real))
-    out = func(*args, **kwargs)
-    if before != list(map(changes_of, real)): raise Leak
+    try: out = func(*args, **kwargs)
+    finally: # it may change a tensor before it fails
+        if before != list(map(changes_of, real)): raise Leak
     if not all(t.is_meta for t in tensors_in(out)): raise Leak
     return out
 
