@@ -9,7 +9,7 @@ most, less what it used before. All cases but `resnet56` have random weights, wh
 their BatchNorm statistics are those of the data. `resnet56` is trained for a few epochs and cached in fastai's
 folder of models; `drop` is its loss of accuracy on 10,000 test images, in points. For `depth`, `exponent` is the
 slope of log(seconds) over log(depth). The table is added to `bench/results/sweep.csv`; an interrupted run continues
-where it stopped. Measure on an idle machine.
+where it stopped. Measure on an idle machine, in draw 0: only this draw records `seconds` and `memory`.
 """
 import argparse, json, os, resource, subprocess, sys, time
 from functools import partial
@@ -46,26 +46,30 @@ def with_statistics(model, x):
     return model.eval()
 
 def trained_resnet56():
-    "A ResNet-56 after three epochs on 10,000 images of CIFAR-10, from fastai's folder of models if it is there"
+    "A ResNet-56 after five epochs of CIFAR-10, from fastai's folder of models if it is there"
     import cifar
     from fastai.data.external import fastai_path
-    model,path = Net(56),fastai_path('model')/'sweep_resnet56.pt'
+    model,path = Net(56),fastai_path('model')/'resnet56_cifar10_5.pt'
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
     torch.manual_seed(0)
-    x,y = cifar.images('train', 10_000)
+    model = model.to(memory_format=torch.channels_last)
+    x,y = cifar.images('train')
     opt = torch.optim.SGD(model.parameters(), 1e-3, momentum=.9, weight_decay=5e-4, nesterov=True)
-    epochs,bs = 3,64
+    epochs,bs = 5,64
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, .1, total_steps=epochs*(len(x)//bs))
     for _ in range(epochs):
         for i in torch.randperm(len(x))[:len(x)//bs*bs].split(bs):
             images = torch.where(torch.rand(bs)[:,None,None,None] < .5, x[i], x[i].flip(-1))
             opt.zero_grad()
-            nn.functional.cross_entropy(model(images), y[i]).backward()
+            images = images.contiguous(memory_format=torch.channels_last)
+            with torch.autocast('cpu', torch.bfloat16): out = model(images)
+            nn.functional.cross_entropy(out.float(), y[i]).backward()
             opt.step()
             schedule.step()
     path.parent.mkdir(parents=True, exist_ok=True)
+    model = model.to(memory_format=torch.contiguous_format)
     torch.save(model.state_dict(), path)
     return model.eval()
 
@@ -114,7 +118,7 @@ def measure(case, draw, settings):
     model,x,budget = cases[case](draw)
     before,start = megabytes(),time.perf_counter()
     small = decompose(model, Budget(**budget), x, progress=False, seed=draw, **settings)
-    res = dict(seconds=time.perf_counter() - start, memory=megabytes() - before)
+    res = dict(seconds=time.perf_counter() - start, memory=megabytes() - before) if draw == 0 else {}
     if case.startswith('resnet56'):
         import cifar
         test = cifar.images('test')

@@ -255,9 +255,10 @@ class _Taken:
 
     def __len__(self):
         if self.complete: return len(self.kept)
+        try: n = len(self.loader)
+        except TypeError: return sum(1 for _ in self) # reads them
         bs = getattr(self.loader, 'bs', None) or getattr(self.loader, 'batch_size', None)
-        if not bs: return len(self.loader)
-        return min(len(self.loader), -(-_most_items//bs))
+        return min(n, -(-_most_items//bs)) if bs else n
 
     def __iter__(self):
         i = 0

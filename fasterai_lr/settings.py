@@ -118,7 +118,9 @@ class _Checked:
         checked['output'] = self.loss.output
         checked['schemes'] = _schemes_of(self.schemes)
         checked['sequential'] = _sequential_of(self.sequential)
-        for name,least in _least.items(): checked[name] = _int_of(name, checked[name], least)
+        for name,least in _least.items():
+            if name == 'most' and self.most is None: continue
+            checked[name] = _int_of(name, checked[name], least)
         if self.seed >= 2**63:
             raise ValueError(f"seed: {self.seed} is too large for torch; give an int below 2**63")
 
@@ -138,7 +140,7 @@ class Settings(_Checked):
     loss:Loss=classification # `regression`, `multilabel`, or a function from the model's output to a scalar
     schemes:tuple=('svd', 'spatial') # a `Budget` chooses from these
     sequential:bool=True # fit each layer to the outputs of the factored layers before it?
-    most:int=4096 # maximum number of positions per batch and layer in the fit; half as many for moments
+    most:int|None=None # positions per batch and layer in the fit, half as many for moments; `None`: enough
     room:int=2**30 # bytes for outputs that the fit keeps instead of computing them again
     moments_room:int=2**32 # bytes for moments that are held instead of gathering them again
     max_size:int=8192 # maximum number of rows of a moment

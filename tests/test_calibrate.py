@@ -143,6 +143,8 @@ def test_positions_are_drawn_where_there_are_many():
     # 4,000 draws of products with a standard deviation of at most √2: 5 standard errors are .11; every entry would be wrong if the rows were
     assert (some.inputs - every.inputs).abs().max() < .11
     assert torch.equal(some.grads, every.grads)                                  # gradients are never drawn
+    enough = calibrate(net, [x]*8, half_square)['0']
+    assert enough.positions == 8*432                                             # 128 for each of 27 numbers of a patch
     beyond = calibrate(net, [x]*8, half_square, most=1000, max_size=4)['0']
     assert apart(beyond.outputs, outputs_of(some, net[0])) <= 1e-12              # outputs are those of the same positions
 
