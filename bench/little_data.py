@@ -39,7 +39,7 @@ def outputs(model, batches): return torch.cat([run_model(model, batch) for batch
 
 class Images:
     "An image network, and how much of its accuracy a smaller one keeps"
-    sizes,loss = (64, 250),classification
+    sizes,loss = (64, 250, 2000),classification
 
     def __init__(self, model, share):
         self.model,self.budget = model,Budget(macs=share)
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
 
 class Text:
     "A text encoder, and how many of the ten nearest neighbours a smaller one keeps"
-    sizes,loss = (128, 384),regression
+    sizes,loss = (128, 384, 1500),regression
 
     def __init__(self, folder, share):
         from transformers import AutoModel, AutoTokenizer

@@ -7,9 +7,10 @@ Every measurement runs in a process of its own, with two threads, and the versio
 time of `decompose(model, Budget(...), data)`: calibration, plan and fit. `memory` is what the process used at
 most, less what it used before. All cases but `resnet56` have random weights, which say nothing about accuracy:
 their BatchNorm statistics are those of the data. `resnet56` is trained for a few epochs and cached in fastai's
-folder of models; `drop` is its loss of accuracy on 10,000 test images, in points. For `depth`, `exponent` is the
-slope of log(seconds) over log(depth). The table is added to `bench/results/sweep.csv`; an interrupted run continues
-where it stopped. Measure on an idle machine, in draw 0: only this draw records `seconds` and `memory`.
+folder of models. It is measured for accuracy alone, for each of `--draws` draws of 2,000 images: `drop` is its loss on
+10,000 test images in points, `divergence` the mean Kullback-Leibler divergence from the dense network's predictions.
+For `depth`, `exponent` is the slope of log(seconds) over log(depth). The table is added to `bench/results/sweep.csv`;
+an interrupted run continues where it stopped. Measure times on an idle machine.
 """
 import argparse, json, os, resource, subprocess, sys, time
 from functools import partial
@@ -105,8 +106,17 @@ cases = {
 
 # One measurement
 
-def accuracy(model, x, y):
-    with torch.no_grad(): return float(torch.cat([model(o).argmax(1) == t for o,t in zip(x.split(500), y.split(500))]).float().mean())
+@torch.no_grad()
+def log_probabilities(model, x): return torch.cat([model(batch).log_softmax(1) for batch in x.split(500)])
+
+def accuracies(model, small):
+    "Compare `small` with `model` on the test images of CIFAR-10"
+    import cifar
+    x,y = cifar.images('test')
+    dense,low = log_probabilities(model, x),log_probabilities(small, x)
+    drop = (dense.argmax(1) == y).float().mean() - (low.argmax(1) == y).float().mean()
+    divergence = nn.functional.kl_div(low, dense, log_target=True, reduction='batchmean')
+    return dict(drop=100*float(drop), divergence=float(divergence))
 
 def megabytes(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 
@@ -118,12 +128,8 @@ def measure(case, draw, settings):
     model,x,budget = cases[case](draw)
     before,start = megabytes(),time.perf_counter()
     small = decompose(model, Budget(**budget), x, progress=False, seed=draw, **settings)
-    res = dict(seconds=time.perf_counter() - start, memory=megabytes() - before) if draw == 0 else {}
-    if case.startswith('resnet56'):
-        import cifar
-        test = cifar.images('test')
-        res['drop'] = 100*(accuracy(model, *test) - accuracy(small, *test))
-    return res
+    if case.startswith('resnet56'): return accuracies(model, small)
+    return dict(seconds=time.perf_counter() - start, memory=megabytes() - before)
 
 # All of them
 
@@ -131,9 +137,8 @@ def versions(case, beside):
     "{name: (folder of the package, settings)} for a case"
     res = {'now': (here.parent, {})}
     if not beside: return res
-    res['before'] = beside,{}
-    if case.startswith('resnet56'): res['before, one layer a pass'] = beside,dict(passes=60)
-    return res
+    if case.startswith('resnet56'): return res | {'before, one layer a pass': (beside, dict(passes=60))}
+    return res | dict(before=(beside, {}))
 
 def run(case, draw, folder, settings):
     "Measure in a new process"
@@ -153,7 +158,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('names', nargs='*', help=f"which cases, by their first word: {', '.join(dict.fromkeys(c.split()[0] for c in cases))}")
     parser.add_argument('--beside', help='a folder with another version of the package')
-    parser.add_argument('--draws', type=int, default=1, help='of the images and of all random numbers')
+    parser.add_argument('--draws', type=int, default=1, help='of the images and all random numbers')
     parser.add_argument('--job', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job: return print(json.dumps(measure(*json.loads(args.job))))
@@ -168,7 +173,7 @@ def main():
                 print(rows[-1], flush=True)
                 pd.DataFrame(rows).to_csv(results, index=False, float_format='%.4g')
     table = pd.DataFrame(rows)
-    print(table.pivot_table(index='case', columns='version', values=[c for c in ('seconds', 'memory', 'drop') if c in table], sort=False).round(2).to_string())
+    print(table.pivot_table(index='case', columns='version', values=[c for c in ('seconds', 'memory', 'drop', 'divergence') if c in table], sort=False).round(2).to_string())
     for version,exponent in exponents(table): print(f'{version}: exponent {exponent:.2f}')
 
 if __name__ == '__main__': main()
