@@ -26,16 +26,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import cifar, transformer
-from fasterai_lr.budget import Budget
-from fasterai_lr.calibrate import calibrate
-from fasterai_lr.decomposer import decompose
-from fasterai_lr.loss import classification, regression
-from fasterai_lr.running import run_model
+from fasterai_lr.all import Budget, classification, decompose, regression
 
 results = Path(__file__).resolve().parent/'results'/'little_data.csv'
 
 @torch.no_grad()
-def outputs(model, batches): return torch.cat([run_model(model, batch) for batch in batches])
+def outputs(model, batches):
+    return torch.cat([model(**batch) if isinstance(batch, dict) else model(batch) for batch in batches])
 
 class Images:
     "An image network, and how much of its accuracy a smaller one keeps"
@@ -131,11 +128,10 @@ def main():
             for draw in range(args.draws):
                 fits = {args.version: True} # is the sequential fit on?
                 if args.version == 'now': fits['none'] = False
-                fits = {fit: on for fit,on in fits.items() if (name, n, draw, fit) not in done}
-                if not fits: continue
-                known = calibrate(network.model, network.data(n, draw), network.loss, seed=draw, progress=False)
                 for fit,sequential in fits.items():
-                    small = decompose(network.model, network.budget, known, sequential=sequential, progress=False)
+                    if (name, n, draw, fit) in done: continue
+                    small = decompose(network.model, network.budget, network.data(n, draw), loss=network.loss,
+                                      sequential=sequential, seed=draw, progress=False)
                     rows.append(dict(network=name, items=n, draw=draw, fit=fit, **network.measure(small)))
                     print(rows[-1], flush=True)
                     pd.DataFrame(rows).to_csv(results, index=False, float_format='%.5g')

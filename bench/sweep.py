@@ -173,7 +173,9 @@ def main():
                 print(rows[-1], flush=True)
                 pd.DataFrame(rows).to_csv(results, index=False, float_format='%.4g')
     table = pd.DataFrame(rows)
-    print(table.pivot_table(index='case', columns='version', values=[c for c in ('seconds', 'memory', 'drop', 'divergence') if c in table], sort=False).round(2).to_string())
+    measured = [c for c in ('seconds', 'memory', 'drop', 'divergence') if c in table]
+    means = table.pivot_table(index='case', columns='version', values=measured, sort=False)
+    print(means.to_string(float_format='{:.4g}'.format))
     for version,exponent in exponents(table): print(f'{version}: exponent {exponent:.2f}')
 
 if __name__ == '__main__': main()

@@ -109,7 +109,7 @@ def _gathered_here(model, batches, settings):
     share.n_inp = getattr(batches.data, 'n_inp', None)
     if process and not share: return {},0,1
     own = replace(settings, seed=settings.seed+process) # or all would draw the same signs and positions
-    return gather_moments(model, Batches(share, batches.device), own)
+    return gather_moments(model, Batches(share, batches.device), own, n_batches=len(batches))
 
 def _outline(m): # a `Moments`
     "Return the fields of one layer's moments, with tensors replaced by their shapes"

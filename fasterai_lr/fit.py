@@ -24,9 +24,8 @@ from .running import (Additions, Batches, evaluated, evaluation, hooked, n_items
 from .memory import Flow, Leak, Memory
 from .loss import as_loss, classification
 from .metric import Moments, covariance, lacking, make_metric, ridge
-from .calibrate import (Centred, Gram, InputMoments, at_least_float32, draw, enough_positions,
-                                   flat_blocks, n_positions, output_rows, positions_to_draw, times,
-                                   unbiased)
+from .calibrate import (Centred, Gram, InputMoments, at_least_float32, draw, flat_blocks,
+                                   n_positions, output_rows, positions_to_draw, times, unbiased)
 from .relu import Rows, RowsOf, best_through_relu, followed_by_relu
 from .schemes import check_scheme, schemes
 from .distill import distill
@@ -95,8 +94,7 @@ class _Recorder:
     "Records the calls of a layer of the dense network, one batch at a time"
     def __init__(self, layer, settings, n_batches):
         self.layer = layer
-        enough = enough_positions(layer, n_batches)
-        self.most = positions_to_draw(settings, enough)
+        self.most = positions_to_draw(layer, n_batches, settings.most)
         self.gen = torch.Generator().manual_seed(settings.seed)
 
     def start(self): self.calls = []
@@ -271,11 +269,11 @@ class _Turns:
 def _compare(self:_Turns, model, name):
     use = self.order[name]
     of_dense,of_model = self.memories
-    layer,calls = self.dense.get_submodule(name),len(self.batches)
-    recorder = _Recorder(layer, self.settings, calls)
+    n_batches = len(self.batches)
+    recorder = _Recorder(self.dense.get_submodule(name), self.settings, n_batches)
     pair = _Pair(model, name, use, self.settings)
     if name in self.relus:
-        pair.rows = _rows_of(pair, calls)
+        pair.rows = _rows_of(pair, n_batches)
     in_dense = _Watch(self.dense, name, use, recorder, of_dense)
     in_model = _Watch(model, name, use, pair, of_model)
     for i,batch in enumerate(self.batches):

@@ -35,7 +35,7 @@ class Moments:
         "The factor by which errors at the positions of an item add up; 1 if they are independent"
         if self.norms is None: return 1.
         whole,terms = self.norms.tolist()
-        return (whole/terms)**.5 if terms > 0 else 1.
+        return max(whole/terms, 1e-4)**.5 if terms > 0 else 1. # gradients that cancel count a little
 
 def diagonal_of(M:Tensor)->Tensor: # `[groups, n]`
     "Return the diagonal of a moment, which may be only a diagonal already"

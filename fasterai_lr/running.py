@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from math import ceil
 
 import numpy as np
 import torch
@@ -241,6 +242,11 @@ def _reading(loader, n_inp, kept):
         yield True
         if n >= _most_items: break
 
+def _n_batches(loader):
+    "Return how many batches a loader says it has; `None` if it does not say"
+    try: return len(loader)
+    except (TypeError, NotImplementedError): return None
+
 # %% ../nbs/06_running.ipynb #5d1de6ed
 class _Taken:
     "The first batches of a loader, until there are `_most_items`; each is read once and kept"
@@ -255,10 +261,16 @@ class _Taken:
 
     def __len__(self):
         if self.complete: return len(self.kept)
-        try: n = len(self.loader)
-        except TypeError: return sum(1 for _ in self) # reads them
+        n = _n_batches(self.loader)
+        if n is None: return sum(1 for _ in self) # reads them
+        return min(n, ceil(_most_items/self._batch_size()))
+
+    def _batch_size(self):
+        "Return the number of items of a batch, if need be of the first"
         bs = getattr(self.loader, 'bs', None) or getattr(self.loader, 'batch_size', None)
-        return min(n, -(-_most_items//bs)) if bs else n
+        if bs: return bs
+        sizes = (n_items(_inputs(batch, self.n_inp)) for batch in self)
+        return next(sizes, 0) or 1
 
     def __iter__(self):
         i = 0
@@ -288,8 +300,8 @@ def _batches_in(data, bs):
                         "expected a tensor, a list of batches, a DataLoader or DataLoaders")
     if isinstance(data, Iterator):
         raise TypeError("data: an iterator can be read only once; give a list of batches")
-    is_loader = hasattr(data, 'dataset') or not hasattr(data, '__getitem__')
-    return _Taken(data) if is_loader else data
+    is_list = hasattr(data, '__getitem__') and _n_batches(data) is not None
+    return data if is_list and not hasattr(data, 'dataset') else _Taken(data)
 
 # %% ../nbs/06_running.ipynb #eb1bf299
 class Batches:

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from fasterai_lr.budget import Budget
 from fasterai_lr.calibrate import Centred, Gram, calibrate, calibrated
+from fasterai_lr.decomposer import decompose
 from fasterai_lr.loss import classification, regression
 from fasterai_lr.metric import DiagonalMetric, Metric, make_metric
 from fasterai_lr.running import Batches
@@ -118,8 +120,33 @@ def test_equal_positions_add_up_and_independent_ones_do_not():
     assert coherence(alike[:,0]) == 1.        # in two dimensions each row is an item
     zeros = torch.zeros(16, 25, 4, dtype=torch.float64)
     assert coherence(zeros) > 0 and torch.isfinite(torch.tensor(coherence(zeros)))
-    some = coherence(alike, most=20)          # ten positions stand for 25
-    assert abs(some - 5) <= 1e-12
+    assert coherence(alike, most=1) == coherence(alike) # it looks at all positions
+
+def test_errors_count_even_where_gradients_cancel():
+    net,x = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 3, 1)),torch.randn(40, 4, 1, 1, generator=gen(0)).expand(-1, -1, 30, 30)
+    signs = torch.ones(900)
+    signs[::2] = -1
+    def loss(out): return (out.flatten(2)*signs).sum()
+    for most in (None, 1, 2):
+        known = calibrate(net, x, loss, most=most)
+        assert known['0'].coherence == known['1'].coherence == .01
+        assert all(p.isfinite().all() for p in decompose(net, Budget(params=.9), known, sequential=False).parameters())
+
+class Stream(IterableDataset):
+    def __init__(self, batches): self.batches = batches
+    def __iter__(self): return iter(self.batches)
+
+def test_a_loader_need_not_know_its_length():
+    net,x = nn.Sequential(nn.Linear(40, 3)),torch.randn(3000, 2, 40, generator=gen(0))
+    want = calibrate(net, list(x[:2100].split(300)), half_square) # 2,000 items are enough
+    sampled = DataLoader(x, batch_sampler=[list(range(i, i+300)) for i in range(0, 3000, 300)])
+    for data in (Stream(x.split(300)), DataLoader(Stream(x.split(300)), batch_size=None), sampled, DataLoader(x, 300)):
+        found = calibrate(net, data, half_square)
+        assert torch.equal(found['0'].inputs, want['0'].inputs) and torch.equal(found['0'].norms, want['0'].norms)
+    class Loader:
+        def __len__(self): raise NotImplementedError
+        def __iter__(self): return iter(x.split(300))
+    assert torch.equal(calibrate(net, Loader(), half_square)['0'].inputs, want['0'].inputs)
 
 def test_an_error_costs_as_much_more_as_it_adds_up():
     layer = nn.Linear(4, 3, dtype=torch.float64)
@@ -144,7 +171,7 @@ def test_positions_are_drawn_where_there_are_many():
     assert (some.inputs - every.inputs).abs().max() < .11
     assert torch.equal(some.grads, every.grads)                                  # gradients are never drawn
     enough = calibrate(net, [x]*8, half_square)['0']
-    assert enough.positions == 8*432                                             # 128 for each of 27 numbers of a patch
+    assert enough.positions == 8*512                                             # the least of a batch
     beyond = calibrate(net, [x]*8, half_square, most=1000, max_size=4)['0']
     assert apart(beyond.outputs, outputs_of(some, net[0])) <= 1e-12              # outputs are those of the same positions
 
