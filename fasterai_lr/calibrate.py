@@ -519,7 +519,7 @@ def _run_over(model, batches, settings, gen, sums)->tuple: # items, classes as f
     of = '' if n_wanted == len(sums) else f' of {n_wanted} layers'
     scale = _scale_of(model)
     items = classes = 0
-    with unfused(), frozen(model), evaluating(model), undisturbed():
+    with unfused(), frozen(model), evaluating(model):
         with torch.enable_grad(), hooked(layers, called):
             for batch in settings.progressing(batches, f'statistics{of}, batch'):
                 out,n = _run_back(model, batch, settings, scale, gen, sums),n_items(batch)
@@ -528,6 +528,7 @@ def _run_over(model, batches, settings, gen, sums)->tuple: # items, classes as f
     return items,classes
 
 # %% ../nbs/11_calibrate.ipynb #e79db670
+@undisturbed()
 def gather_moments(
     model:nn.Module,
     batches:Batches,

@@ -171,12 +171,12 @@ def run_moments(path):
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(2)
     x,y = torch.randn(50, 8, generator=g),torch.randn(50, 2, 8, generator=g)
-    two,gated = Two(),Gated()
+    two,gated,linear = Two(),Gated(),nn.Linear(8, 6)
     pairs = Inputs(zip(list(x.split(16)), list(y.split(16))))
     pairs.n_inp = 2
     halves = [x[:20].abs(), -x[20:].abs()]
-    cases = dict(two=(two, pairs), one=(two, [(x, y, x)]), gated=(gated, halves), wide=(nn.Linear(8, 6), x), stream=(gated, TorchLoader(Stream(), 16)),
-                 many=(nn.Linear(8, 6), list(torch.randn(40, 3, 8, generator=g).split(2)))) # of 20 batches, two items would be too many
+    cases = dict(two=(two, pairs), one=(two, [(x, y, x)]), gated=(gated, halves), wide=(linear, x), stream=(gated, TorchLoader(Stream(), 16)),
+                 many=(linear, list(torch.randn(40, 3, 8, generator=g).split(2)))) # of 20 batches, two items would be too many
     res,rng = {},torch.get_rng_state()
     for name,(model,data) in cases.items():
         kw = dict(loss=squares, max_size=4 if name == 'wide' else 8192)
