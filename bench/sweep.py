@@ -93,16 +93,15 @@ def efficientnet(draw):
     x = torch.randn(512, 3, 192, 192)
     return with_statistics(timm.create_model('tf_efficientnet_lite0'), x[:64]),x,dict(macs=.8)
 
-def resnet56(macs, draw):
+def resnet56(draw):
     import cifar
-    return trained_resnet56(),cifar.images('train', 2000, draw)[0],dict(macs=macs)
+    return trained_resnet56(),cifar.images('train', 2000, draw)[0],dict(macs=.25)
 
 depths = 20,32,44,56,110
 cases = {
     **{f'depth {d}': partial(small_resnet, d) for d in depths},
     **{f'vit {n}': partial(vit, n) for n in (12, 24)},
-    'resnet50': resnet50, 'efficientnet': efficientnet,
-    **{f'resnet56 {macs}': partial(resnet56, macs) for macs in (.5, .37, .25)}}
+    'resnet50': resnet50, 'efficientnet': efficientnet, 'resnet56': resnet56}
 
 # One measurement
 
@@ -128,7 +127,7 @@ def measure(case, draw, settings):
     model,x,budget = cases[case](draw)
     before,start = megabytes(),time.perf_counter()
     small = decompose(model, Budget(**budget), x, progress=False, seed=draw, **settings)
-    if case.startswith('resnet56'): return accuracies(model, small)
+    if case == 'resnet56': return accuracies(model, small)
     return dict(seconds=time.perf_counter() - start, memory=megabytes() - before)
 
 # All of them
@@ -137,7 +136,7 @@ def versions(case, beside):
     "{name: (folder of the package, settings)} for a case"
     res = {'now': (here.parent, {})}
     if not beside: return res
-    if case.startswith('resnet56'): return res | {'before, one layer a pass': (beside, dict(passes=60))}
+    if case == 'resnet56': return res | {'before, one layer a pass': (beside, dict(passes=60))}
     return res | dict(before=(beside, {}))
 
 def run(case, draw, folder, settings):

@@ -84,13 +84,15 @@ _fewest,_most_of_batch = 512,4096 # positions of a batch
 def positions_to_draw(
     layer:nn.Module, # a linear layer or a convolution
     n_batches:int, # of the data
-    most:int|None=None # the setting
-   )->int: # for the fit; moments take half of `most`
+    most:int|None=None, # the setting
+    share:float=1. # of the largest number: moments take half of it
+   )->int:
     "Return how many positions of each batch to draw for a layer: `most`, or enough for its patches"
-    if most is not None: return most
+    largest = ceil(share*(most or _most_of_batch))
+    if most is not None: return largest
     _,_,*patch = Geometry.of(layer).block_shape
     enough = ceil(_per_number*prod(patch)/n_batches)
-    return min(max(enough, _fewest), _most_of_batch)
+    return min(max(enough, _fewest), largest)
 
 # %% ../nbs/11_calibrate.ipynb #259d8b05
 def output_rows(
@@ -211,34 +213,29 @@ def _above_zero(G): # `[groups, n, n]`, or the diagonal
     return add_diagonal(G, 1e-20*(diagonal_of(G).sum(-1, keepdim=True) == 0))
 
 # %% ../nbs/11_calibrate.ipynb #587eee95
-def _weight_grads(layer, x, g):
-    "Yield the gradient of the weight of each item"
-    if not Geometry.of(layer).axes:
-        yield torch.einsum('n...o,n...i->noi', g, x)
-        return
-    of_conv = getattr(torch.nn.grad, f'conv{x.dim()-2}d_weight')
-    args = dict(stride=layer.stride, dilation=layer.dilation, groups=layer.groups)
-    for item,grad in zip(_padded(layer, x).split(1), g.split(1)):
-        yield of_conv(item, layer.weight.shape, grad, **args)
+def _of_linear(layer, x, g):
+    "Return the gradients of the weight by item, and the squared norms of the inputs"
+    return torch.einsum('n...o,n...i->noi', g, x),x.square().sum(-1)
 
-def _patch_norms(layer, x): # `[n, groups, *positions]`
-    "The squared norms of all patches, and, for a linear layer, of all inputs"
-    geom = Geometry.of(layer)
-    if not geom.axes: return x.square().sum(-1)
-    squares = _padded(layer, x).square()
-    squares = squares.unflatten(1, (geom.groups, -1)).sum(2)
+def _of_convolution(layer, x, g):
+    "Return the gradients of the weight by item, and the squared norms of the patches"
+    geom,axes = Geometry.of(layer),x.dim() - 2
+    args = dict(stride=geom.stride, dilation=geom.dilation, groups=geom.groups)
+    weight_grad,conv = getattr(nn.grad, f'conv{axes}d_weight'),getattr(F, f'conv{axes}d')
+    x = _padded(layer, x)
+    grads = [
+        weight_grad(item, layer.weight.shape, grad, **args)
+        for item,grad in zip(x.split(1), g.split(1))]
+    squares = x.square().unflatten(1, (geom.groups, -1)).sum(2)
     ones = x.new_ones(geom.groups, 1, *geom.kernel)
-    convolve = getattr(F, f'conv{len(geom.axes)}d')
-    return convolve(squares, ones, stride=geom.stride, dilation=geom.dilation, groups=geom.groups)
+    return torch.stack(grads),conv(squares, ones, **args).movedim(1, -1)
 
 def _weight_norms(layer, x, g): # `[2]`; input, and gradient at the output
-    geom = Geometry.of(layer)
-    whole = sum(grad.square().sum() for grad in _weight_grads(layer, x, g))
-    outputs = g.square()
-    if geom.axes: outputs = outputs.unflatten(1, (geom.groups, -1)).sum(2)
-    else: outputs = outputs.sum(-1)
-    terms = (_patch_norms(layer, x)*outputs).sum()
-    return torch.stack((whole, terms))
+    of = _of_convolution if Geometry.of(layer).axes else _of_linear
+    grads,patch_norms = of(layer, x, g)
+    output_norms = output_rows(layer, g).square().sum(-1) # `[positions, groups]`
+    terms = patch_norms.reshape(output_norms.shape)*output_norms
+    return torch.stack((grads.square().sum(), terms.sum()))
 
 # %% ../nbs/11_calibrate.ipynb #59d503b2
 class Coherence:
@@ -269,8 +266,7 @@ class _LayerMoments:
     "The moments of one layer, added up call by call"
     def __init__(self, layer, settings, gen, wanted, n_batches): # `wanted`: 'inputs', 'grads', both or none
         self.layer,self.gen,self.wanted = layer,gen,wanted
-        half = ceil((settings.most or _most_of_batch)/2)
-        self.most = min(half, positions_to_draw(layer, n_batches, settings.most))
+        self.most = positions_to_draw(layer, n_batches, settings.most, share=.5)
         self.max_size = settings.max_size
         self.inputs = InputMoments(layer, self.max_size)
         self.grads = Gram() if self.inputs.few else Squares()

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .layers import Geometry
+from .progress import known_length
 
 # %% ../nbs/06_running.ipynb #1db16f23
 def run_model(
@@ -242,11 +243,6 @@ def _reading(loader, n_inp, kept):
         yield True
         if n >= _most_items: break
 
-def _n_batches(loader):
-    "Return how many batches a loader says it has; `None` if it does not say"
-    try: return len(loader)
-    except (TypeError, NotImplementedError): return None
-
 # %% ../nbs/06_running.ipynb #5d1de6ed
 class _Taken:
     "The first batches of a loader, until there are `_most_items`; each is read once and kept"
@@ -261,7 +257,7 @@ class _Taken:
 
     def __len__(self):
         if self.complete: return len(self.kept)
-        n = _n_batches(self.loader)
+        n = known_length(self.loader)
         if n is None: return sum(1 for _ in self) # reads them
         return min(n, ceil(_most_items/self._batch_size()))
 
@@ -300,7 +296,7 @@ def _batches_in(data, bs):
                         "expected a tensor, a list of batches, a DataLoader or DataLoaders")
     if isinstance(data, Iterator):
         raise TypeError("data: an iterator can be read only once; give a list of batches")
-    is_list = hasattr(data, '__getitem__') and _n_batches(data) is not None
+    is_list = hasattr(data, '__getitem__') and known_length(data) is not None
     return data if is_list and not hasattr(data, 'dataset') else _Taken(data)
 
 # %% ../nbs/06_running.ipynb #eb1bf299

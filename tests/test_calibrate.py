@@ -110,7 +110,10 @@ def test_norms_are_those_of_the_gradients_of_items(case):
         return
     def gradient(items): return torch.autograd.grad(half_square(net(items)), layer.weight)[0]
     whole = sum(gradient(item).square().sum() for item in x.split(1))
-    assert apart(norms[0], whole) <= 1e-11 # double precision, sums of at most a few hundred terms
+    y = layer(x).detach().requires_grad_()
+    g = rows_of(torch.autograd.grad(half_square(y.tanh()), y)[0], layer, Geometry.of(layer).block_shape[1])
+    terms = torch.einsum('pgo,pgi->pgoi', g, brute_patches(layer, x)).square().sum() # one for each position
+    assert apart(norms, torch.stack((whole, terms))) <= 1e-11 # double precision, sums of at most a few hundred terms
 
 def coherence(x, **kw): return calibrate(nn.Sequential(nn.Linear(4, 3, dtype=x.dtype)), x, half_square, **kw)['0'].coherence
 
@@ -141,7 +144,9 @@ def test_a_loader_need_not_know_its_length():
     want = calibrate(net, list(x[:2100].split(300)), half_square) # 2,000 items are enough
     sampled = DataLoader(x, batch_sampler=[list(range(i, i+300)) for i in range(0, 3000, 300)])
     for data in (Stream(x.split(300)), DataLoader(Stream(x.split(300)), batch_size=None), sampled, DataLoader(x, 300)):
+        state = torch.get_rng_state()
         found = calibrate(net, data, half_square)
+        assert torch.equal(torch.get_rng_state(), state) # a `DataLoader` draws a seed when it is read
         assert torch.equal(found['0'].inputs, want['0'].inputs) and torch.equal(found['0'].norms, want['0'].norms)
     class Loader:
         def __len__(self): raise NotImplementedError
